@@ -1,0 +1,22 @@
+PYTHON ?= python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: lint test bench overhead plot
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
+
+bench:
+	$(PYTHON) -m benchmarks.verify
+	$(PYTHON) -m benchmarks.run
+
+overhead:
+	$(PYTHON) -m benchmarks.overhead --arch sd15
+
+plot:
+	$(PYTHON) -m benchmarks.plot

@@ -1,0 +1,36 @@
+"""Operators of semantic-aware classifier-free guidance (S-CFG) on plain tensors.
+
+This package knows tensors, not models: it needs torch alone. One denoising step of S-CFG is
+
+    out, S = self_attention_map(q, k, v)            # every captured self-attention layer
+    out, C = cross_attention_map(q, k, v)           # the cross-attention layer of the same block
+    X, x0  = complete(S, C, unconditional=B)        # S is freed here
+    ids, fg = segment(Xs, x0s, sizes, size)         # once per step, over all captured layers
+    guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
+
+`attention_map` is the map alone, for layers whose output another implementation has computed already. Every operator
+has one public function that checks its arguments and chooses a backend, one torch implementation (the reference, the
+CPU path and the fallback), and is registered as a `torch.library` custom op, so `torch.compile(fullgraph=True)` sees
+one node.
+"""
+
+from ._launch import BackendError, available_backends, choose_backend
+from .attention_map import attention_map
+from .complete import complete
+from .cross_attention_map import cross_attention_map
+from .guide import guide
+from .segment import segment, smooth
+from .self_attention_map import self_attention_map
+
+__all__ = [
+    "BackendError",
+    "attention_map",
+    "available_backends",
+    "choose_backend",
+    "complete",
+    "cross_attention_map",
+    "guide",
+    "segment",
+    "self_attention_map",
+    "smooth",
+]

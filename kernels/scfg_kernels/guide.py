@@ -1,0 +1,199 @@
+r"""Per-region guidance rates and the guided prediction.
+
+With d = cond - uncond, n[x] = ||d[x]||_2 over channels, region of cell s = id[s], F = foreground cells, g =
+guidance_scale:
+
+    mean_i  = sum_{x in region i} n[x] / ( |region i| + 1e-8 )         over latent pixels
+    mean_F  = sum_{x in F} n[x] / ( |F| + 1e-8 )
+    rate_i  = mean_F / ( mean_i + 1e-8 )                               paper eq. 13, with the region mean of norms
+    rate[x] = G * clamp_max( clamp( rate_{id(x)}, rate_min, rate_max ), max_scale / g )
+    guided  = uncond + g rate d
+
+A latent pixel belongs to cell (row // cell, column // cell): sums run over cells first, then over regions, which is the
+nearest upsampling of the masks by `cell` at 1/cell^2 of the work. G is the 3x3 Gaussian of `segment`, after the clamps:
+a convex mean, so the bounds still hold. Region sums are a masked sum in a fixed order, no atomics: the result is
+deterministic.
+
+Two outputs are possible, chosen by `rewrite`:
+
+    "guided"          guided = uncond + g rate d                    return it in both halves of the batch
+    "unconditional"   u'     = uncond - g/(g-1) (rate - 1) d        then  u' + g (cond - u') = guided, and cond is
+    untouched
+
+"unconditional" is bit-identical to plain guidance where rate = 1 and needs g > 1. All arithmetic is fp32 (fp64 for fp64
+inputs), rounded once to the dtype of the prediction. An empty foreground gives rate 0 before the clamps in `"official"`
+(as the published code does) and rate 1 in `"paper"`, which has no clamps to catch it. Bytes that must move: uncond and
+cond once, guided and rate once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ._checks import FLOATING, Reasons, check_fidelity
+from ._launch import choose_backend
+from .segment import EPSILON, smooth
+
+REWRITES = ("guided", "unconditional")
+
+
+def _cell_sums(x: torch.Tensor, cell: int) -> torch.Tensor:
+    """[B, H, W] -> [B, ceil(H/cell) * ceil(W/cell)], ragged cells at the far edges sum what they have."""
+    pooled = F.avg_pool2d(x.unsqueeze(1), cell, ceil_mode=True, divisor_override=1)
+    return pooled.flatten(1)
+
+
+@torch.library.custom_op("scfg_kernels::guide", mutates_args=())
+def _guide(
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    token_index: torch.Tensor,
+    foreground: torch.Tensor,
+    guidance_scale: torch.Tensor,
+    num_tokens: int,
+    cell: int,
+    rate_min: float,
+    rate_max: float,
+    max_scale: float,
+    blur_sigma: float,
+    fidelity: str,
+    rewrite: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    batch, _, height, width = cond.shape
+    u = uncond.to(dtype)
+    d = cond.to(dtype) - u
+    scale = guidance_scale.to(dtype).reshape(-1, 1)  # [B or 1, 1]
+
+    norm = torch.linalg.vector_norm(d, dim=1)  # [B, H, W]
+    cell_norm = _cell_sums(norm, cell)  # [B, S]
+    cell_area = _cell_sums(torch.ones_like(norm[:1]), cell)  # [1, S]
+    ids = token_index.flatten(1)  # [B, S]
+    members = ids.unsqueeze(1) == torch.arange(num_tokens, device=ids.device).view(1, -1, 1)  # [B, T, S]
+    region_norm = (members * cell_norm.unsqueeze(1)).sum(-1)  # [B, T]
+    region_area = (members * cell_area.unsqueeze(1)).sum(-1)
+    fore = foreground.flatten(1)
+    fore_area = (fore * cell_area).sum(-1, keepdim=True)  # [B, 1]
+    fore_mean = (fore * cell_norm).sum(-1, keepdim=True) / (fore_area + EPSILON)
+
+    region_rate = fore_mean / (
+        region_norm / (region_area + EPSILON) + EPSILON
+    )  # [B, T]; only occupied regions are read
+    if fidelity == "paper":
+        region_rate = torch.where(fore_area > 0, region_rate, 1.0)
+    region_rate = torch.minimum(region_rate.clamp(rate_min, rate_max), max_scale / scale)
+    rate = region_rate.gather(1, ids).view(batch, 1, *token_index.shape[1:])
+    rate = rate.repeat_interleave(cell, -2).repeat_interleave(cell, -1)[..., :height, :width]
+    rate = smooth(rate, blur_sigma)
+
+    scale = scale.view(-1, 1, 1, 1)
+    weight = scale * rate if rewrite == "guided" else -scale / (scale - 1.0) * (rate - 1.0)
+    result = u + weight * d
+    return torch.empty_like(cond).copy_(result), rate.contiguous()
+
+
+@_guide.register_fake
+def _(
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    token_index: torch.Tensor,
+    foreground: torch.Tensor,
+    guidance_scale: torch.Tensor,
+    num_tokens: int,
+    cell: int,
+    rate_min: float,
+    rate_max: float,
+    max_scale: float,
+    blur_sigma: float,
+    fidelity: str,
+    rewrite: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, height, width = cond.shape
+    rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
+    return torch.empty_like(cond), rate
+
+
+def guide(
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    token_index: torch.Tensor,
+    foreground: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
+    *,
+    num_tokens: int,
+    cell: int = 4,
+    rate_min: float | None = 0.8,
+    rate_max: float | None = 3.0,
+    max_scale: float | None = 15.0,
+    blur_sigma: float = 0.5,
+    fidelity: str = "official",
+    rewrite: str = "guided",
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale the guidance of every region to the foreground's level and combine.
+
+    Args:
+        uncond: unconditional prediction [B, C, H, W] (noise, v or x0), fp16, bf16, fp32 or fp64, any strides.
+        cond: conditional prediction, same shape, dtype and device.
+        token_index: [B, h, w] int64 from `segment`, h = ceil(H / cell), w = ceil(W / cell), values in 0 .. num_tokens -
+            1.
+        foreground: [B, h, w] bool.
+        guidance_scale: g, a number, or a tensor of shape [] or [B] (one scale per sample).
+        num_tokens: T, the number of text tokens.
+        cell: latent pixels per cell side, 4 in the published code.
+        rate_min, rate_max: clamps of the rate; None for no bound.
+        max_scale: bound on rate * guidance_scale, applied last, so it wins over `rate_min`; None for no bound.
+        blur_sigma: smoothing of the rate map, in latent pixels; 0 for none.
+        fidelity: `"official"` or `"paper"`; they differ here only for an empty foreground.
+        rewrite: `"guided"` or `"unconditional"`, see the module's formulas.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        result [B, C, H, W] in the dtype and memory format of `cond`, and rate [B, 1, H, W] in fp32 (fp64 for fp64
+        inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit; every reason is listed.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    reasons = Reasons("guide")
+    check_fidelity(reasons, fidelity)
+    reasons.unless(rewrite in REWRITES, f"rewrite={rewrite!r} is unknown; use 'guided' or 'unconditional'")
+    reasons.unless(num_tokens >= 1, f"num_tokens must be at least 1, got {num_tokens}")
+    reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
+    low = 0.0 if rate_min is None else float(rate_min)
+    high = math.inf if rate_max is None else float(rate_max)
+    reasons.unless(low <= high, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
+    reasons.unless(cond.dtype in FLOATING, f"predictions must be floating point, got {cond.dtype}")
+    same = uncond.shape == cond.shape and uncond.dtype == cond.dtype
+    reasons.unless(
+        same, f"uncond {uncond.dtype} {tuple(uncond.shape)} and cond {cond.dtype} {tuple(cond.shape)} must match"
+    )
+    if reasons.unless(cond.dim() == 4, f"predictions must be [B, C, H, W], got {tuple(cond.shape)}") and reasons.unless(
+        cell >= 1, f"cell must be at least 1, got {cell}"
+    ):
+        batch, _, height, width = cond.shape
+        grid = (batch, -(-height // cell), -(-width // cell))
+        fits = tuple(token_index.shape) == grid and tuple(foreground.shape) == grid
+        shapes = f"{tuple(token_index.shape)} and {tuple(foreground.shape)}"
+        reasons.unless(fits, f"token_index and foreground must be {grid}, got {shapes}")
+        per_sample = not isinstance(guidance_scale, torch.Tensor) or guidance_scale.numel() in (1, batch)
+        reasons.unless(per_sample, f"guidance_scale must be a number, [] or [{batch}]")
+    reasons.unless(token_index.dtype == torch.int64, f"token_index must be int64, got {token_index.dtype}")
+    reasons.unless(foreground.dtype == torch.bool, f"foreground must be bool, got {foreground.dtype}")
+    reasons.same_device(uncond, cond, token_index, foreground)
+    reasons.raise_if_any()
+    if not isinstance(guidance_scale, torch.Tensor):
+        scale_dtype = torch.promote_types(cond.dtype, torch.float32)
+        guidance_scale = torch.full((), float(guidance_scale), dtype=scale_dtype, device=cond.device)
+    limit = math.inf if max_scale is None else float(max_scale)
+    chosen = choose_backend("guide", backend, cond.device)
+    return _guide(
+        uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell,
+        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+r"""From completed maps to regions: resize, smooth, renormalise over space, mean over layers, argmax over tokens.
+
+For the layers l with completed maps X_l [T, N_l], all brought to one grid of n = h w cells:
+
+    A_l[t]   = G * resize(X_l[t])                      bilinear, then a 3x3 Gaussian with reflected border
+    mean     = 1/L  sum_l  A_l[t] / ( mean_s A_l[t, s] + 1e-8 )
+    id[s]    = argmax_t mean[t, s]                     lowest index wins a tie
+
+    foreground[s]  <=>  sum_l ( a_l[s] - m_l ) / ( m_l (1 - m_l) )  <  0
+
+where a_l is the start token's A_l in the *unconditional* sample and m_l its mean over space. That is the published test
+(channel [start token, all other tokens], each divided by its own spatial mean, averaged over layers, larger one wins, a
+tie is background) written with one channel: rows sum to 1 before and after completion, resizing and smoothing, so the
+other channel is 1 - a_l.
+
+Resizing and smoothing are linear and keep constants, so every layer is divided by its mean *before* them, layers of one
+size are added up, and each size is resized and smoothed once. The mean after smoothing is a fixed weighted mean of X_l
+before it.
+
+3x3 Gaussian: per axis exp(-(dx / (2 sigma))^2) = exp(-dx^2 / (4 sigma^2)), normalised, so sigma = 0.5 acts as 0.7071:
+this is what the published code computes. sigma = 0 means no smoothing.
+
+Not exact: cells within rounding of a tie may fall to either token. A foreground score within 1e-6 of zero counts as a
+tie. Bytes that must move: every X_l once, ids and foreground once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ._checks import Reasons
+from ._launch import choose_backend
+
+EPSILON = 1e-8
+TIE = 1e-6
+
+
+def kernel_weights(sigma: float) -> tuple[float, float]:
+    """(edge, centre) of the 1-D three-tap kernel, 2 edge + centre = 1. sigma is in cells; 0 gives (0, 1)."""
+    if sigma == 0.0:
+        return 0.0, 1.0
+    edge = math.exp(-1.0 / (4.0 * sigma * sigma))
+    return edge / (1.0 + 2.0 * edge), 1.0 / (1.0 + 2.0 * edge)
+
+
+def _smooth_axis(x: torch.Tensor, dim: int, edge: float, centre: float) -> torch.Tensor:
+    """Three-tap filter along `dim`, border reflected about the edge sample; a single sample stays as it is."""
+    size = x.shape[dim]
+    if size == 1:
+        return x
+    before = torch.cat([x.narrow(dim, 1, 1), x.narrow(dim, 0, size - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 2, 1)], dim)
+    return centre * x + edge * (before + after)
+
+
+def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """3x3 Gaussian of S-CFG over the last two dimensions, reflected border, in the dtype of x.
+
+    Args:
+        x: [..., H, W].
+        sigma: the published parameter, in samples; acts as sigma * sqrt(2). 0 returns x.
+    """
+    if sigma == 0.0:
+        return x
+    edge, centre = kernel_weights(sigma)
+    return _smooth_axis(_smooth_axis(x, -1, edge, centre), -2, edge, centre)
+
+
+def _resize_and_smooth(x: torch.Tensor, size: tuple[int, int], sigma: float) -> torch.Tensor:
+    if tuple(x.shape[-2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return smooth(x, sigma)
+
+
+def _mean_weights(size: tuple[int, int], target: tuple[int, int], sigma: float, like: torch.Tensor) -> torch.Tensor:
+    """Weights w [h*w] with  mean(resize_and_smooth(x)) = <w, x>, from unit impulses along each axis."""
+    edge, centre = kernel_weights(sigma)
+    weights = []
+    for length, target_length in zip(size, target, strict=True):
+        impulses = torch.eye(length, dtype=like.dtype, device=like.device)[None]
+        if length != target_length:
+            impulses = F.interpolate(impulses, size=target_length, mode="linear", align_corners=False)
+        weights.append(_smooth_axis(impulses, -1, edge, centre).mean(-1)[0])
+    return torch.outer(*weights).flatten()
+
+
+@torch.library.custom_op("scfg_kernels::segment", mutates_args=())
+def _segment(
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    h: int,
+    w: int,
+    blur_sigma: float,
+    token_mask: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(tokens[0].dtype, torch.float32)
+    token_score = start_score = 0.0
+    layer_sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    for size in dict.fromkeys(layer_sizes):
+        layers = [index for index, layer_size in enumerate(layer_sizes) if layer_size == size]
+        x = torch.stack([tokens[index].to(dtype) for index in layers])  # [L, B, T, N]
+        s = torch.stack([start[index].to(dtype) for index in layers])  # [L, B, N]
+        weights = _mean_weights(size, (h, w), blur_sigma, x)  # [N]
+        x = (x / ((x * weights).sum(-1, keepdim=True) + EPSILON)).sum(0)
+        m = (s * weights).sum(-1, keepdim=True)
+        s = ((s - m) / (m * (1.0 - m))).sum(0)
+        x = x.unflatten(-1, size)
+        s = s.unflatten(-1, size).unsqueeze(1)
+        token_score = token_score + _resize_and_smooth(x, (h, w), blur_sigma)
+        start_score = start_score + _resize_and_smooth(s, (h, w), blur_sigma)
+    if token_mask is not None:
+        token_score = token_score.masked_fill(~token_mask[:, :, None, None], -math.inf)
+    ids = token_score.argmax(1)
+    foreground = start_score.squeeze(1) < -TIE * len(layer_sizes)
+    return ids, foreground
+
+
+@_segment.register_fake
+def _(
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    h: int,
+    w: int,
+    blur_sigma: float,
+    token_mask: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = tokens[0].shape[0]
+    return tokens[0].new_empty((batch, h, w), dtype=torch.int64), tokens[0].new_empty((batch, h, w), dtype=torch.bool)
+
+
+def segment(
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    *,
+    blur_sigma: float = 0.5,
+    token_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assign every cell of the latent to the token that attends to it most, and find the foreground.
+
+    Args:
+        tokens: per captured layer, the completed maps of the conditional samples [B, T, N_l].
+        start: per captured layer, the completed start-token map of the unconditional samples [B, N_l].
+        sizes: per captured layer, (h_l, w_l) with h_l w_l = N_l.
+        size: (h, w) of the grid of cells, the size of the finest captured layer.
+        blur_sigma: smoothing of the maps, in cells; 0 for none.
+        token_mask: [B, T] bool, which tokens may own a region; None means all.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        token_index [B, h, w] int64 and foreground [B, h, w] bool. Foreground is where the start token attends less than
+        its mean.
+
+    Raises:
+        ValueError: shapes do not fit; every reason is listed.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    reasons = Reasons("segment")
+    h, w = size
+    reasons.unless(h >= 1 and w >= 1, f"size must be positive, got {size}")
+    reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
+    lengths = (len(tokens), len(start), len(sizes))
+    if reasons.unless(
+        len(set(lengths)) == 1 and lengths[0] > 0, f"need one entry per layer and at least one layer, got {lengths}"
+    ):
+        batch, count = tokens[0].shape[:2] if tokens[0].dim() == 3 else (-1, -1)
+        for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
+            expected = (batch, count, lh * lw)
+            reasons.unless(tuple(x.shape) == expected, f"tokens[{index}] must be {expected}, got {tuple(x.shape)}")
+            expected = (batch, lh * lw)
+            reasons.unless(tuple(s.shape) == expected, f"start[{index}] must be {expected}, got {tuple(s.shape)}")
+        if token_mask is not None:
+            fits = tuple(token_mask.shape) == (batch, count) and token_mask.dtype == torch.bool
+            reasons.unless(
+                fits, f"token_mask must be [{batch}, {count}] bool, got {token_mask.dtype} {tuple(token_mask.shape)}"
+            )
+        reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
+    reasons.raise_if_any()
+    chosen = choose_backend("segment", backend, tokens[0].device)
+    flat_sizes = [length for pair in sizes for length in pair]
+    return _segment(list(tokens), list(start), flat_sizes, h, w, float(blur_sigma), token_mask, chosen)

@@ -1,0 +1,122 @@
+"""What one denoising step captures: which layers, at which size, and the completed maps they leave behind.
+
+Knows names, sizes and tensors; how a layer computes attention is in `processors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .config import SCFGConfig
+
+
+class CompletedMaps(Protocol):
+    """What a captured block leaves behind for the step: see `processors.CrossAttentionCapture`."""
+
+    tokens: torch.Tensor | None  # [B, T, N] completed maps of the conditional samples
+    start: torch.Tensor | None  # [B, N] completed start-token map of the unconditional samples
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """A transformer block with a self- and a cross-attention layer.
+
+    Attributes:
+        name: its name in `named_modules()`, for example `mid_block.attentions.0.transformer_blocks.0`.
+        level: downsampling factor of its token grid against the latent: 1, 2, 4, 8, ...
+    """
+
+    name: str
+    level: int
+
+
+def grid_size(height: int, width: int, level: int) -> tuple[int, int]:
+    """Token grid of a latent of height x width at downsampling factor `level`, a power of two.
+
+    A stride-2 convolution with padding 1 halves upwards, so every halving is ceil(n / 2): 65 x 97 -> 33 x 49 -> 17 x 25
+    -> 9 x 13.
+    """
+    while level > 1:
+        height, width, level = -(-height // 2), -(-width // 2), level // 2
+    return height, width
+
+
+def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[BlockInfo]:
+    """The blocks that `config` asks to capture, in the order of the model.
+
+    Raises:
+        ValueError: a named layer or level does not exist, or nothing is left; says what the model has.
+    """
+    have = sorted({block.level for block in blocks})
+    if config.layers != "auto":
+        names = {block.name for block in blocks}
+        missing = sorted(set(config.layers) - names)
+        if missing:
+            raise ValueError(f"layers: {missing} are not transformer blocks of this model; it has {sorted(names)}")
+        blocks = [block for block in blocks if block.name in config.layers]
+    if config.levels != "auto":
+        missing_levels = sorted(set(config.levels) - set(have))
+        if missing_levels:
+            raise ValueError(f"levels: this model has no attention at {missing_levels}; it has {have}")
+        levels = set(config.levels)
+    elif config.layers != "auto":
+        levels = set(have)
+    else:
+        levels = {config.cell, 2 * config.cell}
+    chosen = [block for block in blocks if block.level in levels]
+    if not chosen:
+        raise ValueError(
+            f"no attention layer at the downsampling factors {sorted(levels)} that cell={config.cell} needs; this "
+            f"model has attention at {have}. Pass SCFGConfig(levels=[...]) to choose among them."
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class StepMaps:
+    """The maps of one step, ready for `scfg_kernels.segment`.
+
+    Attributes:
+        tokens: per layer [B, T, N_l].
+        start: per layer [B, N_l].
+        sizes: per layer (h_l, w_l).
+        size: (h, w) of the grid of cells.
+        missing: names of chosen layers that left nothing usable in this step.
+    """
+
+    tokens: list[torch.Tensor]
+    start: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
+    size: tuple[int, int]
+    missing: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay allocated from the layers to the end of the step."""
+        return sum(t.numel() * t.element_size() for t in (*self.tokens, *self.start))
+
+
+def collect(layers: Sequence[tuple[BlockInfo, CompletedMaps]], height: int, width: int, cell: int) -> StepMaps:
+    """Take the completed maps out of the layers (they are forgotten there) and pair them with their sizes.
+
+    Args:
+        layers: the captured blocks and their maps.
+        height, width: of the latent, in latent pixels.
+        cell: latent pixels per side of a cell.
+    """
+    tokens, start, sizes, missing = [], [], [], []
+    for block, maps in layers:
+        size = grid_size(height, width, block.level)
+        found, maps.tokens = maps.tokens, None
+        found_start, maps.start = maps.start, None
+        if found is None or found_start is None or found.shape[-1] != size[0] * size[1]:
+            missing.append(block.name)
+            continue
+        tokens.append(found)
+        start.append(found_start)
+        sizes.append(size)
+    return StepMaps(tokens, start, sizes, grid_size(height, width, cell), missing)

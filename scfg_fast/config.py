@@ -1,0 +1,173 @@
+"""Every parameter of S-CFG, with the value of the published code as default."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "scfg_config.json"
+_FIDELITIES = ("official", "paper")
+_TOKENS = ("all", "words")
+_BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class SCFGConfig:
+    """Parameters of semantic-aware classifier-free guidance. Immutable; use `replace` for a changed copy.
+
+    Args:
+        fidelity: `"official"` reproduces the published code, `"paper"` the published equations (see `paper`).
+        cell: latent pixels per side of one cell of the region mask (R in the code).
+        levels: downsampling factors of the attention layers to capture, or `"auto"`: `cell` and `2 * cell`, as far as
+            the model has them.
+        layers: names of the transformer blocks to capture, as in `unet.named_modules()`, or `"auto"`: all at these
+            levels.
+        powers: R of the completion, (S + (R-1) S S)/R in `"official"`, mean of S^1..S^R in `"paper"`.
+        blur_sigma: 3x3 smoothing of the maps and of the rate; acts as sigma * sqrt(2), as the published code does. 0
+            for none.
+        rate_min: lower clamp of a region's rate; None for no bound.
+        rate_max: upper clamp of a region's rate; None for no bound.
+        max_scale: upper bound of rate * guidance_scale, applied last, so it wins over `rate_min`; None for no bound. At
+            a guidance_scale of max_scale / rate_min or more every rate is max_scale / guidance_scale.
+        start: fraction of the steps after which S-CFG begins; before it, plain guidance.
+        stop: fraction of the steps at which it ends.
+        reuse_every: find the regions at every n-th guided step and reuse them in between; the rates follow every step.
+        tokens: `"all"`: start, end and padding tokens own regions too, as in the code; `"words"`: only the prompt's
+            words do.
+        backend: `"auto"`, `"triton"` or `"torch"`; explicit means that or an error that lists every reason.
+
+    Raises:
+        ValueError: a value is out of range; the message lists every one.
+    """
+
+    fidelity: str = "official"
+    cell: int = 4
+    levels: str | tuple[int, ...] = "auto"
+    layers: str | tuple[str, ...] = "auto"
+    powers: int = 4
+    blur_sigma: float = 0.5
+    rate_min: float | None = 0.8
+    rate_max: float | None = 3.0
+    max_scale: float | None = 15.0
+    start: float = 0.0
+    stop: float = 1.0
+    reuse_every: int = 1
+    tokens: str = "all"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, (list, set, frozenset, range)):
+                object.__setattr__(self, name, tuple(value))
+        reasons = list(self._reasons())
+        if reasons:
+            raise ValueError("SCFGConfig: " + "; ".join(reasons))
+
+    def _reasons(self):
+        if self.fidelity not in _FIDELITIES:
+            yield f"fidelity={self.fidelity!r} is unknown, use one of {_FIDELITIES}"
+        if self.tokens not in _TOKENS:
+            yield f"tokens={self.tokens!r} is unknown, use one of {_TOKENS}"
+        if self.backend not in _BACKENDS:
+            yield f"backend={self.backend!r} is unknown, use one of {_BACKENDS}"
+        for name in ("cell", "powers", "reuse_every"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                yield f"{name} must be an integer of at least 1, got {value!r}"
+        if _is_int(self.cell) and self.cell >= 1 and self.cell & (self.cell - 1):
+            yield f"cell must be a power of two, got {self.cell}"
+        if self.levels != "auto":
+            factors = self.levels if isinstance(self.levels, tuple) else ()
+            if not factors or not all(_is_int(r) and r >= 1 and r & (r - 1) == 0 for r in factors):
+                yield f"levels must be 'auto' or a list of downsampling factors such as [4, 8], got {self.levels!r}"
+        if self.layers != "auto":
+            names = self.layers if isinstance(self.layers, tuple) else ()
+            if not names or not all(isinstance(name, str) for name in names):
+                yield f"layers must be 'auto' or a list of transformer block names, got {self.layers!r}"
+        if not _is_number(self.blur_sigma) or not 0.0 <= self.blur_sigma < float("inf"):
+            yield f"blur_sigma must be a number of at least 0, got {self.blur_sigma!r}"
+        for name in ("rate_min", "rate_max", "max_scale"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not 0.0 <= value < float("inf")):
+                yield f"{name} must be a number of at least 0, or None for no bound, got {value!r}"
+        if _is_number(self.rate_min) and _is_number(self.rate_max) and self.rate_min > self.rate_max:
+            yield f"rate_min must not exceed rate_max, got {self.rate_min} and {self.rate_max}"
+        if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start <= self.stop <= 1.0):
+            yield f"start and stop must satisfy 0 <= start <= stop <= 1, got {self.start!r} and {self.stop!r}"
+
+    @classmethod
+    def official(cls, **overrides: Any) -> SCFGConfig:
+        """The published code's behaviour (the defaults), with `overrides`."""
+        return cls(**overrides)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> SCFGConfig:
+        """The published equations: mean of the powers S^1..S^4, argmax masks, no smoothing, no clamps; with
+        `overrides`.
+
+        Where the paper is silent: the norm in eq. 13 is the region mean of per-pixel norms, the only reading under
+            which a constant
+        field has rate 1; the start token's map comes from the unconditional half and foreground is where it is below
+        its spatial mean, as in the code; an empty foreground means rate 1; the captured layers are those of the code.
+        """
+        values = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
+        return cls(**{**values, **overrides})
+
+    def replace(self, **changes: Any) -> SCFGConfig:
+        """A copy with `changes`. Raises ValueError for a name that is not a parameter."""
+        _refuse_unknown(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SCFGConfig:
+        """Inverse of `to_dict`. Raises ValueError for a name that is not a parameter."""
+        _refuse_unknown(values)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> SCFGConfig:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"SCFGConfig: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Write `scfg_config.json` into `folder` (made if missing), whole or not at all. Returns its path."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> SCFGConfig:
+        """Read `scfg_config.json` from `folder`. Raises FileNotFoundError if it is not there."""
+        return cls.from_json((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _refuse_unknown(values: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(SCFGConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"SCFGConfig: unknown parameters {unknown}; known are {known}")

@@ -1,0 +1,224 @@
+"""The guidance of one pipeline call: a pre-hook and a hook on the denoiser, alive for that call only.
+
+The pipeline computes  u + s (t - u)  from the two halves [u; t] that the denoiser returns. S-CFG wants  f = u + s r (t
+- u)  with a rate map r, and reaches it by changing what the denoiser returns:
+
+    both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
+    u alone       (u - s/(s-1) (r-1) (t-u), t)        for pipelines that read t again, as guidance_rescale does
+
+The first is taken unless somebody reads t. Steps that are not guided return the denoiser's own output object,
+untouched. No value is read back from the device: all decisions rest on shapes and Python numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scfg_kernels import guide, segment
+
+from .capture import BlockInfo, collect
+from .config import SCFGConfig
+from .processors import CrossAttentionCapture, SelfAttentionCapture
+from .regions import Regions
+
+# Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
+MIN_SCALE_OF_REWRITE = 1.05
+
+
+class SCFGWarning(UserWarning):
+    """S-CFG left a step or a layer to plain guidance; the message says why and what to do."""
+
+
+class SCFGError(RuntimeError):
+    """Under `strict=True`: what would have been an `SCFGWarning`."""
+
+
+@dataclass
+class Stats:
+    """What the last pipeline call did.
+
+    Attributes:
+        layers: names of the captured transformer blocks.
+        backend: the backend of every operator, `"torch"` or `"triton"`; empty before the first call.
+        bytes: bytes of maps kept from the layers to the end of a step (the largest step).
+        steps_applied: denoising steps guided by S-CFG.
+        steps_skipped: reason -> number of steps that were left to plain guidance.
+    """
+
+    layers: tuple[str, ...] = ()
+    backend: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    steps_applied: int = 0
+    steps_skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CapturedBlock:
+    """A block and its two processors; kept between calls, so that compiled graphs find the same objects."""
+
+    info: BlockInfo
+    own: SelfAttentionCapture
+    cross: CrossAttentionCapture
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What the hooks must know about the pipeline call; callables are read at every step, because callbacks may change
+    them.
+
+    Attributes:
+        samples: images in this call (prompts times images per prompt).
+        guidance_scale: s as the pipeline will use it in this step; at most 1 means that guidance is off.
+        guidance_rescale: phi of the pipeline; above 0 it reads the conditional half again.
+        num_steps: denoising steps of this call.
+        token_mask: [samples, T] bool, which tokens may own regions, or None.
+    """
+
+    samples: int
+    guidance_scale: Callable[[], float]
+    guidance_rescale: Callable[[], float]
+    num_steps: Callable[[], int]
+    token_mask: torch.Tensor | None = None
+
+
+class GuidanceHook:
+    """Applies S-CFG to every step of one call. `install` it on the denoiser, `remove` it in a `finally`."""
+
+    def __init__(
+        self,
+        config: SCFGConfig,
+        blocks: Sequence[CapturedBlock],
+        context: CallContext,
+        stats: Stats,
+        on_regions: Callable[[int, Regions], None] | None,
+        strict: bool,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.context = context
+        self.stats = stats
+        self.on_regions = on_regions
+        self.strict = strict
+        self.regions: Regions | None = None
+        self._step = -1
+        self._guided_steps = 0
+        self._capturing = False
+        self._skip: str | None = None
+        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = (
+            None  # token_index, foreground, number of tokens
+        )
+        self._latent_size: tuple[int, int] = (0, 0)
+        self._scale: tuple[float, torch.Tensor] | None = None
+        self._warned: set[str] = set()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def install(self, denoiser: torch.nn.Module) -> None:
+        self._handles = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        self._step += 1
+        self._latent_size = tuple(sample.shape[-2:])
+        self._skip = self._reason_to_skip(sample)
+        due = self._segments is None or self._guided_steps % self.config.reuse_every == 0
+        self._capturing = self._skip is None and due
+        for block in self.blocks:
+            block.own.active = block.cross.active = self._capturing
+
+    def _reason_to_skip(self, sample: torch.Tensor) -> str | None:
+        """Why this step is left to plain guidance, or None. The user's own choices are not worth a warning."""
+        scale = self.context.guidance_scale()
+        if not scale > 1.0:
+            return self._complain(
+                f"guidance is off (guidance_scale={scale:g}): there is nothing to scale. Pass guidance_scale > 1."
+            )
+        steps = self.context.num_steps()
+        if not int(self.config.start * steps) <= self._step < int(self.config.stop * steps):
+            return f"outside start={self.config.start:g}, stop={self.config.stop:g}"
+        if sample.shape[0] != 2 * self.context.samples:
+            return self._complain(
+                f"the denoiser ran on {sample.shape[0]} samples, S-CFG expected {2 * self.context.samples} (an "
+                f"unconditional and a conditional half of {self.context.samples})."
+            )
+        if self.context.guidance_rescale() > 0.0 and scale < MIN_SCALE_OF_REWRITE:
+            return self._complain(
+                f"guidance_rescale with guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} would magnify rounding. "
+                "Raise guidance_scale or set guidance_rescale=0."
+            )
+        return None
+
+    def _complain(self, message: str) -> str:
+        """Warn once per call, or raise under strict. Returns the message."""
+        if self.strict:
+            raise SCFGError(f"scfg_fast (strict): {message}")
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"scfg_fast: {message} Plain guidance is used instead.", SCFGWarning, stacklevel=2)
+        return message
+
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
+        if self._skip is None and self._capturing:
+            self._find_regions()
+        if self._skip is None and self._segments is None:
+            self._skip = self._complain("no captured layer left a usable attention map.")
+        if self._skip is not None:
+            self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
+            return None
+        prediction = output[0]
+        rewritten = self._guide(prediction)
+        self._guided_steps += 1
+        self.stats.steps_applied += 1
+        if self.on_regions is not None:
+            self.on_regions(self._step, self.regions)
+        if isinstance(output, tuple):
+            return (rewritten, *output[1:])
+        return type(output)(**{**output, next(iter(output)): rewritten})
+
+    def _find_regions(self) -> None:
+        """Segment this step's maps; keep the previous regions if no layer left any (block caching)."""
+        config = self.config
+        maps = collect([(block.info, block.cross) for block in self.blocks], *self._latent_size, config.cell)
+        if maps.missing and maps.tokens:
+            self._complain(f"layers {maps.missing} left no usable attention map and were ignored.")
+        if not maps.tokens:
+            return
+        token_index, foreground = segment(
+            maps.tokens, maps.start, maps.sizes, maps.size,
+            blur_sigma=config.blur_sigma, token_mask=self.context.token_mask, backend=config.backend,
+        )  # fmt: skip
+        self._segments = (token_index, foreground, maps.tokens[0].shape[1])
+        self.stats.bytes = max(self.stats.bytes, maps.nbytes)
+
+    def _guide(self, prediction: torch.Tensor) -> torch.Tensor:
+        """[u; t] -> what to return in its place, same shape and dtype. Records the regions."""
+        config = self.config
+        token_index, foreground, num_tokens = self._segments  # type: ignore[misc]
+        uncond, cond = prediction.chunk(2)
+        reread = self.context.guidance_rescale() > 0.0
+        result, rate = guide(
+            uncond, cond, token_index, foreground, self._scale_tensor(cond),
+            num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
+            max_scale=config.max_scale, blur_sigma=config.blur_sigma, fidelity=config.fidelity,
+            rewrite="unconditional" if reread else "guided", backend=config.backend,
+        )  # fmt: skip
+        self.regions = Regions(self._step, token_index, foreground, rate)
+        return torch.cat([result, cond if reread else result])
+
+    def _scale_tensor(self, like: torch.Tensor) -> torch.Tensor:
+        """The guidance scale as a 0-dim tensor on the device, filled again only when its value changes."""
+        scale = float(self.context.guidance_scale())
+        if self._scale is None or self._scale[0] != scale or self._scale[1].device != like.device:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._scale = (scale, torch.full((), scale, dtype=dtype, device=like.device))
+        return self._scale[1]

@@ -1,0 +1,346 @@
+"""enable, disable, disabled, supports: putting S-CFG into a pipeline and taking it out again.
+
+`enable` changes one thing: the pipeline object's class becomes a subclass, with the same name, whose `__call__`
+installs the processors and the hooks, runs the original call, and restores everything in a `finally`. Between calls the
+model is stock: the same processor objects, no hooks. So loading adapters, switching attention backends, compiling,
+saving and `from_pipe` see what they expect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from scfg_kernels import available_backends
+
+from .capture import choose_layers
+from .config import SCFGConfig
+from .hooks import CallContext, CapturedBlock, GuidanceHook, Stats
+from .processors import CrossAttentionCapture, SelfAttentionCapture, find_blocks, wrap_block
+from .regions import Regions
+
+_HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
+_INSTALL_LOCK = threading.Lock()
+
+
+class UnsupportedPipelineError(ValueError):
+    """The pipeline cannot run S-CFG; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a pipeline can run S-CFG.
+
+    Attributes:
+        supported: True if `enable` will accept it.
+        reasons: why not; empty if supported.
+        layers: names of the transformer blocks that would be captured with the given configuration.
+    """
+
+    supported: bool
+    reasons: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.supported:
+            return f"supported: {len(self.layers)} layers captured ({', '.join(self.layers)})"
+        return "not supported: " + "; ".join(self.reasons)
+
+
+class Handle:
+    """What `enable` returns: the configuration, and what the last call did.
+
+    Attributes:
+        config: the configuration of the next call; assign another `SCFGConfig` to change it.
+        on_regions: called as `on_regions(step, regions)` after every guided step, or None.
+        strict: raise instead of warning where S-CFG must leave a step to plain guidance.
+        stats: `Stats` of the last call.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._original_class = type(pipe)
+        self._enabled = True
+        self._blocks: list[CapturedBlock] = []
+        self._blocks_of: tuple = ()
+        self._regions: Regions | None = None
+        self.config = SCFGConfig()
+        self.on_regions: Callable[[int, Regions], None] | None = None
+        self.strict = False
+        self.stats = Stats()
+
+    @property
+    def regions(self) -> Regions | None:
+        """A copy of the regions of the last guided step, or None before the first."""
+        return None if self._regions is None else self._regions.clone()
+
+    def disable(self) -> None:
+        """Take S-CFG out of the pipeline; the same as `scfg_fast.disable(pipe)`."""
+        pipe = self._pipe()
+        if pipe is not None:
+            disable(pipe)
+
+    def __repr__(self) -> str:
+        return f"<scfg_fast.Handle on {self._original_class.__name__}: {self.stats.steps_applied} steps applied>"
+
+    def _call(self, pipe: DiffusionPipeline, args: tuple, kwargs: dict, overrides: dict[str, Any] | None) -> Any:
+        """Run the original `__call__` with S-CFG installed."""
+        original = self._original_class.__call__
+        overrides = dict(overrides or {})
+        enabled = overrides.pop("enabled", True)
+        config = self.config.replace(**overrides) if overrides else self.config
+        self._regions, self.stats = None, Stats()
+        if not (self._enabled and enabled):
+            return original(pipe, *args, **kwargs)
+        try:
+            bound = inspect.signature(original).bind(pipe, *args, **kwargs)
+        except TypeError:
+            return original(pipe, *args, **kwargs)  # raises the pipeline's own error about its arguments
+        bound.apply_defaults()
+        context = _call_context(pipe, bound.arguments, config)
+        if context is None:
+            return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
+        blocks = self._captured_blocks(_unwrap(pipe.unet), config)
+        device_type = pipe.device.type
+        self.stats.layers = tuple(block.info.name for block in blocks)
+        self.stats.backend = {
+            op: chosen if config.backend == "auto" else config.backend
+            for op, (chosen, _) in available_backends(device_type).items()
+        }
+        hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
+        with _installed(_unwrap(pipe.unet), blocks):
+            try:
+                hook.install(pipe.unet)
+                return original(pipe, *args, **kwargs)
+            finally:
+                hook.remove()
+
+    def _publish(self, step: int, regions: Regions) -> None:
+        self._regions = regions
+        if self.on_regions is not None:
+            self.on_regions(step, regions)
+
+    def _captured_blocks(self, unet: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
+        """Processors for the chosen blocks: those of the last call, unless something under them changed."""
+        modules = {info.name: (info, module) for info, module in find_blocks(unet)}
+        chosen = choose_layers([info for info, _ in modules.values()], config)
+        inner = tuple(
+            (info.name, modules[info.name][1].attn1.processor, modules[info.name][1].attn2.processor) for info in chosen
+        )
+        if any(isinstance(p, (SelfAttentionCapture, CrossAttentionCapture)) for _, *pair in inner for p in pair):
+            raise RuntimeError(
+                "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one "
+                "after another."
+            )
+        capture_settings = (config.fidelity, config.powers, config.backend)
+        key = (unet, inner, capture_settings)
+        if not _same_objects(key, self._blocks_of):
+            self._blocks = [CapturedBlock(info, *wrap_block(modules[info.name][1], config)) for info in chosen]
+            self._blocks_of = key
+        return self._blocks
+
+
+def _same_objects(a: tuple, b: tuple) -> bool:
+    """Whether two keys of `_captured_blocks` name the same model, the same processor objects and the same settings."""
+    if not a or not b or a[0] is not b[0] or a[2] != b[2] or len(a[1]) != len(b[1]):
+        return False
+    return all(x[0] == y[0] and x[1] is y[1] and x[2] is y[2] for x, y in zip(a[1], b[1], strict=True))
+
+
+def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module under a `torch.compile` wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+@contextlib.contextmanager
+def _installed(unet: torch.nn.Module, blocks: list[CapturedBlock]) -> Iterator[None]:
+    """The capture processors in place of the user's, which come back, the very objects, whatever happens."""
+    replaced = []
+    try:
+        with _INSTALL_LOCK:
+            for block in blocks:
+                module = unet.get_submodule(block.info.name)
+                for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
+                    replaced.append((attn, attn.processor))
+                    attn.set_processor(processor)
+        yield
+    finally:
+        for attn, processor in reversed(replaced):
+            attn.set_processor(processor)
+        for block in blocks:
+            block.own.self_map = block.cross.tokens = block.cross.start = None
+
+
+def _call_context(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> CallContext | None:
+    """Read the batch and the guidance from the bound arguments; None if the call names no prompt."""
+    prompt = arguments.get("prompt")
+    embeds = arguments.get("prompt_embeds")
+    if isinstance(prompt, str):
+        prompts: list[str] | None = [prompt]
+    elif isinstance(prompt, (list, tuple)):
+        prompts = list(prompt)
+    else:
+        prompts = None
+    if prompts is None and embeds is None:
+        return None
+    per_prompt = arguments.get("num_images_per_prompt") or 1
+    samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
+    mask = None
+    if config.tokens == "words":
+        if prompts is None:
+            raise ValueError("scfg_fast: tokens='words' needs the prompt's text; with prompt_embeds use tokens='all'")
+        mask = word_mask(pipe.tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
+    return CallContext(
+        samples=samples,
+        guidance_scale=lambda: float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0,
+        guidance_rescale=lambda: float(pipe.guidance_rescale),
+        num_steps=lambda: pipe.num_timesteps,
+        token_mask=mask,
+    )
+
+
+def word_mask(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
+    """[len(prompts), T] bool: the tokens of the prompt's own words. A prompt without words keeps all its tokens."""
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    position = torch.arange(ids.shape[1])
+    end = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
+    mask = (position > 0) & (position < end)
+    return mask | ~mask.any(1, keepdim=True)
+
+
+def _new_plain(cls: type) -> Any:
+    """An empty object of a pipeline class, to be filled with a copied state."""
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _intercepted(base: type) -> type:
+    """A subclass of a pipeline class, with its name, whose call goes through the handle."""
+
+    def __call__(self, *args, scfg_kwargs: dict[str, Any] | None = None, **kwargs):
+        handle = _HANDLES.get(self)
+        if handle is None:
+            return base.__call__(self, *args, **kwargs)
+        return handle._call(self, args, kwargs, scfg_kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # Copies and pickles are plain pipelines: S-CFG belongs to the object that enable() was called on.
+        _, _, *rest = base.__reduce_ex__(self, protocol)
+        return (_new_plain, (base,), *rest)
+
+    signature = inspect.signature(base.__call__)
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter("scfg_kwargs", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="dict | None")
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, extra)
+    __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    __call__.__doc__ = base.__call__.__doc__
+    namespace = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Support:
+    """Whether `enable(pipe, config)` will work, with every reason if not. Changes nothing.
+
+    Args:
+        pipe: any diffusers pipeline.
+        config: the configuration to judge; default `SCFGConfig()`.
+    """
+    config = config or SCFGConfig()
+    if not isinstance(pipe, StableDiffusionPipeline):
+        name = type(pipe).__name__
+        return Support(
+            False, [f"{name} is not supported yet; this version supports StableDiffusionPipeline (SD 1.x and 2.x)"]
+        )
+    unet = _unwrap(pipe.unet)
+    if not isinstance(unet, UNet2DConditionModel):
+        return Support(
+            False, [f"the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a UNet2DConditionModel"]
+        )
+    reasons = []
+    if unet.config.time_cond_proj_dim is not None:
+        reasons.append("the UNet is distilled (time_cond_proj_dim): it runs without classifier-free guidance")
+    layers: list[str] = []
+    try:
+        layers = [info.name for info in choose_layers([info for info, _ in find_blocks(unet)], config)]
+    except ValueError as error:
+        reasons.append(str(error))
+    if config.backend == "triton":
+        for op, (_, why) in available_backends(pipe.device).items():
+            if why:
+                reasons.append(f"backend='triton': {op}: {', '.join(why)}")
+    return Support(not reasons, reasons, layers)
+
+
+def enable(
+    pipe: DiffusionPipeline,
+    config: SCFGConfig | None = None,
+    *,
+    on_regions: Callable[[int, Regions], None] | None = None,
+    strict: bool = False,
+) -> Handle:
+    """Turn semantic-aware guidance on for a pipeline object. Every later `pipe(...)` uses it, until `disable`.
+
+    Args:
+        pipe: an unmodified diffusers pipeline (see `supports`).
+        config: parameters; default `SCFGConfig()`, the published code's.
+        on_regions: called as `on_regions(step, regions)` after every guided step.
+        strict: raise `SCFGError` instead of warning when a step or a layer must be left to plain guidance.
+
+    Returns:
+        The pipeline's handle. A second call on the same pipeline changes the settings of the same handle.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline cannot run S-CFG; lists every reason.
+
+    Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and any `SCFGConfig` field may be
+    overridden the same way.
+    """
+    config = config or SCFGConfig()
+    support = supports(pipe, config)
+    if not support.supported:
+        raise UnsupportedPipelineError(f"scfg_fast.enable: {'; '.join(support.reasons)}")
+    handle = _HANDLES.get(pipe)
+    if handle is None:
+        handle = Handle(pipe)
+        pipe.__class__ = _intercepted(type(pipe))
+        _HANDLES[pipe] = handle
+    handle.config, handle.on_regions, handle.strict = config, on_regions, strict
+    return handle
+
+
+def disable(pipe: DiffusionPipeline) -> None:
+    """Take S-CFG out of a pipeline. Harmless if it is not in."""
+    handle = _HANDLES.pop(pipe, None)
+    if handle is not None:
+        pipe.__class__ = handle._original_class
+
+
+@contextlib.contextmanager
+def disabled(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Plain guidance inside the block, bit-identical to a pipeline without S-CFG. Harmless if it is not in."""
+    handle = _HANDLES.get(pipe)
+    before = handle._enabled if handle is not None else False
+    try:
+        if handle is not None:
+            handle._enabled = False
+        yield
+    finally:
+        if handle is not None:
+            handle._enabled = before

@@ -1,0 +1,210 @@
+"""Attention processors that feed the capture, and the walk that finds where to put them in a UNet.
+
+A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
+of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
+before the next block.
+
+Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
+as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
+own) the output is that processor's own, and the map is computed beside it from `to_q` and `to_k`.
+
+Everything is stored on the processor object, and results are functional: with `torch.compile(fullgraph=True)` they
+become outputs of the one graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from scfg_kernels import attention_map, complete, cross_attention_map, self_attention_map
+
+from .capture import BlockInfo
+from .config import SCFGConfig
+
+
+def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
+    """[B, N, H * d] -> [B, H, N, d], a view."""
+    return x.view(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
+
+
+def _flatten_image(hidden_states: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, H * W, C]; three-dimensional input as it is."""
+    return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+
+
+def _query_key(
+    attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k [B, H, N, d], and the states that values are projected from, as `AttnProcessor2_0` has them."""
+    hidden_states = _flatten_image(hidden_states)
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    query = _heads(attn, attn.to_q(hidden_states))
+    if encoder_hidden_states is None:
+        encoder_hidden_states = hidden_states
+    elif attn.norm_cross:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    key = _heads(attn, attn.to_k(encoder_hidden_states))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, encoder_hidden_states
+
+
+def _finish(attn: Attention, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Attention output [B, H, N, d] -> the layer's output, shaped like `hidden_states`."""
+    result = attn.to_out[0](out.transpose(1, 2).flatten(2))
+    result = attn.to_out[1](result)
+    if hidden_states.ndim == 4:
+        result = result.transpose(-1, -2).reshape(hidden_states.shape)
+    if attn.residual_connection:
+        result = result + hidden_states
+    return result / attn.rescale_output_factor
+
+
+class _Capture:
+    """Common part: wraps the user's processor and computes the head-mean map beside its output.
+
+    Attributes:
+        inner: the processor that the layer had; put back by the caller after the pipeline call.
+        active: whether this step needs maps; if not, the inner processor runs alone.
+    """
+
+    fused_op = staticmethod(self_attention_map)
+
+    def __init__(self, inner, config: SCFGConfig) -> None:
+        self.inner = inner
+        self.active = True
+        self.backend = config.backend
+        self.fused = type(inner) is AttnProcessor2_0
+
+    def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs):
+        """The layer's output, and the map [B, N, T] or None if this call cannot be captured."""
+        capture = self.active and attention_mask is None and attn.spatial_norm is None
+        if not (capture and self.fused):
+            out = self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            if not capture:
+                return out, None
+            # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
+            text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+            query, key, _ = _query_key(attn, hidden_states, text)
+            return out, attention_map(query, key, backend=self.backend)
+        query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
+        value = _heads(attn, attn.to_v(value_states))
+        out, head_mean = self.fused_op(query, key, value, backend=self.backend)
+        return _finish(attn, out, hidden_states), head_mean
+
+
+class SelfAttentionCapture(_Capture):
+    """Processor of a captured self-attention layer. `self_map` [2B, N, N] lives until the cross-attention takes it."""
+
+    def __init__(self, inner, config: SCFGConfig) -> None:
+        super().__init__(inner, config)
+        self.self_map: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        out, self.self_map = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        return out
+
+
+class CrossAttentionCapture(_Capture):
+    """Processor of a captured cross-attention layer, the second of its block.
+
+    Expects a batch of [unconditional; conditional] samples in equal halves. After the layer has run:
+        tokens [B, T, N]: completed maps of the conditional samples, or None.
+        start [B, N]: completed start-token map of the unconditional samples, or None.
+    """
+
+    fused_op = staticmethod(cross_attention_map)
+
+    def __init__(self, inner, source: SelfAttentionCapture, config: SCFGConfig) -> None:
+        super().__init__(inner, config)
+        self.source = source
+        self.fidelity = config.fidelity
+        self.powers = config.powers
+        self.tokens: torch.Tensor | None = None
+        self.start: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        out, cross_map = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        self_map, self.source.self_map = self.source.self_map, None
+        if self_map is None or cross_map is None or self_map.shape[1] != cross_map.shape[1]:
+            self.tokens = self.start = None
+            return out
+        self.tokens, self.start = complete(
+            self_map, cross_map, unconditional=cross_map.shape[0] // 2, fidelity=self.fidelity, powers=self.powers,
+            backend=self.backend,
+        )  # fmt: skip
+        return out
+
+
+@functools.cache
+def _with_signature_of(base: type, inner: type) -> type:
+    """`base` with the call signature of `inner`: diffusers drops keyword arguments that the signature does not name."""
+
+    def __call__(self, *args, **kwargs):
+        return base.__call__(self, *args, **kwargs)
+
+    __call__.__signature__ = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+
+
+def _class_for(base: type, inner: object) -> type:
+    return base if type(inner) is AttnProcessor2_0 else _with_signature_of(base, type(inner))
+
+
+def wrap_block(block: BasicTransformerBlock, config: SCFGConfig) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
+    """The pair of processors for one block, around those that it has now. Installs nothing."""
+    inner_self, inner_cross = block.attn1.processor, block.attn2.processor
+    own = _class_for(SelfAttentionCapture, inner_self)(inner_self, config)
+    cross = _class_for(CrossAttentionCapture, inner_cross)(inner_cross, own, config)
+    return own, cross
+
+
+def find_blocks(unet: torch.nn.Module) -> Iterator[tuple[BlockInfo, BasicTransformerBlock]]:
+    """Every transformer block of a UNet with a self- and a cross-attention layer over image tokens, in the order of the
+    model.
+
+    Its level comes from the structure: the downsamplers before it minus the upsamplers before it.
+    """
+    level = 1
+    stages = [(f"down_blocks.{i}", stage) for i, stage in enumerate(getattr(unet, "down_blocks", []))]
+    if getattr(unet, "mid_block", None) is not None:
+        stages.append(("mid_block", unet.mid_block))
+    stages += [(f"up_blocks.{i}", stage) for i, stage in enumerate(getattr(unet, "up_blocks", []))]
+    for stage_name, stage in stages:
+        for name, module in stage.named_modules():
+            if not isinstance(module, BasicTransformerBlock) or module.attn2 is None:
+                continue
+            if not module.attn1.is_cross_attention and module.attn2.is_cross_attention:
+                yield BlockInfo(f"{stage_name}.{name}", level), module
+        if getattr(stage, "downsamplers", None):
+            level *= 2
+        if getattr(stage, "upsamplers", None):
+            level //= 2

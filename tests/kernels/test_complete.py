@@ -1,0 +1,138 @@
+"""`complete` against the N x N products of the literal reference."""
+
+import pytest
+import torch
+from scfg_kernels import complete
+from scfg_kernels.testing import Recorder, assert_as_accurate_as
+
+from tests.kernels.cases import BATCH_NOISE, DTYPES, by_name, random_maps
+from tests.reference import official
+
+REFERENCES = {"official": official.official_completion, "paper": official.paper_completion}
+SIZES = {
+    # name: (batch, image tokens, text tokens)
+    "one-cell": (1, 1, 77),
+    "one-token": (2, 64, 1),
+    "two-tokens": (1, 63, 2),
+    "63": (2, 63, 77),
+    "250": (1, 250, 78),
+    "256": (2, 256, 77),
+}
+
+
+@pytest.mark.parametrize("dtype", **by_name(DTYPES))
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+@pytest.mark.parametrize("size", **by_name(SIZES))
+def test_as_accurate_as_the_literal_products(rng, size, fidelity, dtype):
+    batch, n, tokens = size
+    s = random_maps(rng, batch, n, n, dtype=dtype)
+    c = random_maps(rng, batch, n, tokens, dtype=dtype)
+    reference = REFERENCES[fidelity]
+    result, start = complete(s, c, fidelity=fidelity)
+    assert result.shape == (batch, tokens, n) and result.dtype == dtype and result.is_contiguous()
+    assert start.shape == (0, n)
+    assert_as_accurate_as(result, reference(s, c).mT, reference(s.double(), c.double()).mT)
+
+
+@pytest.mark.parametrize("powers", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_number_of_powers(rng, fidelity, powers):
+    s, c = random_maps(rng, 2, 63, 63).double(), random_maps(rng, 2, 63, 77).double()
+    expected = REFERENCES[fidelity](s, c, powers).mT
+    torch.testing.assert_close(complete(s, c, fidelity=fidelity, powers=powers)[0], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+@pytest.mark.parametrize("unconditional", [0, 1, 2, 4])
+def test_unconditional_samples_keep_only_the_start_token(rng, unconditional, fidelity):
+    s, c = random_maps(rng, 4, 64, 64), random_maps(rng, 4, 64, 77)
+    tokens, start = complete(s, c, unconditional=unconditional, fidelity=fidelity)
+    everything, _ = complete(s, c, fidelity=fidelity)
+    assert tokens.shape == (4 - unconditional, 77, 64) and start.shape == (unconditional, 64)
+    assert start.is_contiguous() and tokens.is_contiguous()
+    torch.testing.assert_close(tokens, everything[unconditional:], rtol=BATCH_NOISE, atol=0)
+    torch.testing.assert_close(start, everything[:unconditional, 0], rtol=BATCH_NOISE, atol=0)
+
+
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_the_other_tokens_of_an_unconditional_sample_are_one_minus_the_start_token(rng, fidelity):
+    """The identity that lets the unconditional half be one column."""
+    s, c = random_maps(rng, 1, 64, 64), random_maps(rng, 1, 64, 77)
+    _, start = complete(s, c, unconditional=1, fidelity=fidelity)
+    others = REFERENCES[fidelity](s.double(), c.double())[:, :, 1:].sum(-1)
+    torch.testing.assert_close(1 - start.double(), others, rtol=0, atol=1e-6)  # the maps are rounded to fp32
+
+
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_no_product_of_two_image_maps(rng, fidelity):
+    n, tokens = 256, 77
+    s, c = random_maps(rng, 4, n, n), random_maps(rng, 4, n, tokens)
+    with Recorder() as recorder:
+        complete(s, c, unconditional=2, fidelity=fidelity)
+    assert recorder.products, "the operator multiplies matrices; the recorder must have seen them"
+    recorder.assert_no_product(n, n, n)
+    # Views of S are all that is as large as S.
+    large = {seen.op for seen in recorder.made if seen.numel > c.numel()}
+    assert large <= {"slice", "transpose", "view", "expand", "_unsafe_view"}
+
+
+def test_half_precision_cross_map_with_fp32_self_map(rng):
+    s, c = random_maps(rng, 1, 63, 63), random_maps(rng, 1, 63, 77, dtype=torch.float16)
+    result, _ = complete(s, c)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, complete(s, c.float())[0])
+
+
+def test_strided_maps_give_the_contiguous_result(rng):
+    s, c = random_maps(rng, 2, 63, 63), random_maps(rng, 2, 63, 77)
+    wide_s, wide_c = s.new_full((2, 65, 70), torch.nan), c.new_full((2, 63, 2 * 77), torch.nan)
+    strided_s, strided_c = wide_s[:, 1:64, 3:66].copy_(s), wide_c[..., ::2].copy_(c)
+    for ours, theirs in zip(
+        complete(strided_s, strided_c, unconditional=1), complete(s, c, unconditional=1), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=BATCH_NOISE, atol=0)
+
+
+def test_expanded_maps_give_the_contiguous_result(rng):
+    s, c = random_maps(rng, 1, 63, 63).expand(3, -1, -1), random_maps(rng, 1, 63, 77).expand(3, -1, -1)
+    torch.testing.assert_close(complete(s, c)[0], complete(s.clone(), c.clone())[0], rtol=BATCH_NOISE, atol=0)
+
+
+def test_a_batch_equals_its_samples_alone(rng):
+    s, c = random_maps(rng, 3, 64, 64), random_maps(rng, 3, 64, 77)
+    alone = torch.cat([complete(s[i : i + 1], c[i : i + 1])[0] for i in range(3)])
+    torch.testing.assert_close(complete(s, c)[0], alone, rtol=BATCH_NOISE, atol=0)
+
+
+def test_a_permuted_batch_is_permuted_bit_for_bit(rng):
+    s, c = random_maps(rng, 3, 64, 64), random_maps(rng, 3, 64, 77)
+    order = [2, 0, 1]
+    assert torch.equal(complete(s[order], c[order])[0], complete(s, c)[0][order])
+
+
+def test_repeats_are_bit_equal_and_inputs_are_left_alone(rng):
+    s, c = random_maps(rng, 2, 64, 64), random_maps(rng, 2, 64, 77)
+    before = s.clone(), c.clone()
+    first, second = complete(s, c, unconditional=1), complete(s, c, unconditional=1)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert torch.equal(s, before[0]) and torch.equal(c, before[1])
+
+
+@pytest.mark.parametrize("unconditional", [0, 1, 2])
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_opcheck(rng, fidelity, unconditional):
+    s, c = random_maps(rng, 2, 9, 9), random_maps(rng, 2, 9, 7)
+    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, (s, c, unconditional, fidelity, 4, "torch"))
+
+
+@pytest.mark.parametrize("powers", [1, 4])
+def test_opcheck_of_powers(rng, powers):
+    s, c = random_maps(rng, 2, 9, 9), random_maps(rng, 2, 9, 7)
+    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, (s, c, 1, "official", powers, "torch"))
+
+
+def test_compiles_as_one_graph(rng):
+    s, c = random_maps(rng, 2, 9, 9), random_maps(rng, 2, 9, 7)
+    compiled = torch.compile(complete, fullgraph=True, backend="aot_eager")
+    results, expected = compiled(s, c, unconditional=1), complete(s, c, unconditional=1)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(results, expected, strict=True))

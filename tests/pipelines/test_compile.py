@@ -1,0 +1,64 @@
+"""torch.compile(unet, fullgraph=True) with the capture on: one graph, the same images, no growth from call to call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import scfg_fast
+from tests.pipelines.tiny import tiny_sd_pipeline
+
+
+def run(pipe, **kwargs) -> torch.Tensor:
+    options = dict(num_inference_steps=3, guidance_scale=7.5, output_type="latent") | kwargs
+    return pipe("a red cat", generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.fixture()
+def compiled():
+    """An enabled pipeline, its eager image, and the counter of the backend that its UNet is compiled with."""
+    torch._dynamo.reset()
+    pipe = tiny_sd_pipeline(sample_size=16)
+    scfg_fast.enable(pipe)
+    eager = run(pipe)
+    counter = CompileCounterWithBackend("aot_eager")
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counter)
+    yield pipe, eager, counter
+    torch._dynamo.reset()
+
+
+def test_the_compiled_denoiser_gives_the_same_image(compiled) -> None:
+    pipe, eager, counter = compiled
+    torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+    run(pipe)
+    run(pipe, guidance_scale=5.0)
+    assert counter.frame_count == 1, "another call or another scale must not compile again"
+
+
+def test_switching_off_and_on_costs_one_graph_once(compiled) -> None:
+    pipe, eager, counter = compiled
+    run(pipe)
+    plain = run(pipe, scfg_kwargs={"enabled": False})
+    assert counter.frame_count == 2
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
+        assert torch.equal(run(pipe, scfg_kwargs={"enabled": False}), plain)
+    assert counter.frame_count == 2
+
+
+def test_enable_after_compile() -> None:
+    torch._dynamo.reset()
+    pipe = tiny_sd_pipeline(sample_size=16)
+    scfg_fast.enable(pipe)
+    eager = run(pipe)
+    scfg_fast.disable(pipe)
+    plain = run(pipe)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+    scfg_fast.enable(pipe)
+    torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
+    scfg_fast.disable(pipe)
+    torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()

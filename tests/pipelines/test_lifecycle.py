@@ -1,0 +1,306 @@
+"""Enable and disable are symmetric, idempotent, survive exceptions, and leave nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+
+import scfg_fast
+from scfg_fast import SCFGConfig, UnsupportedPipelineError
+from tests.pipelines.tiny import tiny_sd_pipeline
+
+
+@pytest.fixture()
+def pipe() -> StableDiffusionPipeline:
+    return tiny_sd_pipeline(sample_size=16)
+
+
+def run(pipe, **kwargs) -> torch.Tensor:
+    options = dict(num_inference_steps=3, guidance_scale=7.5, output_type="latent") | kwargs
+    return pipe("a red cat", generator=torch.Generator().manual_seed(0), **options).images
+
+
+def state(pipe) -> tuple:
+    """Everything that S-CFG touches during a call."""
+    unet = pipe.unet
+    return dict(unet.attn_processors), dict(unet._forward_hooks), dict(unet._forward_pre_hooks)
+
+
+def assert_stock(pipe, before: tuple, plain: torch.Tensor) -> None:
+    after = state(pipe)
+    assert all(after[0][name] is processor for name, processor in before[0].items()), "not the same processor objects"
+    assert after[1:] == before[1:], "hooks were left behind"
+    assert torch.equal(run(pipe, **({"scfg_kwargs": {"enabled": False}} if pipe in _enabled else {})), plain)
+
+
+_enabled: list = []
+
+
+@pytest.fixture(autouse=True)
+def forget_enabled():
+    yield
+    _enabled.clear()
+
+
+def enable(pipe, *args, **kwargs) -> scfg_fast.Handle:
+    _enabled.append(pipe)
+    return scfg_fast.enable(pipe, *args, **kwargs)
+
+
+def test_between_calls_the_model_is_stock(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    enable(pipe)
+    assert_stock(pipe, before, plain)
+    run(pipe)
+    assert_stock(pipe, before, plain)
+
+
+def test_disable_restores_everything(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    scfg_fast.enable(pipe)
+    assert not torch.equal(run(pipe), plain)
+    scfg_fast.disable(pipe)
+    assert type(pipe) is StableDiffusionPipeline
+    assert_stock(pipe, before, plain)
+    scfg_fast.disable(pipe)
+    assert_stock(pipe, before, plain)
+
+
+def test_enable_twice_is_one_handle_with_the_new_settings(pipe) -> None:
+    first = scfg_fast.enable(pipe)
+    guided, cls = run(pipe), type(pipe)
+    second = scfg_fast.enable(pipe, SCFGConfig(rate_max=1.0))
+    assert second is first and type(pipe) is cls and second.config.rate_max == 1.0
+    scfg_fast.enable(pipe)
+    assert torch.equal(run(pipe), guided)
+    first.disable()
+    assert type(pipe) is StableDiffusionPipeline
+
+
+def test_disabled_context(pipe) -> None:
+    plain = run(pipe)
+    with scfg_fast.disabled(pipe):
+        assert torch.equal(run(pipe), plain)
+    scfg_fast.enable(pipe)
+    guided = run(pipe)
+    with scfg_fast.disabled(pipe), scfg_fast.disabled(pipe):
+        assert torch.equal(run(pipe), plain)
+    assert torch.equal(run(pipe), guided)
+    with pytest.raises(ZeroDivisionError), scfg_fast.disabled(pipe):
+        raise ZeroDivisionError
+    assert torch.equal(run(pipe), guided)
+
+
+def fail(*args, **kwargs):
+    raise ZeroDivisionError("from inside a step")
+
+
+def test_an_exception_in_a_step_callback(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    enable(pipe)
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, callback_on_step_end=fail)
+    assert_stock(pipe, before, plain)
+
+
+def test_an_exception_in_on_regions(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    enable(pipe, on_regions=fail)
+    with pytest.raises(ZeroDivisionError):
+        run(pipe)
+    assert_stock(pipe, before, plain)
+
+
+def test_an_exception_inside_the_denoiser(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    enable(pipe)
+    hook = pipe.unet.mid_block.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        run(pipe)
+    hook.remove()
+    assert_stock(pipe, before, plain)
+
+
+def test_wrong_arguments_give_the_pipelines_own_errors(pipe) -> None:
+    plain, before = run(pipe), state(pipe)
+    enable(pipe)
+    with pytest.raises(TypeError, match="unexpected keyword|got multiple values|positional"):
+        pipe("a cat", "256", 256, 3, None, None, 7.5, None, 1, 0.0, *range(20))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        run(pipe, height=100, width=100)
+    with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
+        pipe(num_inference_steps=1)
+    assert_stock(pipe, before, plain)
+
+
+def test_only_the_chosen_layers_are_replaced(pipe) -> None:
+    """Inside a call: six blocks captured, every other layer has the very processor object that the user had."""
+    before = dict(pipe.unet.attn_processors)
+    during: list[dict] = []
+
+    def look(pipe, step, timestep, tensors):
+        during.append(dict(pipe.unet.attn_processors))
+        return tensors
+
+    handle = scfg_fast.enable(pipe)
+    run(pipe, callback_on_step_end=look)
+    replaced = {name for name in before if during[0][name] is not before[name]}
+    assert len(replaced) == 12
+    assert {name.rsplit(".attn", 1)[0] for name in replaced} == set(handle.stats.layers)
+    assert during[0] == during[1] == during[2], "the processors must be the same objects in every step"
+
+
+def test_the_maps_do_not_outlive_the_call(pipe) -> None:
+    handle = scfg_fast.enable(pipe)
+    run(pipe)
+    for block in handle._blocks:
+        assert block.own.self_map is None and block.cross.tokens is None and block.cross.start is None
+
+
+def test_it_still_is_the_pipeline_it_was(pipe) -> None:
+    stock = inspect.signature(StableDiffusionPipeline.__call__)
+    scfg_fast.enable(pipe)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert (type(pipe).__name__, type(pipe).__module__) == (
+        StableDiffusionPipeline.__name__, StableDiffusionPipeline.__module__,
+    )  # fmt: skip
+    ours = inspect.signature(type(pipe).__call__)
+    assert [name for name in ours.parameters if name != "scfg_kwargs"] == list(stock.parameters)
+    assert type(pipe).__call__.__doc__ == StableDiffusionPipeline.__call__.__doc__
+
+
+def test_saving_an_enabled_pipeline_writes_a_clean_one(pipe, tmp_path) -> None:
+    plain = run(pipe)
+    pipe.save_pretrained(tmp_path / "stock")
+    scfg_fast.enable(pipe)
+    run(pipe)
+    pipe.save_pretrained(tmp_path / "enabled")
+    files = sorted(p.relative_to(tmp_path / "stock") for p in (tmp_path / "stock").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "enabled") for p in (tmp_path / "enabled").rglob("*") if p.is_file())
+    for name in files:
+        stock, enabled = (tmp_path / "stock" / name).read_bytes(), (tmp_path / "enabled" / name).read_bytes()
+        if name.name == "model_index.json":
+            assert json.loads(stock) == json.loads(enabled)
+        else:
+            assert stock == enabled, name
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "enabled", local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded), plain)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "deepcopy", "pickle"])
+def test_copies_are_plain_pipelines(pipe, how) -> None:
+    plain = run(pipe)
+    scfg_fast.enable(pipe)
+    guided = run(pipe)
+    other = how(pipe)
+    assert type(other) is StableDiffusionPipeline
+    assert torch.equal(run(other), plain)
+    assert torch.equal(run(pipe), guided)
+
+
+def test_from_pipe(pipe) -> None:
+    plain = run(pipe)
+    scfg_fast.enable(pipe)
+    assert type(AutoPipelineForImage2Image.from_pipe(pipe)) is StableDiffusionImg2ImgPipeline
+    other = StableDiffusionPipeline.from_pipe(pipe)
+    assert torch.equal(run(other), plain)
+
+
+def test_two_pipelines_that_share_a_denoiser(pipe) -> None:
+    plain = run(pipe)
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    scfg_fast.enable(pipe)
+    guided = run(pipe)
+    assert torch.equal(run(other), plain)
+    scfg_fast.enable(other, SCFGConfig(rate_max=1.0))
+    assert torch.equal(run(pipe), guided)
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe), plain)
+    assert not torch.equal(run(other), plain)
+
+
+def test_a_call_inside_a_call_on_the_same_denoiser_is_refused(pipe) -> None:
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    plain, before = run(pipe), state(pipe)
+    enable(pipe)
+    scfg_fast.enable(other)
+    with pytest.raises(RuntimeError, match="inside another S-CFG call"):
+        run(pipe, callback_on_step_end=lambda *args: run(other))
+    assert_stock(pipe, before, plain)
+
+
+def test_another_denoiser_in_the_same_pipeline(pipe) -> None:
+    scfg_fast.enable(pipe)
+    first = run(pipe)
+    pipe.unet = tiny_sd_pipeline(seed=1, sample_size=16).unet
+    second = run(pipe)
+    assert not torch.equal(first, second)
+    scfg_fast.disable(pipe)
+    assert not torch.equal(run(pipe), second)
+
+
+def test_nothing_keeps_the_pipeline_alive() -> None:
+    import gc
+    import weakref
+
+    pipe = tiny_sd_pipeline(sample_size=16)
+    handle = scfg_fast.enable(pipe)
+    run(pipe)
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    handle.disable()
+
+
+def test_other_pipelines_are_refused_with_the_reason() -> None:
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipe = DDPMPipeline(unet, DDPMScheduler())
+    report = scfg_fast.supports(pipe)
+    assert not report.supported and "DDPMPipeline is not supported yet" in str(report)
+    with pytest.raises(UnsupportedPipelineError, match="DDPMPipeline is not supported yet"):
+        scfg_fast.enable(pipe)
+    assert type(pipe) is DDPMPipeline
+
+
+def test_a_distilled_unet_is_refused_with_the_reason(pipe) -> None:
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {"time_cond_proj_dim": 32}
+    pipe.unet = UNet2DConditionModel.from_config(config)
+    with pytest.raises(UnsupportedPipelineError, match="time_cond_proj_dim"):
+        scfg_fast.enable(pipe)
+
+
+def test_supports_says_what_would_be_captured(pipe) -> None:
+    report = scfg_fast.supports(pipe)
+    assert report.supported and report.reasons == [] and len(report.layers) == 6
+    assert "6 layers captured" in str(report)
+    assert type(pipe) is StableDiffusionPipeline
+
+
+def test_the_safety_of_a_dropped_denoiser_hook(pipe) -> None:
+    """Hooks that the user has on the denoiser stay, run, and see the denoiser's own output first."""
+    calls = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
+    scfg_fast.enable(pipe)
+    run(pipe)
+    assert calls == [2, 2, 2]
+    hook.remove()

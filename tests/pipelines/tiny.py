@@ -1,0 +1,160 @@
+"""A real ``StableDiffusionPipeline`` that is small enough for tests: random weights, no file from anywhere else.
+
+It has the shape of Stable Diffusion 1.x where semantic guidance looks at it: latent / 4 carries five pairs of self- and
+cross-attention (two on the way down, three on the way up), latent / 8 one pair in the middle, and latent / 2 one more
+that guidance must leave alone. The autoencoder halves three times: a picture has 8 * latent pixels a side.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = """
+    a an the of on in at with and left right above below next to red green blue yellow orange black white purple
+    cat dog car tree house apple boat bird fish flower hat shirt boy girl sky sea grass table photo painting
+""".split()
+"""Words that are one token each; any other text falls back to single bytes."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 printable stand-ins of byte-level BPE, in the order of CLIP's vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def _learn_merges() -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until each of :data:`WORDS` is one symbol."""
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for symbols in spellings for pair in zip(symbols, symbols[1:], strict=False)):
+        pair = pairs.most_common(1)[0][0]
+        merges.append(pair)
+        for symbols in spellings:
+            for place in range(len(symbols) - 2, -1, -1):
+                if tuple(symbols[place : place + 2]) == pair:
+                    symbols[place : place + 2] = ["".join(pair)]
+    return merges
+
+
+def tiny_tokenizer(folder: str | Path, max_tokens: int = 77) -> CLIPTokenizer:
+    """A ``CLIPTokenizer`` in which each of :data:`WORDS` is one token; its files are written to ``folder``."""
+    merges = _learn_merges()
+    alphabet = _byte_alphabet()
+    symbols = [*alphabet, *(char + "</w>" for char in alphabet), *(left + right for left, right in merges), START, END]
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
+    (out / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(
+        str(out / "vocab.json"), str(out / "merges.txt"), model_max_length=max_tokens, pad_token=END
+    )
+    tokenizer.save_pretrained(out)
+    return CLIPTokenizer.from_pretrained(str(out), local_files_only=True)
+
+
+def tiny_unet(
+    sample_size: int = 16, cross_attention_dim: int = 32, attention_gain: float = 2.5
+) -> UNet2DConditionModel:
+    """A UNet with attention at latent / 2 (1 pair), / 4 (5 pairs) and / 8 (1 pair), in evaluation mode.
+
+    Args:
+        sample_size: latent pixels a side.
+        cross_attention_dim: width of the text embeddings.
+        attention_gain: factor on the query and key weights. Fresh weights attend almost uniformly, which leaves every
+            region to rounding; with the gain the maps have peaks, as those of a trained model do.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=(1, 1, 2, 1),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=cross_attention_dim,
+    )
+    with torch.no_grad():
+        for module in unet.modules():
+            if isinstance(module, Attention):
+                module.to_q.weight *= attention_gain
+                module.to_k.weight *= attention_gain
+    return unet.eval()
+
+
+def tiny_sd_pipeline(
+    seed: int = 0,
+    sample_size: int = 16,
+    prediction_type: str = "epsilon",
+    *,
+    max_tokens: int = 77,
+    attention_gain: float = 2.5,
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusionPipeline:
+    """Build the pipeline. The same arguments give the same weights, and the global random state is left as it was.
+
+    Args:
+        seed: of the random weights.
+        sample_size: latent pixels a side of the default picture; the picture has 8 * sample_size pixels a side.
+        prediction_type: of the ``DDIMScheduler``: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+        max_tokens: length that prompts are padded and cut to.
+        attention_gain: see :func:`tiny_unet`.
+        dtype: of the weights.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer(folder, max_tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            projection_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=max_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        text_encoder = CLIPTextModel(text_config).eval()
+        vae = AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            sample_size=8 * sample_size,
+        ).eval()
+        unet = tiny_unet(sample_size, text_config.hidden_size, attention_gain)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if dtype == torch.float32 else pipe.to(dtype=dtype)

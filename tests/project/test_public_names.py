@@ -1,0 +1,45 @@
+"""The public names, as a snapshot: adding or removing one is a decision, not an accident."""
+
+from __future__ import annotations
+
+import inspect
+
+import scfg_kernels
+
+import scfg_fast
+
+PACKAGE = [
+    "Handle", "Regions", "SCFGConfig", "SCFGError", "SCFGWarning", "Stats", "Support", "UnsupportedPipelineError",
+    "__version__", "bundled_model_path", "disable", "disabled", "enable", "supports",
+]  # fmt: skip
+KERNELS = [
+    "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "cross_attention_map", "guide",
+    "segment", "self_attention_map", "smooth",
+]  # fmt: skip
+
+
+def test_public_names_of_the_package() -> None:
+    assert sorted(scfg_fast.__all__) == PACKAGE
+    for name in PACKAGE:
+        assert getattr(scfg_fast, name) is not None
+
+
+def test_public_names_of_the_kernels() -> None:
+    assert sorted(scfg_kernels.__all__) == KERNELS
+    for name in KERNELS:
+        assert callable(getattr(scfg_kernels, name))
+
+
+def test_every_public_callable_says_what_it_does() -> None:
+    for module, names in ((scfg_fast, PACKAGE), (scfg_kernels, KERNELS)):
+        undocumented = [n for n in names if callable(getattr(module, n)) and not inspect.getdoc(getattr(module, n))]
+        assert not undocumented
+
+
+def test_signatures_of_the_operators() -> None:
+    signature = inspect.signature(scfg_kernels.self_attention_map)
+    assert list(signature.parameters) == ["q", "k", "v", "scale", "backend"]
+    assert signature == inspect.signature(scfg_kernels.cross_attention_map)
+    for name in ("self_attention_map", "attention_map", "complete", "segment", "guide"):
+        backend = inspect.signature(getattr(scfg_kernels, name)).parameters["backend"]
+        assert (backend.default, backend.kind) == ("auto", inspect.Parameter.KEYWORD_ONLY)

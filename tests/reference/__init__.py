@@ -1,0 +1,1 @@
+"""Literal references: slow, obvious, and independent of the code under test."""
