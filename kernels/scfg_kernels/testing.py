@@ -132,8 +132,8 @@ class Seen:
 class Recorder(TorchDispatchMode):
     """Records every tensor made while it is active, also inside this package's custom operators.
 
-    Views count with their own number of elements, which overstates them if at all. Memory that a fused kernel of torch
-    keeps to itself is not seen.
+    Operators that are made of others are taken apart. Views count with their own number of elements, which overstates
+    them if at all. Memory that a fused kernel of torch keeps to itself is not seen.
 
     Example:
         with Recorder() as recorder:
@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
         recorder.assert_none_larger_than(1 << 20)
     """
 
-    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul")
+    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +157,10 @@ class Recorder(TorchDispatchMode):
             key = torch._C.DispatchKey.CUDA if device.type == "cuda" else torch._C.DispatchKey.CPU
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+        with self:
+            result = func.decompose(*args, **kwargs)  # NotImplemented unless it is made of other operators
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         self.made += [Seen(name, tuple(x.shape), x.dtype) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]

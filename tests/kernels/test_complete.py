@@ -87,9 +87,8 @@ def test_strided_maps_give_the_contiguous_result(rng):
     s, c = random_maps(rng, 2, 63, 63), random_maps(rng, 2, 63, 77)
     wide_s, wide_c = s.new_full((2, 65, 70), torch.nan), c.new_full((2, 63, 2 * 77), torch.nan)
     strided_s, strided_c = wide_s[:, 1:64, 3:66].copy_(s), wide_c[..., ::2].copy_(c)
-    for ours, theirs in zip(
-        complete(strided_s, strided_c, unconditional=1), complete(s, c, unconditional=1), strict=True
-    ):
+    results, expected = complete(strided_s, strided_c, unconditional=1), complete(s, c, unconditional=1)
+    for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=BATCH_NOISE, atol=0)
 
 

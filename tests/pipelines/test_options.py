@@ -1,4 +1,4 @@
-"""The configuration at work in a pipeline call: windows, reuse, token choice, layer choice, per-call overrides, callbacks."""
+"""The configuration at work in a pipeline call: windows, reuse, tokens, layers, overrides, callbacks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_empty_window_is_bit_identical_to_plain(pipe) -> None:
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_rate_one_is_plain_guidance(pipe, rescale: float) -> None:
-    """Bounds that force rate 1: with capture and hooks at work the image is plain guidance's (bit for bit in form B)."""
+    """Bounds that force rate 1: the image is plain guidance's (bit for bit where u alone is rewritten)."""
     plain = run(pipe, guidance_rescale=rescale)
     scfg_fast.enable(pipe, SCFGConfig(rate_min=1.0, rate_max=1.0))
     guided = run(pipe, guidance_rescale=rescale)

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny Stable Diffusion pipeline against the literal reference: same images, same regions, same rates."""
+"""Whole runs of a tiny Stable Diffusion pipeline against the literal reference: images, regions, rates."""
 
 from __future__ import annotations
 
