@@ -37,10 +37,13 @@ class Reasons:
             raise ValueError(f"{self.op}: " + "; ".join(self.found))
 
 
-def check_attention(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
+def check_attention(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, same_tokens: bool = False
+) -> None:
     """Shared checks of the attention operators: q [B, H, N, d], k and v [B, H, T, d], one dtype, one device."""
     reasons = Reasons(op)
     named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
+    shaped = all(tensor.dim() == 4 for _, tensor in named)
     for name, tensor in named:
         reasons.unless(tensor.dim() == 4, f"{name} must be [batch, heads, tokens, head_dim], got {tuple(tensor.shape)}")
         reasons.unless(tensor.dtype in FLOATING, f"{name} must be floating point, got {tensor.dtype}")
@@ -48,7 +51,8 @@ def check_attention(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor |
         len({t.dtype for _, t in named}) == 1, f"q, k, v must share one dtype, got {[t.dtype for _, t in named]}"
     )
     reasons.same_device(*(t for _, t in named))
-    reasons.raise_if_any()
+    if not shaped:
+        reasons.raise_if_any()
     reasons.unless(q.shape[:2] == k.shape[:2], f"q and k differ in batch or heads: {tuple(q.shape)}, {tuple(k.shape)}")
     reasons.unless(q.shape[3] == k.shape[3], f"q and k differ in head_dim: {q.shape[3]}, {k.shape[3]}")
     reasons.unless(
@@ -57,6 +61,11 @@ def check_attention(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor |
     if v is not None:
         reasons.unless(
             v.shape[:3] == k.shape[:3], f"k and v differ in batch, heads or tokens: {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if same_tokens:
+        reasons.unless(
+            q.shape[2] == k.shape[2],
+            f"queries and keys must be the same tokens, got {q.shape[2]} and {k.shape[2]}; use cross_attention_map",
         )
     reasons.raise_if_any()
 

@@ -87,6 +87,7 @@ def complete(
         reasons.unless(self_map.shape[2] == n, f"self_map must be square, got {tuple(self_map.shape)}")
         fits = tuple(cross_map.shape[:2]) == (batch, n)
         reasons.unless(fits, f"cross_map must be [{batch}, {n}, T], got {tuple(cross_map.shape)}")
+        reasons.unless(cross_map.shape[2] >= 1, "cross_map must have at least one text token")
         in_range = 0 <= unconditional <= batch
         reasons.unless(in_range, f"unconditional must lie in 0..{batch}, got {unconditional}")
     floating = self_map.is_floating_point() and cross_map.is_floating_point()

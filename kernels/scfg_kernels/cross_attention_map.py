@@ -39,7 +39,7 @@ def cross_attention_map(
     Args:
         q: queries [B, H, N, d], fp16, bf16, fp32 or fp64, any strides.
         k: keys [B, H, T, d], same dtype and device.
-        v: values [B, H, T, dv].
+        v: values [B, H, T, dv]. On a CPU, dv = d keeps the output memory-efficient: torch takes its step-by-step path if not.
         scale: factor on the scores; default 1/sqrt(d).
         backend: `"auto"`, `"triton"` or `"torch"`.
 

@@ -186,7 +186,13 @@ def guide(
         reasons.unless(per_sample, f"guidance_scale must be a number, [] or [{batch}]")
     reasons.unless(token_index.dtype == torch.int64, f"token_index must be int64, got {token_index.dtype}")
     reasons.unless(foreground.dtype == torch.bool, f"foreground must be bool, got {foreground.dtype}")
-    reasons.same_device(uncond, cond, token_index, foreground)
+    scale_tensors = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
+    reasons.same_device(uncond, cond, token_index, foreground, *scale_tensors)
+    if not scale_tensors:
+        reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
+        if rewrite == "unconditional":
+            needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"
+            reasons.unless(guidance_scale > 1, needed)
     reasons.raise_if_any()
     if not isinstance(guidance_scale, torch.Tensor):
         scale_dtype = torch.promote_types(cond.dtype, torch.float32)

@@ -174,6 +174,10 @@ def segment(
         len(set(lengths)) == 1 and lengths[0] > 0, f"need one entry per layer and at least one layer, got {lengths}"
     ):
         batch, count = tokens[0].shape[:2] if tokens[0].dim() == 3 else (-1, -1)
+        reasons.unless(count != 0, "tokens must have at least one text token")
+        dtypes = sorted({str(x.dtype) for x in (*tokens, *start)})
+        floating = all(x.is_floating_point() for x in (*tokens, *start))
+        reasons.unless(floating, f"maps must be floating point, got {dtypes}")
         for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
             expected = (batch, count, lh * lw)
             reasons.unless(tuple(x.shape) == expected, f"tokens[{index}] must be {expected}, got {tuple(x.shape)}")

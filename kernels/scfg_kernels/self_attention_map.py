@@ -39,7 +39,7 @@ def self_attention_map(
     Args:
         q: queries [B, H, N, d], fp16, bf16, fp32 or fp64, any strides.
         k: keys [B, H, N, d], same dtype and device.
-        v: values [B, H, N, dv].
+        v: values [B, H, N, dv]. On a CPU, dv = d keeps the output memory-efficient: torch takes its step-by-step path if not.
         scale: factor on the scores; default 1/sqrt(d).
         backend: `"auto"`, `"triton"` or `"torch"`.
 
@@ -50,11 +50,6 @@ def self_attention_map(
         ValueError: shapes, dtypes or devices do not fit; every reason is listed.
         BackendError: `backend="triton"` cannot run here.
     """
-    check_attention("self_attention_map", q, k, v)
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"self_attention_map: queries and keys must be the same tokens, got {q.shape[2]} and {k.shape[2]}; "
-            "use cross_attention_map"
-        )
+    check_attention("self_attention_map", q, k, v, same_tokens=True)
     chosen = choose_backend("self_attention_map", backend, q.device)
     return _self_attention_map(q, k, v, default_scale(q, scale), chosen)

@@ -69,10 +69,20 @@ def reference_map(q: torch.Tensor, k: torch.Tensor, scale: float | None = None) 
 
 
 def random_maps(
-    rng: torch.Generator, batch: int, rows: int, columns: int, gain: float = 1.5, dtype: torch.dtype = torch.float32
+    rng: torch.Generator,
+    batch: int,
+    rows: int,
+    columns: int,
+    gain: float = 1.5,
+    dtype: torch.dtype = torch.float32,
+    start_bias: float = 0.0,
 ) -> torch.Tensor:
-    """Random attention [batch, rows, columns]: softmax of normal scores, formed in fp64 and rounded once."""
+    """Random attention [batch, rows, columns]: softmax of normal scores, formed in fp64 and rounded once.
+
+    `start_bias` is added to the scores of column 0, which draws attention to the start token as in trained models.
+    """
     scores = gain * torch.randn(batch, rows, columns, generator=rng, dtype=torch.float64)
+    scores[..., :1] += start_bias
     return scores.softmax(-1).to(dtype)
 
 
@@ -148,9 +158,10 @@ def random_step(
     for factor, count in zip((4, 8), layers, strict=True):
         sizes += [tuple(-(-length // factor) for length in latent_hw)] * count
     self_maps, cross_maps = [], []
-    for height, width in sizes:
+    for layer, (height, width) in enumerate(sizes):
         self_maps.append(random_maps(rng, 2 * batch, height * width, height * width, dtype=dtype))
-        cross_maps.append(random_maps(rng, 2 * batch, height * width, tokens, dtype=dtype))
+        # A share of the start token that differs from layer to layer, from 1/77 to most of the attention.
+        cross_maps.append(random_maps(rng, 2 * batch, height * width, tokens, dtype=dtype, start_bias=1.2 * layer))
     uncond = torch.randn(batch, 4, *latent_hw, generator=rng)
     coarse = torch.randn(batch, 1, *sizes[0], generator=rng).mul(0.8).exp()
     strength = F.interpolate(coarse, size=latent_hw, mode="nearest")

@@ -1,7 +1,7 @@
 """Properties of semantic-aware guidance that hold whatever the attention is; the ids of the tests are the list of them.
 
-Setting unless a test says otherwise: five layers of 16 x 16 and one of 8 x 8, 77 tokens, a 64 x 64 latent, random attention, fp32.
-The tolerances are measured values of these properties, or a few rounding units where none is stated.
+Setting unless a test says otherwise: five layers of 16 x 16 and one of 8 x 8, 77 tokens, a 64 x 64 latent, random
+attention, fp32. The tolerances are measured values of these properties, or a few rounding units where none is stated.
 """
 
 import pytest
@@ -42,12 +42,9 @@ class TestKernel:
         impulse[..., 3, 3] = 1
         kernel = smooth(impulse, 0.5)[0, 0, 2:5, 2:5]
         for found in (kernel, official.gaussian_kernel_3x3(0.5)):
-            stated = [
-                [0.0449192, 0.1221031, 0.0449192],
-                [0.1221031, 0.3319107, 0.1221031],
-                [0.0449192, 0.1221031, 0.0449192],
-            ]
-            torch.testing.assert_close(found.double(), torch.tensor(stated).double(), rtol=0, atol=6e-8)
+            corner, edge, centre = 0.0449192, 0.1221031, 0.3319107
+            stated = torch.tensor([[corner, edge, corner], [edge, centre, edge], [corner, edge, corner]])
+            torch.testing.assert_close(found.double(), stated.double(), rtol=0, atol=6e-8)
 
     def test_sums_to_one_and_is_symmetric(self):
         impulse = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
@@ -58,7 +55,7 @@ class TestKernel:
                 torch.testing.assert_close(kernel, other, rtol=1e-15, atol=0)
 
     def test_sigma_acts_as_sigma_times_root_two(self):
-        """exp(-(x / (2 sigma))^2), not exp(-x^2 / (2 sigma^2)): a standard kernel of sigma 0.5 has 0.6193 in the middle."""
+        """exp(-(x / (2 sigma))^2), not exp(-x^2 / (2 sigma^2)), which would have 0.6193 in the middle at sigma 0.5."""
         x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
         standard = torch.exp(-(x**2) / (2 * 0.5))
         standard = torch.outer(standard, standard)
@@ -94,12 +91,16 @@ class TestScaleInvariance:
     def test_rate_does_not_depend_on_the_length_or_sign_of_d(self, step, k):
         _, rate = step_by_operators(step.with_difference(step.d))
         _, scaled = step_by_operators(step.with_difference(k * step.d))
-        # Measured 3.6e-7 at k = 10; that is three roundings of the quotient, so it holds for every k. Sign flips are exact.
-        torch.testing.assert_close(scaled, rate, rtol=0 if k == -1.0 else 3.6e-7, atol=0)
+        # Sign flips are exact. Otherwise d is rounded anew: 3.6e-7 was measured on one draw, and the literal reference
+        # reaches 6.0e-7 on others, so twice the measured value is the limit.
+        torch.testing.assert_close(scaled, rate, rtol=0 if k == -1.0 else 7.2e-7, atol=0)
 
     @pytest.mark.parametrize("parametrisation", ["v", "x0", "flow"])
     def test_rate_is_the_same_in_every_parametrisation(self, rng, step, parametrisation):
-        """At one time d of two parametrisations differs by a scalar. fp64, because the conversion itself cancels digits."""
+        """At one time d of two parametrisations differs by a scalar. In fp64, as the conversion itself cancels digits.
+
+        What is left is the 1e-8 beside the region mean, which does not scale with d.
+        """
         step = step.to(torch.float64)
         latents = torch.randn(step.cond.shape, generator=rng, dtype=torch.float64)
         alpha, sigma = 0.6, 0.8
@@ -111,7 +112,7 @@ class TestScaleInvariance:
         converted = Step(
             step.self_maps, step.cross_maps, step.sizes, step.size, convert(step.uncond), convert(step.cond)
         )
-        torch.testing.assert_close(step_by_operators(converted)[1], step_by_operators(step)[1], rtol=1e-12, atol=0)
+        torch.testing.assert_close(step_by_operators(converted)[1], step_by_operators(step)[1], rtol=2e-8, atol=0)
 
 
 class TestBounds:
@@ -192,14 +193,17 @@ class TestMasks:
         assert not torch.equal(segment_by_operators(swapped)[1], segment_by_operators(step)[1])
 
     def test_two_identical_winning_tokens_double_the_published_rate_and_not_ours(self, step):
-        twins = step.with_cross_maps([torch.cat([c, c[..., 9:10]], dim=-1) for c in step.cross_maps])
-        _, stages = step_by_reference(twins, rate_min=None, rate_max=None, max_scale=None, sigma=0.0)
-        assert stages["masks"][:, 9].any() and torch.equal(stages["masks"][:, 9], stages["masks"][:, TOKENS])
-        ids, foreground = segment_by_operators(twins)
-        assert (ids == 9).any() and not (ids == TOKENS).any(), "the lower index wins"
-        _, rate = guide(twins.uncond, twins.cond, ids, foreground, 7.5, num_tokens=TOKENS + 1, **UNCLAMPED)
+        conditional = slice(step.batch, None)
+        for c in step.cross_maps:
+            c[conditional, :, 10] = c[conditional, :, 9]
+        masks = step_by_reference(step)[1]["masks"]
+        assert masks[:, 9].any() and torch.equal(masks[:, 9], masks[:, 10])
+        ids, foreground = segment_by_operators(step)
+        assert (ids == 9).any() and not (ids == 10).any(), "the lower index wins"
+        published = official.region_rates(step.uncond, step.cond, masks, foreground[:, None].float())
+        _, rate = guide(step.uncond, step.cond, ids, foreground, 7.5, num_tokens=TOKENS, **UNCLAMPED)
         multiplicity = official.nearest_upsampled(1.0 + (ids == 9)[:, None].float(), (64, 64), 4)
-        torch.testing.assert_close(rate * multiplicity, stages["rate"], rtol=3e-6, atol=0)
+        torch.testing.assert_close(rate * multiplicity, published, rtol=3e-6, atol=0)
 
     def test_uniform_attention_has_no_foreground_and_rate_point_eight(self, rng, step):
         uniform = Step(

@@ -37,8 +37,14 @@ GRIDS = {
 
 def random_layers(rng, sizes, batch=2, tokens=TOKENS, dtype=torch.float32):
     """Per layer: tokens [B, T, N] and start [B, N] as `complete` returns them, and both halves as [B, N, T]."""
-    cond = [random_maps(rng, batch, h * w, tokens, gain=0.7, dtype=dtype) for h, w in sizes]
-    uncond = [random_maps(rng, batch, h * w, tokens, gain=0.7, dtype=dtype) for h, w in sizes]
+
+    def layers():
+        return [
+            random_maps(rng, batch, h * w, tokens, gain=0.7, dtype=dtype, start_bias=1.2 * layer)
+            for layer, (h, w) in enumerate(sizes)
+        ]
+
+    cond, uncond = layers(), layers()
     return [x.mT.contiguous() for x in cond], [x[..., 0].contiguous() for x in uncond], cond, uncond
 
 
