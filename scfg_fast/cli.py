@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import inspect
+import io
 import json
 import math
 import os
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 MIN_SIZE = 64
 MAX_PANELS = 8
+MIN_PANEL = 384
 BUNDLED = "bundled"
 BUNDLED_DEFAULTS = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -40,7 +44,7 @@ _EXAMPLES = """examples:
   scfg-fast generate "a red apple left of a blue car"
   scfg-fast masks "a red apple left of a blue car" --out regions.png
   scfg-fast compare "a red apple left of a blue car" --num-images 4 --regions
-  scfg-fast generate "a boy in a red shirt" --model OWNER/NAME --guidance-scale 7.5
+  scfg-fast generate "a boy in a red shirt" --model OWNER/NAME
   scfg-fast doctor
 """
 
@@ -111,6 +115,12 @@ def _number(text: str) -> float:
     return value
 
 
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda, cuda:N or mps")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; imports nothing heavy."""
     parser = _Parser(
@@ -130,70 +140,79 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "Make images from a prompt.")
     prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("prompt", metavar="PROMPT", nargs="?", type=_prompt, help="what the picture should show")
+    prompts.add_argument("prompt", metavar="PROMPT", nargs="?", type=_prompt, help=_PROMPT_HELP)
     prompts.add_argument("--prompt-file", metavar="FILE", help="a text file with a prompt on every line")
-    _add_sampling(generate, "scfg.png")
-    generate.add_argument(
+    picture = _add_picture(generate, "scfg.png", "images per prompt, with seeds SEED, SEED+1, ... (default 1)")
+    picture.add_argument("--grid", action="store_true", help="one file with all images instead of a file for each")
+    guidance = _add_guidance(generate)
+    guidance.add_argument(
         "--guidance", choices=tuple(GUIDANCE_NAMES), default="scfg", help="S-CFG (default) or plain CFG"
     )
-    generate.add_argument(
-        "--num-images", metavar="N", type=_integer(1), default=1, help="images per prompt, with seeds SEED, SEED+1, ..."
-    )
-    generate.add_argument("--grid", action="store_true", help="one file with all images instead of a file for each")
+    _add_model(generate)
 
     masks = command("masks", _masks, "Show which token owns each region at several steps, and its rate.")
-    masks.add_argument("prompt", metavar="PROMPT", type=_prompt, help="what the picture should show")
-    _add_sampling(masks, "masks.png", "; the regions of all steps go beside it as .npz")
-    masks.add_argument(
+    masks.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
+    picture = _add_picture(masks, "masks.png")
+    picture.add_argument(
         "--panels",
         metavar="N",
         type=_integer(1, MAX_PANELS),
         default=5,
         help="steps to show, spread evenly (default 5)",
     )
+    _add_guidance(masks)
+    _add_model(masks)
 
     compare = command("compare", _compare, "Plain CFG and S-CFG side by side, from the same noise.")
-    compare.add_argument("prompt", metavar="PROMPT", type=_prompt, help="what the picture should show")
-    _add_sampling(compare, "compare.png")
-    compare.add_argument(
-        "--num-images", metavar="N", type=_integer(1), default=1, help="rows, with seeds SEED, SEED+1, ..."
-    )
-    compare.add_argument("--regions", action="store_true", help="add the regions as a third column")
+    compare.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
+    picture = _add_picture(compare, "compare.png", "rows, with seeds SEED, SEED+1, ... (default 1)")
+    picture.add_argument("--regions", action="store_true", help="add the regions as a third column")
+    _add_guidance(compare)
+    _add_model(compare)
 
     doctor = command("doctor", _doctor, "Versions, devices, backends, and whether a model can use S-CFG.")
     _add_model(doctor)
     return parser
 
 
+_PROMPT_HELP = "what the picture should show"
+
+
+def _add_picture(parser: argparse.ArgumentParser, out: str, num_images: str | None = None) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("picture")
+    group.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    group.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
+    group.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
+    group.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of the noise (default 0)")
+    if num_images is not None:
+        group.add_argument("--num-images", metavar="N", type=_integer(1), default=1, help=num_images)
+    group.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out})")
+    parser.set_defaults(default_out=out)
+    return group
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("guidance")
+    group.add_argument("--guidance-scale", metavar="X", type=_number, help="above 1 (default: the model's)")
+    settings = group.add_mutually_exclusive_group()
+    settings.add_argument(
+        "--fidelity", choices=("official", "paper"), help="S-CFG as the published code (default) or its equations"
+    )
+    settings.add_argument("--config", metavar="FILE", help="all S-CFG parameters, JSON as SCFGConfig.to_json writes")
+    return group
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--model",
         metavar="PATH_OR_ID",
-        help="a diffusers folder or a model id on the Hugging Face hub (default: bundled)",
+        help="a diffusers folder or a model id on the Hugging Face hub (default: the bundled model: 256x256 "
+        "pixels, 25 steps, guidance scale 5)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="weights and arithmetic (default: fp16 on a GPU, else fp32)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and all messages of the libraries")
-
-
-def _add_sampling(parser: argparse.ArgumentParser, out: str, out_note: str = "") -> None:
-    parser.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
-    parser.add_argument("--guidance-scale", metavar="X", type=_number, help="default: 5 for the bundled model")
-    parser.add_argument("--steps", metavar="N", type=_integer(1), help="default: 25 for the bundled model")
-    parser.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of the noise (default 0)")
-    parser.add_argument(
-        "--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8; default: 256 for the bundled model"
-    )
-    parser.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out}){out_note}")
-    settings = parser.add_mutually_exclusive_group()
-    settings.add_argument("--fidelity", choices=("official", "paper"), help="the published code (default) or equations")
-    settings.add_argument(
-        "--config", metavar="FILE", help="all S-CFG parameters, a JSON file as SCFGConfig.to_json writes"
-    )
-    _add_model(parser)
-    parser.set_defaults(default_out=out)
+    group.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    group.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: fp16 on a GPU, else fp32)")
+    group.add_argument("--debug", action="store_true", help="show tracebacks and all messages of the libraries")
 
 
 # Checks that need no model
@@ -235,11 +254,11 @@ def _read_config(args: argparse.Namespace) -> SCFGConfig:
 def _output_path(args: argparse.Namespace) -> Path:
     """Where the result goes; proves that files can be made there before any work is done."""
     path = Path(args.out or args.default_out).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / args.default_out
     if path.suffix.lower() != ".png":
         raise CommandError(f"--out {args.out!r} must be a name that ends in .png, or a folder that exists")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise CommandError(f"--out: there is no folder {str(path.parent)!r}; make it first")
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -256,7 +275,7 @@ def _check_scale(scale: float | None, guidance: str) -> None:
         return
     if guidance == "scfg" and scale <= 1.0:
         raise CommandError(
-            f"--guidance-scale {scale:g}: S-CFG needs a scale above 1, below that no guidance is left to distribute; "
+            f"--guidance-scale {scale:g}: S-CFG needs a scale above 1, because at 1 there is no guidance; "
             "raise it, or make an image without guidance: generate --guidance cfg --guidance-scale 1"
         )
     if guidance == "cfg" and scale < 1.0:
@@ -270,20 +289,18 @@ def _check_device(name: str | None, dtype: str | None) -> tuple[str, str]:
     from .env import default_device
 
     device = name or default_device()
-    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", device)
-    if match is None or (match[2] is not None and match[1] != "cuda"):
-        raise CommandError(f"--device {device!r} is unknown; use cpu, cuda, cuda:N or mps")
-    if match[1] == "cuda":
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
         if not torch.cuda.is_available():
             why = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA device"
             raise CommandError(f"--device {device}: torch {torch.__version__} {why}; use --device cpu")
-        if int(match[2] or 0) >= torch.cuda.device_count():
+        if int(index or 0) >= torch.cuda.device_count():
             raise CommandError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if match[1] == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise CommandError("--device mps: this machine has no Metal device; use --device cpu")
     if dtype is None:
-        return device, "fp32" if match[1] == "cpu" else "fp16"
-    if dtype == "fp16" and match[1] == "cpu":
+        return device, "fp32" if kind == "cpu" else "fp16"
+    if dtype == "fp16" and kind == "cpu":
         raise CommandError("--dtype fp16 is for GPUs: on the CPU it is slow and not exact enough; use fp32 or bf16")
     return device, dtype
 
@@ -293,23 +310,21 @@ def _check_device(name: str | None, dtype: str | None) -> tuple[str, str]:
 
 @dataclass
 class Session:
-    """A loaded pipeline and how to call it.
+    """A loaded pipeline.
 
     Attributes:
         pipe: the pipeline, on its device.
         model: its name for people: `bundled`, or what the user wrote.
         dtype: `fp32`, `fp16` or `bf16`.
-        defaults: of the call, where the user named none.
     """
 
     pipe: Any
     model: str
     dtype: str
-    defaults: dict[str, Any]
 
     def arguments(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Size, steps, scale and negative prompt of a call, every default filled in."""
-        values = dict(self.defaults)
+        """Size, steps, scale and negative prompt of a call, with the model's defaults where the user named none."""
+        values = dict(BUNDLED_DEFAULTS) if self.model == BUNDLED else _call_defaults(self.pipe, self.model)
         if args.guidance_scale is not None:
             values["guidance_scale"] = args.guidance_scale
         if args.steps is not None:
@@ -328,7 +343,7 @@ def _load(args: argparse.Namespace) -> Session:
     pipe = _load_pipeline(source, name, dtype)
     with _failures_as(f"the model {name!r} cannot be moved to {device}"):
         pipe.to(device)
-    return Session(pipe, name, dtype, _call_defaults(pipe, name))
+    return Session(pipe, name, dtype)
 
 
 def _find_model(model: str | None) -> tuple[str, str]:
@@ -341,11 +356,11 @@ def _find_model(model: str | None) -> tuple[str, str]:
         except FileNotFoundError as error:
             raise CommandError(f"{error}; or name another model with --model", 1) from None
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "model_index.json").is_file():
             raise CommandError(f"--model: the folder {model!r} has no model_index.json, it is not a diffusers pipeline")
         return str(path), model
-    if path.is_file():
+    if os.path.isfile(path):
         raise CommandError(
             f"--model: {model!r} is a single file; convert it to a diffusers folder with "
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER) and pass the folder"
@@ -377,10 +392,14 @@ def _load_failure(source: str, name: str, error: Exception) -> CommandError:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    text = _one_line(error)[:300].rstrip(".")
+    if "trust_remote_code" in text:
+        return CommandError(f"--model: {name!r} brings Python code of its own, which this command never runs")
     if os.path.isdir(source):
-        missing = re.search(r"no file named (\S+)|Error no file", str(error)) is not None
-        hint = "; only .safetensors weights are read, re-save it with save_pretrained(FOLDER)" if missing else ""
-        return CommandError(f"--model: {name!r} cannot be loaded: {_one_line(error)[:300]}{hint}", 1)
+        if re.search(r"no file named \S+\.safetensors", text):
+            text += "; only .safetensors weights are read: load it in Python and save_pretrained(FOLDER) it again"
+        status = 2 if isinstance(error, (OSError, ValueError)) else 1
+        return CommandError(f"--model: the folder {name!r} cannot be loaded: {text}", status)
     neither = f"--model: {name!r} is not a folder here, and"
     if any(isinstance(link, errors.GatedRepoError) for link in chain):
         return CommandError(
@@ -403,7 +422,7 @@ def _load_failure(source: str, name: str, error: Exception) -> CommandError:
             "pass a folder, or leave out --model to use the bundled model",
             1,
         )
-    return CommandError(f"--model: {name!r} cannot be loaded: {_one_line(error)[:300]}", 1)
+    return CommandError(f"--model: {name!r} cannot be loaded: {text}", 1)
 
 
 def _is_network_error(error: BaseException) -> bool:
@@ -413,11 +432,7 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def _call_defaults(pipe: Any, name: str) -> dict[str, Any]:
-    """Scale, steps and size of a call for which the user named none."""
-    if name == BUNDLED:
-        return dict(BUNDLED_DEFAULTS)
-    import inspect
-
+    """Scale, steps and size that a text-to-image pipeline takes by itself."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     needed = ("prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "generator")
     missing = [parameter for parameter in needed if parameter not in parameters]
@@ -698,10 +713,11 @@ def _compare(args: argparse.Namespace) -> int:
     _enable(session, config, lambda _, regions: steps.append(regions.clone().cpu()) if args.regions else None)
     import scfg_fast
 
-    from .regions import image_grid, overlay
+    from .regions import image_grid, overlay, scaled
 
     _note_if_cut(session, args.prompt)
     seeds = range(args.seed, args.seed + args.num_images)
+    size = max(MIN_PANEL, values.get("width", 0), values.get("height", 0))
     rows: list[list[Image.Image]] = []
     captions: list[list[str]] = []
     for seed in seeds:
@@ -709,13 +725,13 @@ def _compare(args: argparse.Namespace) -> int:
             plain = _sample(session, args.prompt, seed, values, GUIDANCE_NAMES["cfg"])
         steps.clear()
         ours = _sample(session, args.prompt, seed, values, GUIDANCE_NAMES["scfg"])
-        rows.append([plain, ours])
+        rows.append([scaled(plain, size), scaled(ours, size)])
         suffix = f", seed {seed}" if len(seeds) > 1 else ""
         captions.append([GUIDANCE_NAMES["cfg"] + suffix, GUIDANCE_NAMES["scfg"] + suffix])
         if steps:
             middle = steps[len(steps) // 2]
             labels = _labels(session, args.prompt)
-            rows[-1].append(overlay(ours, middle, 0, labels, size=max(ours.size), legend=False))
+            rows[-1].append(overlay(ours, middle, 0, labels, size=size, legend=False))
             captions[-1].append(f"regions at step {middle.step + 1}")
     record = _record(session, args.prompt, seeds, values, "cfg scfg", config)
     grid = image_grid(rows, captions=captions, title=args.prompt, subtitle=_caption(record))
@@ -759,9 +775,8 @@ def _quiet(debug: bool) -> Iterator[None]:
             from transformers.utils import logging as of_transformers
 
             for library in (of_diffusers, of_transformers):
-                level = library.get_verbosity()
-                restore.append(lambda library=library, level=level: library.set_verbosity(level))
-                library.set_verbosity_error()
+                restore.append(functools.partial(library.set_verbosity, library.get_verbosity()))
+                library.set_verbosity(library.CRITICAL)
                 if library.is_progress_bar_enabled():
                     restore.append(library.enable_progress_bar)
                     library.disable_progress_bar()
@@ -784,17 +799,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input, 1 for a failure while running, 130 for an interrupt. A malformed command
         line, `--help` and `--version` raise SystemExit, as argparse does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # token names may be in any script, terminals may not
     args = build_parser().parse_args(argv)
     try:
         with contextlib.ExitStack() as args.cleanup:
             return args.run(args)
-    except CommandError as error:
-        message, status = str(error), error.status
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except Exception as error:
-        message, status = f"{type(error).__name__}: {error} (a traceback: --debug)", 1
-    if args.debug:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        message, status = _explain(error)
     print(f"scfg-fast {args.command}: error: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say about an exception, and the exit status."""
+    if isinstance(error, CommandError):
+        return str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    return f"{type(error).__name__}: {error} (--debug shows the traceback)", 1

@@ -14,10 +14,11 @@ import functools
 import json
 import os
 import secrets
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -230,7 +231,7 @@ def save_regions_npz(
     shapes = {(tuple(r.token_index.shape), tuple(r.rate.shape)) for r in steps}
     if len(shapes) > 1:
         raise ValueError(f"the steps differ in shape: {sorted(shapes)}")
-    arrays = {
+    arrays: dict[str, Any] = {
         "step": np.array([regions.step for regions in steps], dtype=np.int64),
         "token_index": np.stack([regions.token_index.cpu().numpy() for regions in steps]),
         "foreground": np.stack([regions.foreground.cpu().numpy() for regions in steps]),
@@ -258,6 +259,7 @@ _COLD_TO_WARM = np.array(
     dtype=np.float64,
 )
 _WIDEST_RATE = 4.0
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def token_color(token: int, label: str) -> tuple[int, int, int]:
@@ -286,7 +288,7 @@ def rate_colors(rate: np.ndarray, limit: float) -> np.ndarray:
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def _font(size: float) -> ImageFont.FreeTypeFont:
+def _font(size: float) -> _Font:
     return ImageFont.load_default(size)
 
 
@@ -297,9 +299,19 @@ def _has_glyph(character: str) -> bool:
     return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
+def _drawable(text: str) -> str:
+    """The text in characters that the built-in font has: accents are dropped where it must be, the rest becomes `?`."""
+    characters = []
+    for character in text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"):
+        base = character if _has_glyph(character) else unicodedata.normalize("NFKD", character)[0]
+        characters.append(base if _has_glyph(base) else "?")
+    return "".join(characters)
+
+
 def _printable(label: str, token: int) -> str:
-    """A label that the built-in font can write; other scripts show as the token's number."""
-    return label if all(map(_has_glyph, label)) else f"token {token}"
+    """A label for a picture; one in another script shows as the token's number."""
+    text = _drawable(label)
+    return text if text.count("?") == label.count("?") else f"token {token}"
 
 
 def row_name(row: RegionRow, labels: Sequence[str]) -> str:
@@ -312,7 +324,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _fit(text: str, font: _Font, width: float) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -321,10 +333,10 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text.rstrip() + "..."
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, font: _Font, width: float) -> list[str]:
     """Lines of at most `width` pixels, broken at spaces."""
     lines: list[str] = []
-    for word in text.split():
+    for word in _drawable(text).split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
@@ -332,13 +344,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     return lines
 
 
-def _panel_size(image: Image.Image, longest: int) -> tuple[int, int]:
-    """(width, height) with the image's proportions and `longest` pixels on the longer side."""
+def scaled(image: Image.Image, longest: int) -> Image.Image:
+    """The picture in RGB with `longest` pixels on its longer side; smaller pictures grow, larger ones shrink."""
     factor = longest / max(image.size)
-    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _spread(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[H, W, ...] latent pixels -> [height, width, ...] picture pixels, nearest."""
     width, height = size
     rows = np.arange(height) * values.shape[0] // height
@@ -415,22 +428,25 @@ def _place_labels(
     """
     placed: dict[int, tuple[int, int]] = {}
     taken: list[tuple[int, int, int, int]] = []
+    half = step / 2  # places are tried at twice the resolution of the cells
     for row in rows:
         width, height = boxes[row.token]
         if width + 4 > size[0] or height + 4 > size[1]:
             continue
-        own = _largest_part(ids == row.token)
+        own = _largest_part(ids == row.token).repeat(2, 0).repeat(2, 1)
         best: tuple[float, tuple[int, int]] | None = None
         for y, x in _inner_cells(own):
-            left = int(min(max((x + 0.5) * step - width / 2, 2), size[0] - width - 2))
-            top = int(min(max((y + 0.5) * step - height / 2, 2), size[1] - height - 2))
+            left = int(min(max((x + 0.5) * half - width / 2, 2), size[0] - width - 2))
+            top = int(min(max((y + 0.5) * half - height / 2, 2), size[1] - height - 2))
             if any(left < x1 and left + width > x0 and top < y1 and top + height > y0 for x0, y0, x1, y1 in taken):
                 continue
-            under_rows = slice(int(top / step), int((top + height) / step) + 1)
-            under_columns = slice(int(left / step), int((left + width) / step) + 1)
+            under_rows = slice(int(top / half), int((top + height) / half) + 1)
+            under_columns = slice(int(left / half), int((left + width) / half) + 1)
             score = float(own[under_rows, under_columns].mean())
             if best is None or score > best[0] + 0.05:
                 best = (score, (left, top))
+            if score > 0.95:
+                break
         if best is not None and best[0] >= 0.3:
             placed[row.token] = best[1]
             left, top = best[1]
@@ -448,14 +464,15 @@ def _draw_overlay(
     min_share: float,
 ) -> Image.Image:
     """The picture with its regions, their borders and their names; see `overlay`."""
-    size = _panel_size(image, longest)
+    base = scaled(image, longest)
+    size = base.size
     rows = region_table(regions, labels, sample)
     ids, _, rate = _arrays(regions, sample)
-    pixels = _enlarged(_per_pixel(ids, regions.cell, rate.shape), size)
+    pixels = _spread(_per_pixel(ids, regions.cell, rate.shape), size)
     color_of = np.zeros((len(labels), 3))
     for row in rows:
         color_of[row.token] = token_color(row.token, row.label)
-    picture = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)
+    picture = np.asarray(base, dtype=np.float64)
     picture = 0.7 * picture.mean(-1, keepdims=True) + 0.3 * picture  # so that a region shows its own colour
     picture = picture * (1.0 - opacity) + color_of[pixels] * opacity
     line = _edges(pixels, max(1, round(longest / 256)))
@@ -488,8 +505,8 @@ def _draw_overlay(
 def _draw_rate(regions: Regions, sample: int, size: tuple[int, int], limit: float) -> Image.Image:
     """The rate map in colours, the foreground outlined."""
     _, foreground, rate = _arrays(regions, sample)
-    picture = _enlarged(rate_colors(rate, limit), size).copy()
-    outline = _edges(_enlarged(_per_pixel(foreground, regions.cell, rate.shape), size), max(1, round(max(size) / 192)))
+    picture = _spread(rate_colors(rate, limit), size).copy()
+    outline = _edges(_spread(_per_pixel(foreground, regions.cell, rate.shape), size), max(1, round(max(size) / 192)))
     picture[outline] = _INK
     return Image.fromarray(picture)
 
@@ -627,7 +644,8 @@ def contact_sheet(
         raise ValueError("there are no regions to show")
     margin, gap, text, count = 28, 20, 13, 9
     heading, line = _font(16), round(text * 1.6)
-    size = _panel_size(image, panel)
+    plain = scaled(image, panel)
+    size = plain.size
     column = max(size[0], 208)
     limit = rate_range(steps, sample)
     tables = [region_table(regions, labels, sample) for regions in steps]
@@ -642,7 +660,7 @@ def contact_sheet(
     header.draw(draw, margin, margin)
 
     draw.text((margin, top), "image", font=heading, fill=_INK)
-    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (margin, top + 28))
+    sheet.paste(plain, (margin, top + 28))
     draw.text((margin, rates_top), "rate: factor on the guidance scale", font=_font(text), fill=_INK)
     _draw_color_bar(draw, margin, rates_top + 26, column, limit)
     notes = (
@@ -670,8 +688,8 @@ def contact_sheet(
 class _Header:
     """Title and subtitle of a sheet, wrapped to its width."""
 
-    def __init__(self, title: str, subtitle: str, width: int) -> None:
-        self._lines = [(line, _font(22), _INK, 30) for line in _wrap(title, _font(22), width)]
+    def __init__(self, title: str, subtitle: str, width: int, size: int = 22) -> None:
+        self._lines = [(line, _font(size), _INK, size + 8) for line in _wrap(title, _font(size), width)]
         self._lines += [(line, _font(14), _MUTED, 22) for line in _wrap(subtitle, _font(14), width)]
         self.height = sum(height for *_, height in self._lines) + (14 if self._lines else 0)
 
@@ -711,7 +729,7 @@ def image_grid(
     columns = max(len(row) for row in rows)
     total = max(2 * margin + columns * width + (columns - 1) * gap, 420)
     headers = [_Header(title, subtitle, total - 2 * margin)]
-    headers += [_Header("", row_title, total - 2 * margin) for row_title in row_titles]
+    headers += [_Header(row_title, "", total - 2 * margin, size=18) for row_title in row_titles]
     caption_height = 26 if captions else 0
     body = len(rows) * (height + caption_height + gap) - gap
     sheet = Image.new("RGB", (total, 2 * margin + sum(header.height for header in headers) + body), _PAPER)
@@ -723,7 +741,7 @@ def image_grid(
         for column, image in enumerate(row):
             x = margin + column * (width + gap)
             if captions:
-                draw.text((x, y), _fit(captions[index][column], font, width), font=font, fill=_INK)
+                draw.text((x, y), _fit(_drawable(captions[index][column]), font, width), font=font, fill=_INK)
             sheet.paste(image.convert("RGB"), (x, y + caption_height))
         y += caption_height + height + gap
     return sheet

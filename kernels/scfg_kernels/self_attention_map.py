@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_attention
-from ._launch import choose_backend
+from ._launch import attention_limits, choose_backend
+from ._triton import KERNELS
 from .attention_map import attention_with_map, default_scale, empty_output_and_map
 
 
@@ -21,6 +22,8 @@ from .attention_map import attention_with_map, default_scale, empty_output_and_m
 def _self_attention_map(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        return KERNELS["self_attention_map"](q, k, v, scale)
     return attention_with_map(q, k, v, scale)
 
 
@@ -39,7 +42,7 @@ def self_attention_map(
     Args:
         q: queries [B, H, N, d], fp16, bf16, fp32 or fp64, any strides.
         k: keys [B, H, N, d], same dtype and device.
-        v: values [B, H, N, dv]. On a CPU, dv = d keeps the output memory-efficient: torch takes its step-by-step path if not.
+        v: values [B, H, N, dv]. On a CPU only dv = d keeps the output memory-efficient: torch decides so.
         scale: factor on the scores; default 1/sqrt(d).
         backend: `"auto"`, `"triton"` or `"torch"`.
 
@@ -51,5 +54,5 @@ def self_attention_map(
         BackendError: `backend="triton"` cannot run here.
     """
     check_attention("self_attention_map", q, k, v, same_tokens=True)
-    chosen = choose_backend("self_attention_map", backend, q.device)
+    chosen = choose_backend("self_attention_map", backend, q.device, attention_limits(q, k, v))
     return _self_attention_map(q, k, v, default_scale(q, scale), chosen)
