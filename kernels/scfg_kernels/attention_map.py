@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_attention
-from ._launch import choose_backend
+from ._launch import attention_limits, choose_backend
+from ._triton import KERNELS
 
-# Elements of the [B, H, rows, T] block of scores: 1 MiB in fp32, half of a typical L2 cache.
+# Elements of the [H, rows, T] block of scores: 1 MiB in fp32, half of a typical L2 cache.
 BLOCK_ELEMENTS = 1 << 18
 
 
@@ -33,10 +34,13 @@ def head_mean_map(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tenso
     dtype = map_dtype(q.dtype)
     keys = k.to(dtype).transpose(-1, -2)
     result = torch.empty((batch, n, tokens), dtype=dtype, device=q.device)
-    rows = max(1, BLOCK_ELEMENTS // max(1, batch * heads * tokens))
-    for start in range(0, n, rows):
-        block = q[:, :, start : start + rows].to(dtype) * scale
-        torch.mean(torch.softmax(block @ keys, dim=-1), dim=1, out=result[:, start : start + rows])
+    # One sample at a time: blocks of many rows make better GEMMs than blocks of few rows over the whole batch.
+    rows = max(16, BLOCK_ELEMENTS // (heads * tokens))
+    for sample in range(batch):
+        for start in range(0, n, rows):
+            block = q[sample, :, start : start + rows].to(dtype) * scale
+            probabilities = torch.softmax(block @ keys[sample], dim=-1)
+            torch.mean(probabilities, dim=0, out=result[sample, start : start + rows])
     return result
 
 
@@ -64,6 +68,8 @@ def default_scale(q: torch.Tensor, scale: float | None) -> float:
 
 @torch.library.custom_op("scfg_kernels::attention_map", mutates_args=())
 def _attention_map(q: torch.Tensor, k: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    if backend == "triton":
+        return KERNELS["attention_map"](q, k, scale)
     return head_mean_map(q, k, scale)
 
 
@@ -91,4 +97,5 @@ def attention_map(
         BackendError: `backend="triton"` cannot run here.
     """
     check_attention("attention_map", q, k, None)
-    return _attention_map(q, k, default_scale(q, scale), choose_backend("attention_map", backend, q.device))
+    chosen = choose_backend("attention_map", backend, q.device, attention_limits(q, k, None))
+    return _attention_map(q, k, default_scale(q, scale), chosen)

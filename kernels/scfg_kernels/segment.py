@@ -26,6 +26,7 @@ tie. Bytes that must move: every X_l once, ids and foreground once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -33,7 +34,8 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import Reasons
-from ._launch import choose_backend
+from ._launch import choose_backend, segment_limits
+from ._triton import KERNELS
 
 EPSILON = 1e-8
 TIE = 1e-6
@@ -47,7 +49,7 @@ def kernel_weights(sigma: float) -> tuple[float, float]:
     return edge / (1.0 + 2.0 * edge), 1.0 / (1.0 + 2.0 * edge)
 
 
-def _smooth_axis(x: torch.Tensor, dim: int, edge: float, centre: float) -> torch.Tensor:
+def smooth_axis(x: torch.Tensor, dim: int, edge: float, centre: float) -> torch.Tensor:
     """Three-tap filter along `dim`, border reflected about the edge sample; a single sample stays as it is."""
     size = x.shape[dim]
     if size == 1:
@@ -67,25 +69,19 @@ def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
     if sigma == 0.0:
         return x
     edge, centre = kernel_weights(sigma)
-    return _smooth_axis(_smooth_axis(x, -1, edge, centre), -2, edge, centre)
+    return smooth_axis(smooth_axis(x, -1, edge, centre), -2, edge, centre)
 
 
-def _resize_and_smooth(x: torch.Tensor, size: tuple[int, int], sigma: float) -> torch.Tensor:
-    if tuple(x.shape[-2:]) != size:
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    return smooth(x, sigma)
-
-
-def _mean_weights(size: tuple[int, int], target: tuple[int, int], sigma: float, like: torch.Tensor) -> torch.Tensor:
-    """Weights w [h*w] with  mean(resize_and_smooth(x)) = <w, x>, from unit impulses along each axis."""
-    edge, centre = kernel_weights(sigma)
-    weights = []
-    for length, target_length in zip(size, target, strict=True):
-        impulses = torch.eye(length, dtype=like.dtype, device=like.device)[None]
-        if length != target_length:
-            impulses = F.interpolate(impulses, size=target_length, mode="linear", align_corners=False)
-        weights.append(_smooth_axis(impulses, -1, edge, centre).mean(-1)[0])
-    return torch.outer(*weights).flatten()
+@functools.lru_cache(maxsize=64)
+def _axis_operator(
+    length: int, target: int, sigma: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resizing and smoothing along one axis as a matrix [target, length], and its column means [length]."""
+    impulses = torch.eye(length, dtype=dtype, device=device)
+    if length != target:
+        impulses = F.interpolate(impulses[None], size=target, mode="linear", align_corners=False)[0]
+    matrix = smooth_axis(impulses, -1, *kernel_weights(sigma)).T.contiguous()
+    return matrix, matrix.mean(0)
 
 
 @torch.library.custom_op("scfg_kernels::segment", mutates_args=())
@@ -99,25 +95,30 @@ def _segment(
     token_mask: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        return KERNELS["segment"](tokens, start, sizes, h, w, blur_sigma, token_mask)
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     token_score = start_score = 0.0
     layer_sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
     for size in dict.fromkeys(layer_sizes):
-        layers = [index for index, layer_size in enumerate(layer_sizes) if layer_size == size]
-        x = torch.stack([tokens[index].to(dtype) for index in layers])  # [L, B, T, N]
-        s = torch.stack([start[index].to(dtype) for index in layers])  # [L, B, N]
-        weights = _mean_weights(size, (h, w), blur_sigma, x)  # [N]
-        x = (x / ((x * weights).sum(-1, keepdim=True) + EPSILON)).sum(0)
-        m = (s * weights).sum(-1, keepdim=True)
-        s = ((s - m) / (m * (1.0 - m))).sum(0)
-        x = x.unflatten(-1, size)
-        s = s.unflatten(-1, size).unsqueeze(1)
-        token_score = token_score + _resize_and_smooth(x, (h, w), blur_sigma)
-        start_score = start_score + _resize_and_smooth(s, (h, w), blur_sigma)
+        rows, row_means = _axis_operator(size[0], h, blur_sigma, dtype, tokens[0].device)  # [h, h_l]
+        columns, column_means = _axis_operator(size[1], w, blur_sigma, dtype, tokens[0].device)  # [w, w_l]
+        weights = torch.outer(row_means, column_means).flatten()  # mean(resize and smooth(x)) = <weights, x>
+        x = torch.zeros_like(tokens[layer_sizes.index(size)], dtype=dtype)  # [B, T, N]
+        s = torch.zeros_like(start[layer_sizes.index(size)], dtype=dtype)  # [B, N]
+        for layer_size, layer, layer_start in zip(layer_sizes, tokens, start, strict=True):
+            if layer_size == size:
+                layer, layer_start = layer.to(dtype), layer_start.to(dtype)
+                # A sum of products, not a GEMV: that rounds its last rows differently, and would break ties at random.
+                x.addcmul_(layer, 1.0 / ((layer * weights).sum(-1, keepdim=True) + EPSILON))
+                m = (layer_start * weights).sum(-1, keepdim=True)
+                s += (layer_start - m) / (m * (1.0 - m))
+        token_score = token_score + rows @ x.unflatten(-1, size) @ columns.T
+        start_score = start_score + rows @ s.unflatten(-1, size) @ columns.T
     if token_mask is not None:
         token_score = token_score.masked_fill(~token_mask[:, :, None, None], -math.inf)
     ids = token_score.argmax(1)
-    foreground = start_score.squeeze(1) < -TIE * len(layer_sizes)
+    foreground = start_score < -TIE * len(layer_sizes)
     return ids, foreground
 
 
@@ -190,6 +191,6 @@ def segment(
             )
         reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
     reasons.raise_if_any()
-    chosen = choose_backend("segment", backend, tokens[0].device)
+    chosen = choose_backend("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h * w))
     flat_sizes = [length for pair in sizes for length in pair]
     return _segment(list(tokens), list(start), flat_sizes, h, w, float(blur_sigma), token_mask, chosen)

@@ -15,6 +15,7 @@ truth.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,6 +90,7 @@ def paper_completion(self_map: torch.Tensor, cross_map: torch.Tensor, powers: in
 # Smoothing and masks -------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def gaussian_kernel_3x3(sigma: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Kernel of the released smoothing module: the product over axes of exp(-((x - mean) / (2 sigma))^2), sum 1."""
     kernel = torch.ones(3, 3, dtype=torch.float64)

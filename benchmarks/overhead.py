@@ -1,0 +1,339 @@
+"""One denoising step of a whole UNet: plain guidance, S-CFG with this package, and the literal published way.
+
+    python -m benchmarks.overhead --arch sd15|bundled|tiny [--size 512] [--rounds 5] [--threads N]
+
+Every variant is one step of the same `StableDiffusionPipeline.__call__`, given prompt embeddings and latents:
+
+    plain      stock processors, nothing installed
+    ours       `scfg_fast.enable(pipe)`
+    literal    every attention layer materialises its probabilities (`LiteralCaptureProcessor`), and a hook on the UNet
+               computes the guided noise the published way; like ours it enters through the UNet's output
+
+Time: the variants are interleaved in one process, plain twice per round; ratios are taken within a round.
+Memory: each variant runs in a fresh process, once. Two peaks are recorded: the resident size of the whole process
+(model, libraries and allocator included), and the bytes that torch's CPU allocator held above the loaded model.
+Operators: what the dispatcher sees in that step, without views and pure allocations.
+
+Nothing is timed unless the guided latents of ours and of the literal port agree. Weights are random for sd15 and tiny,
+with the query and key projections amplified so that attention has peaks, as a trained model's has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.utils import logging
+
+import scfg_fast
+from tests.pipelines.tiny import tiny_sd_pipeline
+from tests.reference.official import LiteralCaptureProcessor, LiteralStore
+
+from . import registry
+from .measure import MIB, CountOps, Spread, allocated_peak, interleaved, ratios, resident_peak
+from .report import RESULTS, Report
+
+VARIANTS = ("plain", "ours", "literal")
+CONTROL = "plain (again)"
+ARCHITECTURES = ("sd15", "bundled", "tiny")
+ATTENTION_GAIN = 2.5
+FACTORS = (4, 8)
+# Latent pixels where ours and the literal port may differ: those whose cell is a near-tie between two tokens.
+DISAGREEING_PIXELS_ALLOWED = 0.02
+
+
+class DisagreementError(RuntimeError):
+    """Ours and the literal port do not compute the same latents; nothing may be timed."""
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    """The UNet of Stable Diffusion 1.5 at its real size, fp32, random weights; no text encoder, no autoencoder."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+    ).eval()
+    with torch.no_grad():
+        for module in unet.modules():
+            if isinstance(module, Attention):
+                module.to_q.weight *= ATTENTION_GAIN
+                module.to_k.weight *= ATTENTION_GAIN
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def bundled_pipeline() -> StableDiffusionPipeline:
+    """The model that ships with the package, fp32."""
+    return StableDiffusionPipeline.from_pretrained(
+        scfg_fast.bundled_model_path(), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+    )
+
+
+class Subject:
+    """A pipeline with fixed inputs that can run one step in each variant."""
+
+    def __init__(self, arch: str, size: int | None = None) -> None:
+        make = {"sd15": sd15_pipeline, "bundled": bundled_pipeline, "tiny": tiny_sd_pipeline}[arch]
+        self.pipe = make()
+        self.pipe.set_progress_bar_config(disable=True)
+        unet = self.pipe.unet
+        self.size = size or unet.config.sample_size * self.pipe.vae_scale_factor
+        if self.size % self.pipe.vae_scale_factor:
+            raise ValueError(f"--size must be a multiple of {self.pipe.vae_scale_factor}, got {self.size}")
+        side = self.size // self.pipe.vae_scale_factor
+        # The published code makes its smoothing kernel when it is set up, not in a step.
+        registry.oracle.gaussian_kernel_3x3(0.5, unet.dtype)
+        rng = torch.Generator().manual_seed(0)
+        width = unet.config.cross_attention_dim
+        self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng)
+        self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng)
+
+    def _call(self) -> torch.Tensor:
+        return self.pipe(
+            prompt_embeds=self.embeds[1], negative_prompt_embeds=self.embeds[0], latents=self.latents,
+            height=self.size, width=self.size, num_inference_steps=1, guidance_scale=registry.GUIDANCE_SCALE,
+            output_type="latent",
+        ).images  # fmt: skip
+
+    def plain(self) -> torch.Tensor:
+        """Guided latents after one step of plain guidance."""
+        return self._call()
+
+    def ours(self) -> torch.Tensor:
+        """The same with S-CFG; enabling and disabling are part of the step."""
+        handle = scfg_fast.enable(self.pipe, strict=True)
+        try:
+            return self._call()
+        finally:
+            scfg_fast.disable(self.pipe)
+            if handle.stats.steps_applied != 1:
+                raise RuntimeError(f"S-CFG was not applied: {handle.stats.steps_skipped}")
+
+    def literal(self) -> torch.Tensor:
+        """The same with the published way of capturing and guiding."""
+        with self._literal_installed():
+            return self._call()
+
+    def variant(self, name: str) -> Callable[[], torch.Tensor]:
+        return {"plain": self.plain, "ours": self.ours, "literal": self.literal}[name]
+
+    @contextlib.contextmanager
+    def _literal_installed(self) -> Iterator[None]:
+        unet = self.pipe.unet
+        store = LiteralStore(tuple(self.latents.shape[-2:]))
+
+        def guide(module: torch.nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            factors = [factor for factor in FACTORS if f"r{factor}_self" in store.maps]
+            layers = [(factor, *maps) for factor in factors for maps in store.layers(factor)]
+            uncond, cond = output[0].chunk(2)
+            guided = registry.literal_step_from_maps(
+                {
+                    "self_maps": [self_map for _, self_map, _ in layers],
+                    "cross_maps": [cross_map for _, _, cross_map in layers],
+                    "sizes": [store.grid(factor) for factor, _, _ in layers],
+                    "grid": store.grid(registry.CELL),
+                    "uncond": uncond,
+                    "cond": cond,
+                }
+            )[0]
+            store.reset()
+            return (torch.cat([guided, guided]), *output[1:])
+
+        originals = dict(unet.attn_processors)
+        unet.set_attn_processor(LiteralCaptureProcessor(store))
+        hook = unet.register_forward_hook(guide)
+        try:
+            yield
+        finally:
+            hook.remove()
+            unet.set_attn_processor(originals)
+
+
+def check_agreement(results: dict[str, torch.Tensor]) -> float:
+    """Fraction of latent pixels where ours and the literal port differ.
+
+    Raises:
+        DisagreementError: too many, or S-CFG changed nothing against plain guidance.
+    """
+    scale = results["literal"].square().mean().sqrt()
+    differ = ((results["ours"] - results["literal"]).abs() > 1e-3 * scale).any(1).float().mean().item()
+    effect = ((results["ours"] - results["plain"]).abs() > 1e-3 * scale).any(1).float().mean().item()
+    if not differ <= DISAGREEING_PIXELS_ALLOWED:
+        raise DisagreementError(f"ours and the literal port differ in {differ:.1%} of the latent pixels")
+    if effect == 0.0:
+        raise DisagreementError("S-CFG and plain guidance gave the same latents: nothing was guided")
+    return differ
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one step of one variant took in a fresh process.
+
+    Attributes:
+        model: bytes of the UNet's weights.
+        resident: largest resident size of the process.
+        loaded: its largest resident size before the step.
+        allocated: bytes that torch's allocator held at once above the loaded model.
+        dispatched: operators seen by the dispatcher, a custom op counted as one.
+        inside: the same with the torch implementation of custom ops in their place.
+    """
+
+    model: int
+    resident: int
+    loaded: int
+    allocated: int
+    dispatched: int
+    inside: int
+
+
+def footprint(arch: str, size: int | None, variant: str, threads: int | None) -> Footprint:
+    """Run one step of one variant in this process, which should be a fresh one, and measure it."""
+    _quiet()
+    if threads:
+        torch.set_num_threads(threads)
+    subject = Subject(arch, size)
+    step = subject.variant(variant)
+    loaded = resident_peak()
+    counter = CountOps()
+
+    def counted() -> torch.Tensor:
+        with counter:
+            return step()
+
+    allocated = allocated_peak(counted)
+    model = sum(p.numel() * p.element_size() for p in subject.pipe.unet.parameters())
+    counts = counter.counts
+    return Footprint(model, resident_peak(), loaded, allocated, counts.dispatched.total(), counts.inside.total())
+
+
+def in_fresh_process(*arguments: Any) -> Footprint:
+    """`footprint` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(footprint, *arguments).result()
+
+
+def _quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def add_footprints(report: Report, place: tuple[str, str, str, int], prints: dict[str, Footprint]) -> None:
+    """Rows of memory and operators; ratios and differences are against plain."""
+    plain = prints["plain"]
+    for name, this in prints.items():
+        report.add(*place, name, "peak_resident", "MiB", this.resident / MIB)
+        report.add(*place, name, "peak_resident_ratio", "x", this.resident / plain.resident)
+        report.add(*place, name, "peak_allocated", "MiB", this.allocated / MIB)
+        report.add(*place, name, "peak_allocated_ratio", "x", this.allocated / plain.allocated)
+        with_model = (this.model + this.allocated) / (plain.model + plain.allocated)
+        report.add(*place, name, "peak_model_and_allocated_ratio", "x", with_model)
+        report.add(*place, name, "ops_dispatched", "ops", float(this.dispatched))
+        report.add(*place, name, "ops_dispatched_extra", "ops", float(this.dispatched - plain.dispatched))
+        report.add(*place, name, "ops_inside", "ops", float(this.inside))
+        report.add(*place, name, "ops_inside_extra", "ops", float(this.inside - plain.inside))
+
+
+def add_times(report: Report, place: tuple[str, str, str, int], samples: dict[str, list[float]]) -> None:
+    """Rows of times and of ratios within rounds."""
+    for name in VARIANTS:
+        report.add(*place, name, "time", "s", Spread.of(samples[name]))
+        report.add(*place, name, "time_ratio", "x", ratios(samples[name], samples["plain"]))
+    report.add(*place, "plain", "control_ratio", "x", ratios(samples[CONTROL], samples["plain"]))
+
+
+def table(report: Report) -> str:
+    """The rows as a table for the screen: one line per metric, one column per variant."""
+    found = {(row.metric, row.provider): row for row in report.rows}
+    lines = [f"{'':32}" + "".join(f"{name:>26}" for name in VARIANTS)]
+    for metric in dict.fromkeys(row.metric for row in report.rows):
+        cells = []
+        for name in VARIANTS:
+            row = found.get((metric, name))
+            if row is None or row.value is None:
+                cells.append("")
+            elif row.samples > 1:
+                cells.append(f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]")
+            else:
+                cells.append(f"{row.value:.{ {'ops': 0, 'MiB': 1}.get(row.unit, 4) }f}")
+        unit = next(row.unit for row in report.rows if row.metric == metric)
+        lines.append(f"{f'{metric} ({unit})':32}" + "".join(f"{cell:>26}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sd15")
+    parser.add_argument("--size", type=int, help="pixels per side; default: the model's own (512 for sd15)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument(
+        "--seconds", type=float, default=450.0, help="start no round that would end later (default: 450)"
+    )
+    parser.add_argument("--out", type=Path, help="without suffix; default: benchmarks/results/overhead-ARCH")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    _quiet()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    out = arguments.out or RESULTS / f"overhead-{arguments.arch}"
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
+
+    report = Report({**vars(arguments), "out": out.name})
+    prints = {}
+    for name in VARIANTS:
+        prints[name] = in_fresh_process(arguments.arch, arguments.size, name, arguments.threads)
+        this = prints[name]
+        resident, allocated, model = (value / MIB for value in (this.resident, this.allocated, this.model))
+        say(f"memory in MiB, {name}: resident {resident:.0f}; model {model:.0f} and {allocated:.0f} allocated above it")
+
+    subject = Subject(arguments.arch, arguments.size)
+    place = (f"overhead/{arguments.arch}-{subject.size}/b1", "overhead", f"{arguments.arch}-{subject.size}", 1)
+    add_footprints(report, place, prints)
+    say("model loaded; one step of each variant to warm up and to compare")
+    try:
+        differ = check_agreement({name: subject.variant(name)() for name in VARIANTS})
+    except DisagreementError as error:
+        print(f"REFUSED TO TIME: {error}", file=sys.stderr)
+        return 1
+    report.details["latent_pixels_that_differ_from_literal"] = differ
+    say(f"ours and the literal port agree in {1 - differ:.2%} of the latent pixels")
+
+    def progress(index: int, latest: dict[str, float]) -> bool:
+        against = {name: latest[name] / latest["plain"] for name in (CONTROL, "ours", "literal")}
+        ratio_text = ", ".join(f"{name} {value:.3f}" for name, value in against.items())
+        say(f"round {index + 1}/{arguments.rounds}: plain {latest['plain']:.3f} s; ratios: {ratio_text}")
+        return time.perf_counter() - began + sum(latest.values()) < arguments.seconds
+
+    calls = {**{name: subject.variant(name) for name in VARIANTS}, CONTROL: subject.plain}
+    samples = interleaved(calls, arguments.rounds, after_round=progress)
+    if len(samples["plain"]) < arguments.rounds:
+        say(f"stopped after {len(samples['plain'])} rounds: --seconds {arguments.seconds:g}")
+    report.samples[place[0]] = samples
+    add_times(report, place, samples)
+    report.write(out, finished=True)
+    print(table(report))
+    print(f"wrote {out.name}.csv and .json")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

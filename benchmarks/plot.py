@@ -1,0 +1,186 @@
+"""Draw the result files, from the CSV alone: `python -m benchmarks.plot [CSV ...] [--out docs/img]`.
+
+A file with overhead rows becomes overhead bars; any other becomes speed-ups over the literal way. Picture names are the
+files' names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .report import RESULTS, ROOT, Row, read
+
+COLOURS = {"plain": "#8c96a3", "ours": "#1f6fb4", "compiled": "#54a868", "literal": "#d1683c"}
+LABELS = {
+    "plain": "plain guidance",
+    "ours": "scfg_fast",
+    "literal": "literal port of the published code",
+    "compiled": "scfg_fast operators under torch.compile",
+}
+NOISE = "#f0c75e"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "figure.facecolor": "white",
+}
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """One line that says where the numbers come from."""
+    row = rows[0]
+    commit = f"commit {row.commit}" + (" with uncommitted changes" if row.dirty else "")
+    threads = f"{row.threads} thread" + ("s" if row.threads != 1 else "")
+    return f"{row.cpu}, {row.cores} cores, {threads}  |  torch {row.torch}, fp32  |  {commit}  |  {row.date[:10]}"
+
+
+def _pick(rows: Sequence[Row], metric: str) -> dict[str, Row]:
+    return {row.provider: row for row in rows if row.metric == metric and row.value is not None}
+
+
+def _finish(figure: Figure, rows: Sequence[Row], title: str, path: Path) -> Path:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.text(0.01, 0.01, provenance(rows), fontsize=7.5, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def _overhead_panel(axes: Axes, rows: Sequence[Row], metric: str, title: str, form: Callable[[float], str]) -> None:
+    found = _pick(rows, metric)
+    names = [name for name in ("plain", "ours", "literal") if name in found]
+    values = [found[name].value for name in names]
+    for position, name in enumerate(names):
+        row = found[name]
+        axes.bar(position, row.value, width=0.62, color=COLOURS[name], zorder=2)
+        if row.samples > 1:
+            axes.vlines(position, row.low, row.high, color="#222222", linewidth=1.4, zorder=3)
+        top = max(row.value, row.high)
+        axes.text(
+            position, top + 0.02 * max(values), form(row.value), ha="center", va="bottom", fontweight="bold", zorder=5
+        )
+    axes.set_xticks(range(len(names)), ["plain", "scfg_fast", "literal"][: len(names)])
+    axes.set_ylim(0, 1.16 * max(max(row.high, row.value) for row in found.values()))
+    axes.set_title(title)
+    axes.yaxis.grid(True, color="#e6e6e6", zorder=0)
+
+
+def plot_overhead(rows: Sequence[Row], path: Path) -> Path:
+    """Time, memory and operators of one step against plain guidance; the A/A control is a band in the first panel."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 4, figsize=(13, 4.5))
+        figure.subplots_adjust(left=0.045, right=0.985, top=0.83, bottom=0.20, wspace=0.24)
+        _overhead_panel(panels[0], rows, "time_ratio", "time, ratio to plain", _ratio)
+        control = _pick(rows, "control_ratio")["plain"]
+        panels[0].axhspan(control.low, control.high, color=NOISE, alpha=0.5, zorder=1)
+        panels[0].axhline(control.value, color="#b8860b", linestyle="--", linewidth=1.2, zorder=4)
+        label = f"plain against plain: {control.value:.3f} [{control.low:.3f}, {control.high:.3f}]"
+        panels[0].set_xlabel(f"median of {control.samples} rounds, quartiles\n{label}", fontsize=8, color="#555555")
+        _overhead_panel(panels[1], rows, "peak_resident_ratio", "peak memory, ratio to plain", _ratio)
+        panels[1].set_xlabel("resident size of a fresh process, model included", fontsize=8, color="#555555")
+        _overhead_panel(panels[2], rows, "peak_allocated", "memory above the model, MiB", _mebibytes)
+        panels[2].set_xlabel("peak of torch's allocator in one step", fontsize=8, color="#555555")
+        _overhead_panel(
+            panels[3], rows, "ops_dispatched_extra", "extra operators per step", lambda count: f"+{count:.0f}"
+        )
+        inside = _pick(rows, "ops_inside_extra")["ours"]
+        note = f"dispatched, views excluded; scfg_fast: +{inside.value:.0f}\ncounted inside its torch implementation"
+        panels[3].set_xlabel(note, fontsize=8, color="#555555")
+        return _finish(figure, rows, f"One denoising step, {rows[0].sizes} px, one image", path)
+
+
+def plot_speedups(rows: Sequence[Row], path: Path) -> Path:
+    """Speed-up over the literal way, one line per case, with the control's noise band around 1."""
+    speed = [row for row in rows if row.metric == "speedup" and row.value is not None and row.provider != "literal"]
+    cases = list(dict.fromkeys(row.case for row in speed))
+    providers = [name for name in ("ours", "compiled") if any(row.provider == name for row in speed)]
+    height = 0.8 / len(providers)
+    controls = {row.case: row for row in rows if row.metric == "control_ratio"}
+    with plt.rc_context(STYLE):
+        tall = 1.9 + 0.36 * len(cases)
+        figure, axes = plt.subplots(figsize=(10.5, tall))
+        figure.subplots_adjust(left=0.30, right=0.97, top=1 - 0.85 / tall, bottom=0.85 / tall)
+        for row in speed:
+            y = cases.index(row.case) + (providers.index(row.provider) - (len(providers) - 1) / 2) * height
+            axes.barh(y, row.value, height=0.9 * height, color=COLOURS[row.provider], zorder=2)
+            axes.hlines(y, row.low, row.high, color="#222222", linewidth=1, zorder=3)
+            axes.text(1.04 * max(row.value, row.high), y, f"{row.value:.2f}x", va="center", fontsize=7.5, zorder=4)
+        for index, case in enumerate(cases):
+            low, high = controls[case].low, controls[case].high
+            axes.fill_betweenx([index - 0.48, index + 0.48], low, high, color=NOISE, alpha=0.6, zorder=3, linewidth=0)
+        axes.axvline(1.0, color="#b8860b", linestyle="--", linewidth=1.2, zorder=1)
+        axes.set_xscale("log")
+        longest = max(max(row.value, row.high) for row in speed)
+        axes.set_xlim(min(0.5, 0.8 * min(min(row.value, row.low) for row in speed)), 1.6 * longest)
+        left, right = axes.get_xlim()
+        ticks = [tick for tick in (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if left <= tick <= right]
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(cases)), cases, fontsize=8.5)
+        axes.set_ylim(len(cases) - 0.4, -0.6)
+        axes.xaxis.grid(True, color="#e6e6e6", zorder=0)
+        axes.set_xlabel(
+            "times faster than the literal port (median of paired rounds, quartiles), log scale", fontsize=9
+        )
+        handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name], label=LABELS[name]) for name in providers]
+        handles.append(plt.Rectangle((0, 0), 1, 1, color=NOISE, label="control: scfg_fast against itself"))
+        handles.append(Line2D([], [], color="#b8860b", linestyle="--", label="as fast as the literal port"))
+        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.43, 1.0), ncols=4, frameon=False, fontsize=8)
+        return _finish(figure, rows, "Speed-up over the literal port of the published code", path)
+
+
+def plot(table: Path, folder: Path) -> Path:
+    """Draw one CSV into `folder`; returns the picture's path.
+
+    Raises:
+        ValueError: the file holds nothing to draw.
+    """
+    rows = read(table)
+    path = folder / f"{table.stem}.png"
+    if any(row.metric == "time_ratio" for row in rows):
+        return plot_overhead(rows, path)
+    if any(row.metric == "speedup" for row in rows):
+        return plot_speedups(rows, path)
+    raise ValueError(f"{table} has neither time ratios nor speed-ups to draw")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description="Draw result files, from the CSV alone."
+    )
+    parser.add_argument("tables", type=Path, nargs="*", help="CSV files; default: all in benchmarks/results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img", help="folder; default: docs/img")
+    arguments = parser.parse_args(argv)
+    tables = arguments.tables or sorted(RESULTS.glob("*.csv"))
+    if not tables:
+        parser.error("there are no result files: run python -m benchmarks.run or python -m benchmarks.overhead first")
+    for table in tables:
+        print(f"wrote {plot(table, arguments.out).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
