@@ -1,8 +1,17 @@
-"""The choice of a backend: a pure function of the operator, the request and the device."""
+"""Which backend runs, and with which launch configuration: pure functions of sizes, dtypes and device limits.
+
+The one impure function is `accepts_cpu_tensors`, the seam for executing kernels without a GPU: while the active Triton
+driver declares that it serves CPU tensors (`DriverBase.get_active_torch_device`, a simulator does), an explicit
+`backend="triton"` takes them. `"auto"` never does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -29,7 +38,18 @@ def triton_reasons(op: str, device: torch.device) -> list[str]:
     return reasons
 
 
-def choose_backend(op: str, backend: str, device: torch.device) -> str:
+def accepts_cpu_tensors() -> bool:
+    """Whether the active Triton driver serves CPU tensors. Never imports triton: no import, no driver."""
+    triton = sys.modules.get("triton")
+    if triton is None:
+        return False
+    try:
+        return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # triton is imported, but there is no GPU for it
+        return False
+
+
+def choose_backend(op: str, backend: str, device: torch.device, limits: Sequence[str] = ()) -> str:
     """Resolve `"auto" | "triton" | "torch"` to the backend that will run.
 
     Args:
@@ -37,6 +57,7 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         backend: `"torch"` is always available; `"triton"` is taken literally; `"auto"` is Triton where it can run, else
             torch.
         device: device of the operands.
+        limits: reasons why the Triton kernel cannot take these operands.
 
     Returns:
         `"triton"` or `"torch"`.
@@ -49,7 +70,8 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         raise ValueError(f"{op}: backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return "torch"
-    reasons = triton_reasons(op, device)
+    simulated = backend == "triton" and device.type == "cpu" and accepts_cpu_tensors()
+    reasons = triton_reasons(op, torch.device("cuda") if simulated else device) + list(limits)
     if not reasons:
         return "triton"
     if backend == "triton":
@@ -61,3 +83,191 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, tuple[st
     """Per operator: the backend `"auto"` takes on `device`, and why it is not Triton (empty if it is)."""
     device = torch.device(device)
     return {op: (choose_backend(op, "auto", device), triton_reasons(op, device)) for op in OPS}
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` current: Triton launches on the current device, not on that of its arguments."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# Launch configurations
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a launch configuration depends on: `"sm_80"` or `"gfx942"`, multiprocessors, shared memory per block."""
+
+    arch: str
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Warps and pipeline stages, common to all kernels."""
+
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig(LaunchConfig):
+    """Tiles of the attention kernels.
+
+    Attributes:
+        heads: heads that one program works on at a time, one warp each.
+        block_m: query rows.
+        block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
+        block_d: columns of the head size at a time in a score.
+        sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
+    """
+
+    heads: int
+    block_m: int
+    block_n: tuple[int, int]
+    block_d: int
+    sweeps: int
+
+
+MAX_ONE_SWEEP = 128
+"""Keys up to which 16 rows of one head's scores fit in the registers of a warp."""
+MAX_KEYS = 1024
+"""Keys beyond which the second sweep costs more than the matrix-free form that is to replace it."""
+MAX_HEAD_DIM = 160
+"""The largest head size that was compiled and executed; beyond it the values of eight heads outgrow shared memory."""
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def two_widths(size: int, smallest: int = 16) -> tuple[int, int]:
+    """Two powers of two (the second may be 0) that cover `size` with less waste than one: 77 -> (64, 16)."""
+    whole = max(smallest, next_power_of_2(size))
+    rest = max(smallest, next_power_of_2(size - whole // 2))
+    return (whole // 2, rest) if whole > smallest and rest < whole // 2 else (whole, 0)
+
+
+def attention_config(heads: int, keys: int, limits: DeviceLimits) -> AttentionConfig:
+    """Tiles of the three attention operators.
+
+    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
+    tiles of eight heads do not fit in shared memory.
+    """
+    at_once = min(8, next_power_of_2(heads))
+    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024):
+        at_once = 4
+    one_sweep = keys <= MAX_ONE_SWEEP
+    return AttentionConfig(
+        num_warps=at_once,
+        num_stages=2,
+        heads=at_once,
+        block_m=16,
+        block_n=two_widths(keys) if one_sweep else (32, 0),
+        block_d=32,
+        sweeps=1 if one_sweep else 2,
+    )
+
+
+def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
+    """Every reason why the attention kernels cannot take these operands; empty if they can."""
+    reasons = []
+    operands = [q, k] if v is None else [q, k, v]
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"the kernels compute products of fp16 and bf16 only, got {q.dtype}")
+    if k.shape[2] > MAX_KEYS:
+        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+    if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
+        reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {[x.shape[3] for x in operands]}")
+    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
+        reasons.append("the last dimension of q, k, v must have stride 1")
+    if any(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31 for x in operands):
+        reasons.append("a sample of q, k, v spans 2^31 elements or more")
+    return reasons
+
+
+@dataclass(frozen=True)
+class CompleteConfig(LaunchConfig):
+    """Tiles of the completion: columns, rows of S, and the inner dimension; all products in one launch or one each."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    one_launch: bool
+
+
+MAX_ONE_LAUNCH_ROWS = 512
+"""N up to which one program streams S (1 MiB in fp32) faster than a second launch would start."""
+
+
+def complete_config(n: int, tokens: int) -> CompleteConfig:
+    """Tiles of `complete`. 64 partial sums per thread; few columns at a time, so that there are many programs."""
+    return CompleteConfig(
+        num_warps=8,
+        num_stages=1,
+        block_t=min(8, next_power_of_2(tokens)),
+        block_n=64,
+        block_k=32,
+        one_launch=n <= MAX_ONE_LAUNCH_ROWS,
+    )
+
+
+def complete_limits(self_map: torch.Tensor, cross_map: torch.Tensor) -> list[str]:
+    """Every reason why the completion kernel cannot take these maps; empty if it can."""
+    reasons = []
+    if torch.float64 in (self_map.dtype, cross_map.dtype):
+        reasons.append("the kernel computes in fp32, fp64 maps need the torch implementation")
+    if any(x.shape[2] > 1 and x.stride(2) != 1 for x in (self_map, cross_map)):
+        reasons.append("the last dimension of both maps must have stride 1")
+    if any(x.shape[1] * x.stride(1) >= 2**31 for x in (self_map, cross_map)):
+        reasons.append("a sample's map spans 2^31 elements or more")
+    return reasons
+
+
+@dataclass(frozen=True)
+class SegmentConfig(LaunchConfig):
+    """Tiles of `segment` and `guide`, one program per sample: tokens and cells at a time, pixels at a time."""
+
+    block_t: int
+    block_s: int
+    block_p: int
+
+
+MAX_CELLS = 1024
+"""Cells (128x128 latents) up to which one program per sample is fast enough and holds them all in registers."""
+MAX_LAYERS = 16
+
+
+def segment_config(cells: int) -> SegmentConfig:
+    """Tiles of `segment` and `guide`."""
+    block_s = max(64, next_power_of_2(cells))
+    return SegmentConfig(
+        num_warps=8, num_stages=1, block_t=max(4, min(16, 2048 // block_s)), block_s=block_s, block_p=1024
+    )
+
+
+def segment_limits(
+    tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], token_mask: torch.Tensor | None, cells: int
+) -> list[str]:
+    """Every reason why the segmentation kernel cannot take these maps; empty if it can."""
+    reasons = []
+    maps = [*tokens, *start]
+    if torch.float64 in {x.dtype for x in maps}:
+        reasons.append("the kernel computes in fp32, fp64 maps need the torch implementation")
+    if cells > MAX_CELLS:
+        reasons.append(f"{cells} cells exceed {MAX_CELLS}")
+    if len(tokens) > MAX_LAYERS:
+        reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
+    if not all(x.is_contiguous() for x in maps) or not (token_mask is None or token_mask.is_contiguous()):
+        reasons.append("maps and mask must be contiguous")
+    return reasons
+
+
+def guide_limits(cond: torch.Tensor, cells: int) -> list[str]:
+    """Every reason why the guidance kernel cannot take these predictions; empty if it can."""
+    reasons = []
+    if cond.dtype == torch.float64:
+        reasons.append("the kernel computes in fp32, fp64 predictions need the torch implementation")
+    if cells > MAX_CELLS:
+        reasons.append(f"{cells} cells exceed {MAX_CELLS}")
+    return reasons

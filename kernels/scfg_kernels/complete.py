@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 
 from ._checks import Reasons, check_fidelity
-from ._launch import choose_backend
+from ._launch import choose_backend, complete_limits
+from ._triton import KERNELS
 
 
 def _complete_columns(s: torch.Tensor, columns: torch.Tensor, fidelity: str, powers: int) -> torch.Tensor:
@@ -39,6 +40,8 @@ def _complete_columns(s: torch.Tensor, columns: torch.Tensor, fidelity: str, pow
 def _complete(
     self_map: torch.Tensor, cross_map: torch.Tensor, unconditional: int, fidelity: str, powers: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        return KERNELS["complete"](self_map, cross_map, unconditional, fidelity, powers)
     columns = cross_map.to(self_map.dtype).transpose(1, 2)
     start = _complete_columns(self_map[:unconditional], columns[:unconditional, :1], fidelity, powers)
     tokens = _complete_columns(self_map[unconditional:], columns[unconditional:], fidelity, powers)
@@ -96,5 +99,5 @@ def complete(
     check_fidelity(reasons, fidelity)
     reasons.same_device(self_map, cross_map)
     reasons.raise_if_any()
-    chosen = choose_backend("complete", backend, self_map.device)
+    chosen = choose_backend("complete", backend, self_map.device, complete_limits(self_map, cross_map))
     return _complete(self_map, cross_map, unconditional, fidelity, powers, chosen)

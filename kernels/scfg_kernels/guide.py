@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import FLOATING, Reasons, check_fidelity
-from ._launch import choose_backend
+from ._launch import choose_backend, guide_limits
+from ._triton import KERNELS
 from .segment import EPSILON, smooth
 
 REWRITES = ("guided", "unconditional")
@@ -63,6 +64,11 @@ def _guide(
     rewrite: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        return KERNELS["guide"](
+            uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
+            blur_sigma, fidelity, rewrite,
+        )  # fmt: skip
     dtype = torch.promote_types(cond.dtype, torch.float32)
     batch, _, height, width = cond.shape
     u = uncond.to(dtype)
@@ -198,7 +204,7 @@ def guide(
         scale_dtype = torch.promote_types(cond.dtype, torch.float32)
         guidance_scale = torch.full((), float(guidance_scale), dtype=scale_dtype, device=cond.device)
     limit = math.inf if max_scale is None else float(max_scale)
-    chosen = choose_backend("guide", backend, cond.device)
+    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, grid[1] * grid[2]))
     return _guide(
         uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell,
         low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,

@@ -41,29 +41,17 @@ def state(pipe) -> tuple:
 
 
 def assert_stock(pipe, before: tuple, plain: torch.Tensor) -> None:
+    """The same processor objects, no hooks, and plain guidance's image, whether S-CFG is enabled or not."""
     after = state(pipe)
     assert all(after[0][name] is processor for name, processor in before[0].items()), "not the same processor objects"
     assert after[1:] == before[1:], "hooks were left behind"
-    assert torch.equal(run(pipe, **({"scfg_kwargs": {"enabled": False}} if pipe in _enabled else {})), plain)
-
-
-_enabled: list = []
-
-
-@pytest.fixture(autouse=True)
-def forget_enabled():
-    yield
-    _enabled.clear()
-
-
-def enable(pipe, *args, **kwargs) -> scfg_fast.Handle:
-    _enabled.append(pipe)
-    return scfg_fast.enable(pipe, *args, **kwargs)
+    with scfg_fast.disabled(pipe):
+        assert torch.equal(run(pipe), plain)
 
 
 def test_between_calls_the_model_is_stock(pipe) -> None:
     plain, before = run(pipe), state(pipe)
-    enable(pipe)
+    scfg_fast.enable(pipe)
     assert_stock(pipe, before, plain)
     run(pipe)
     assert_stock(pipe, before, plain)
@@ -111,7 +99,7 @@ def fail(*args, **kwargs):
 
 def test_an_exception_in_a_step_callback(pipe) -> None:
     plain, before = run(pipe), state(pipe)
-    enable(pipe)
+    scfg_fast.enable(pipe)
     with pytest.raises(ZeroDivisionError):
         run(pipe, callback_on_step_end=fail)
     assert_stock(pipe, before, plain)
@@ -119,7 +107,7 @@ def test_an_exception_in_a_step_callback(pipe) -> None:
 
 def test_an_exception_in_on_regions(pipe) -> None:
     plain, before = run(pipe), state(pipe)
-    enable(pipe, on_regions=fail)
+    scfg_fast.enable(pipe, on_regions=fail)
     with pytest.raises(ZeroDivisionError):
         run(pipe)
     assert_stock(pipe, before, plain)
@@ -127,7 +115,7 @@ def test_an_exception_in_on_regions(pipe) -> None:
 
 def test_an_exception_inside_the_denoiser(pipe) -> None:
     plain, before = run(pipe), state(pipe)
-    enable(pipe)
+    scfg_fast.enable(pipe)
     hook = pipe.unet.mid_block.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
         run(pipe)
@@ -137,7 +125,7 @@ def test_an_exception_inside_the_denoiser(pipe) -> None:
 
 def test_wrong_arguments_give_the_pipelines_own_errors(pipe) -> None:
     plain, before = run(pipe), state(pipe)
-    enable(pipe)
+    scfg_fast.enable(pipe)
     with pytest.raises(TypeError, match=r"unexpected keyword|got multiple values|positional"):
         pipe("a cat", "256", 256, 3, None, None, 7.5, None, 1, 0.0, *range(20))
     with pytest.raises(ValueError, match="divisible by 8"):
@@ -242,7 +230,7 @@ def test_two_pipelines_that_share_a_denoiser(pipe) -> None:
 def test_a_call_inside_a_call_on_the_same_denoiser_is_refused(pipe) -> None:
     other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     plain, before = run(pipe), state(pipe)
-    enable(pipe)
+    scfg_fast.enable(pipe)
     scfg_fast.enable(other)
     with pytest.raises(RuntimeError, match="inside another S-CFG call"):
         run(pipe, callback_on_step_end=lambda *args: run(other))

@@ -1,0 +1,45 @@
+"""Launcher of the three attention operators: one sweep where a row of scores fits in registers, else two."""
+
+from __future__ import annotations
+
+import torch
+
+from .._launch import AttentionConfig, attention_config, device_guard
+from ..attention_map import empty_output_and_map
+from ._device import current_limits
+from .cross_attention_map import run_one_sweep
+from .self_attention_map import run_two_sweeps
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    mean: torch.Tensor,
+    scale: float,
+    config: AttentionConfig | None,
+) -> None:
+    if mean.numel() == 0:
+        return
+    with device_guard(q.device):
+        if config is None:
+            config = attention_config(q.shape[1], k.shape[2], current_limits())
+        run = run_one_sweep if config.sweeps == 1 else run_two_sweeps
+        run(q, k, v, out, mean, scale, config)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: AttentionConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and head-mean map; `config` overrides the choice."""
+    out, mean = empty_output_and_map(q, k, v)
+    _attend(q, k, v, out, mean, scale, config)
+    return out, mean
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, scale: float, config: AttentionConfig | None = None) -> torch.Tensor:
+    """The map alone; `config` overrides the choice."""
+    mean = torch.empty((q.shape[0], q.shape[2], k.shape[2]), dtype=torch.float32, device=q.device)
+    _attend(q, k, None, None, mean, scale, config)
+    return mean

@@ -1,0 +1,194 @@
+r"""Regions of one sample per program: resize, renormalise, add up layers, smooth, argmax over tokens.
+
+With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaussian with reflected border:
+
+    score[t] = sum_l r_l / ( <w, r_l> / S + 1e-8 )       w: how often a cell counts in the mean of G r
+    id       = argmax_t (G score[t])                     lowest index on a tie
+    a        = sum_l (r_l - m_l) / (m_l (1 - m_l))       of the start token;  foreground: G a < -1e-6 L
+
+G and the resize are linear and keep constants, so a layer's mean after G is a weighted mean before it, and G runs once
+for all layers. Scores go through memory (4 (T + 1) S bytes per sample, written and read by the same program) because
+G needs neighbours. Everything is fp32 in a fixed order. Bytes: every X_l once, ids and foreground once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import SegmentConfig, device_guard, segment_config
+from ..segment import kernel_weights
+
+
+@triton.jit
+def reflect(index, LENGTH: tl.constexpr):
+    """-1 -> 1 and LENGTH -> LENGTH - 2; a single sample stays where it is."""
+    index = tl.abs(index)
+    return tl.maximum(tl.where(index > LENGTH - 1, 2 * (LENGTH - 1) - index, index), 0)
+
+
+@triton.jit
+def smoothed(
+    base, y, x, edge, mask, CELL: tl.constexpr, GRID_W: tl.constexpr, H: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """3x3 Gaussian at (y, x) of an H x W image whose pixels are CELL x CELL copies of the cells at `base`."""
+    centre = 1.0 - 2.0 * edge
+    left = reflect(x - 1, W) // CELL
+    here = x // CELL
+    right = reflect(x + 1, W) // CELL
+    # The order of the torch implementation: along x first, the two outer taps added before they are weighted.
+    at = base + reflect(y - 1, H) // CELL * GRID_W
+    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
+    above = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
+    at = base + reflect(y + 1, H) // CELL * GRID_W
+    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
+    below = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
+    at = base + y // CELL * GRID_W
+    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
+    level = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
+    return centre * level + edge * (above + below)
+
+
+@triton.jit
+def _mean_weight(index, edge, LENGTH: tl.constexpr):
+    """Column sum of the smoothing matrix of one axis: the weight of a sample in the mean after smoothing."""
+    if LENGTH == 1:
+        weight = index * 0.0 + 1.0
+    else:
+        before = tl.where(index >= 1, tl.where(index == 1, 2.0, 1.0), 0.0)
+        after = tl.where(index <= LENGTH - 2, tl.where(index == LENGTH - 2, 2.0, 1.0), 0.0)
+        weight = (1.0 - 2.0 * edge) + edge * (before + after)
+    return weight
+
+
+@triton.jit
+def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
+    """Bilinear taps of one axis, align_corners=False: lower index, upper index, weight of the upper one."""
+    position = tl.maximum((index.to(tl.float32) + 0.5) * (LENGTH / TARGET) - 0.5, 0.0)
+    low = tl.minimum(position.to(tl.int32), LENGTH - 1)
+    return low, tl.minimum(low + 1, LENGTH - 1), position - low.to(tl.float32)
+
+
+@triton.jit
+def _resized(
+    maps, index, y, x, mask, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
+):  # fmt: skip
+    """Number `index` of the H x W maps at grid cell (y, x), fp32. `index` broadcasts against y and x."""
+    base = maps + index * (H * W)
+    if H == GRID_H and W == GRID_W:
+        value = tl.load(base + y * W + x, mask=mask, other=0.0).to(tl.float32)
+    else:
+        y0, y1, fy = _source(y, H, GRID_H)
+        x0, x1, fx = _source(x, W, GRID_W)
+        a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
+        value = (1.0 - fy) * ((1.0 - fx) * a + fx * b) + fy * ((1.0 - fx) * c + fx * d)
+    return value
+
+
+@triton.jit
+def segment_cells(
+    maps, starts, token_mask, scores, sample, tokens, edge,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]; `scores` is scratch [tokens + 1, S]."""
+    CELLS: tl.constexpr = GRID_H * GRID_W
+    cell = tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    valid = cell < CELLS
+    y = cell // GRID_W
+    x = cell % GRID_W
+    weight = tl.where(valid, _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS, 0.0)
+
+    contrast = tl.zeros([BLOCK_S], tl.float32)
+    for layer in tl.static_range(LAYERS):
+        a = _resized(starts[layer], sample, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
+        m = tl.sum(a * weight, 0)
+        contrast += (a - m) / (m * (1.0 - m))
+    tl.store(scores + tokens * CELLS + cell, contrast, mask=valid)
+
+    for first in tl.range(0, tokens, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
+        inside = (token < tokens) & valid[None, :]
+        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        for layer in tl.static_range(LAYERS):
+            r = _resized(
+                maps[layer], sample * tokens + token, y[None, :], x[None, :], inside,
+                SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W,
+            )  # fmt: skip  # [BLOCK_T, BLOCK_S]
+            mean = tl.sum(r * weight[None, :], 1)[:, None]
+            total += r / (mean + 1e-8)
+        tl.store(scores + token * CELLS + cell[None, :], total, mask=inside)
+
+    tl.debug_barrier()  # smoothing reads what other threads wrote
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK_S], tl.int32)
+    for first in tl.range(0, tokens, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)[:, None]
+        allowed = token < tokens
+        inside = allowed & valid[None, :]
+        score = smoothed(
+            scores + token * CELLS, y[None, :], x[None, :], edge, inside, 1, GRID_W, GRID_H, GRID_W
+        )  # [BLOCK_T, BLOCK_S]
+        if MASKED:
+            allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
+        score = tl.where(allowed, score, float("-inf"))
+        top = tl.max(score, 0)
+        # Lowest index of the maximum: the same on every device, unlike the order of an argmax reduction.
+        winner = tl.min(tl.where(score == top[None, :], token, tokens), 0)
+        ids = tl.where(top > best, winner, ids)
+        best = tl.maximum(best, top)
+    start = smoothed(scores + tokens * CELLS, y, x, edge, valid, 1, GRID_W, GRID_H, GRID_W)
+    return ids, start < -1e-6 * LAYERS
+
+
+@triton.jit
+def segment_kernel(
+    maps, starts, token_mask, scores, ids_out, foreground_out, tokens, edge,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    scores += sample * (tokens + 1) * (GRID_H * GRID_W)
+    ids, foreground = segment_cells(
+        maps, starts, token_mask, scores, sample, tokens, edge,
+        LAYERS, SIZES, GRID_H, GRID_W, MASKED, BLOCK_T, BLOCK_S,
+    )  # fmt: skip
+    cell = tl.arange(0, BLOCK_S)
+    at = sample * (GRID_H * GRID_W) + cell
+    tl.store(ids_out + at, ids.to(tl.int64), mask=cell < GRID_H * GRID_W)
+    tl.store(foreground_out + at, foreground, mask=cell < GRID_H * GRID_W)
+
+
+def launch(
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    h: int,
+    w: int,
+    blur_sigma: float,
+    token_mask: torch.Tensor | None,
+    config: SegmentConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and foreground [B, h, w]; `config` overrides the choice."""
+    batch, count, _ = tokens[0].shape
+    device = tokens[0].device
+    ids = torch.empty((batch, h, w), dtype=torch.int64, device=device)
+    foreground = torch.empty((batch, h, w), dtype=torch.bool, device=device)
+    if batch == 0:
+        return ids, foreground
+    scores = torch.empty((batch, count + 1, h * w), dtype=torch.float32, device=device)
+    config = config or segment_config(h * w)
+    with device_guard(device):
+        segment_kernel[(batch,)](
+            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, count, kernel_weights(blur_sigma)[0],
+            LAYERS=len(tokens), SIZES=tuple(sizes), GRID_H=h, GRID_W=w, MASKED=token_mask is not None,
+            BLOCK_T=config.block_t, BLOCK_S=config.block_s, num_warps=config.num_warps,
+            num_stages=config.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return ids, foreground

@@ -1,0 +1,58 @@
+"""The completion kernel, executed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scfg_kernels import complete
+from scfg_kernels._launch import CompleteConfig
+from scfg_kernels._triton import KERNELS
+from scfg_kernels.testing import assert_as_accurate_as
+
+from tests.kernels.cases import by_name, random_maps
+from tests.kernels.triton.simulation import ARCHITECTURES, run
+
+CASES = {
+    # name: (batch, unconditional, N, T, fidelity, powers, dtype)
+    "official": (2, 1, 70, 20, "official", 4, torch.float32),
+    "paper": (3, 1, 33, 7, "paper", 4, torch.float32),
+    "two-powers": (2, 2, 20, 5, "official", 2, torch.float32),
+    "one-power": (1, 0, 20, 5, "paper", 1, torch.float32),
+    "half": (2, 1, 33, 17, "official", 4, torch.float16),
+    "one-row": (2, 1, 1, 3, "official", 4, torch.float32),
+}
+
+
+def both_ways(rng, arch, case, config=None):
+    batch, unconditional, n, tokens, fidelity, powers, dtype = case
+    # Windows of larger tensors: a read beside a map meets NaN.
+    s = torch.full((batch, n + 1, n + 3), torch.nan, dtype=dtype)[:, :n, 2:-1].copy_(random_maps(rng, batch, n, n))
+    c = torch.full((batch, n, tokens + 2), torch.nan, dtype=dtype)[..., 1:-1].copy_(random_maps(rng, batch, n, tokens))
+    options = {"unconditional": unconditional, "fidelity": fidelity, "powers": powers}
+    if config is None:
+        actual, launches = run(arch, lambda: complete(s, c, **options, backend="triton"))
+    else:
+        actual, launches = run(arch, lambda: KERNELS["complete"](s, c, unconditional, fidelity, powers, config))
+    return actual, complete(s, c, **options), complete(s.double(), c.double(), **options), launches
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", **by_name(CASES))
+def test_completed_maps(rng, arch, case):
+    actual, naive, truth, launches = both_ways(rng, arch, case)
+    assert len(launches) == 1
+    for name, x, y, z in zip(("tokens", "start"), actual, naive, truth, strict=True):
+        assert x.dtype == y.dtype
+        assert_as_accurate_as(x, y, z, factor=3.0, name=name)
+
+
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_rows_over_several_programs_give_the_same_bits(rng, fidelity):
+    case = (2, 1, 40, 7, fidelity, 3, torch.float32)
+    state = rng.get_state()
+    one, *_ = both_ways(rng, 80, case, CompleteConfig(4, 2, block_t=8, block_n=32, block_k=32, one_launch=True))
+    rng.set_state(state)
+    config = CompleteConfig(4, 2, block_t=8, block_n=32, block_k=32, one_launch=False)
+    split, _, _, launches = both_ways(rng, 80, case, config)
+    assert len(launches) == (2 if fidelity == "official" else 3)
+    assert all(torch.equal(x, y) for x, y in zip(one, split, strict=True))

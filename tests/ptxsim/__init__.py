@@ -1,0 +1,22 @@
+"""A simulator of the PTX that Triton compiles: `with simulated(80) as run: kernel[grid](*tensors)`. See README.md."""
+
+from .api import Run, simulated
+from .counters import Counters, Traffic
+from .decode import decode
+from .driver import DEVICES, Launch
+from .errors import SimError
+from .machine import launch
+from .memory import GlobalMemory
+
+__all__ = [
+    "DEVICES",
+    "Counters",
+    "GlobalMemory",
+    "Launch",
+    "Run",
+    "SimError",
+    "Traffic",
+    "decode",
+    "launch",
+    "simulated",
+]
