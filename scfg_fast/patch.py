@@ -282,9 +282,11 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
     except ValueError as error:
         reasons.append(str(error))
     if config.backend == "triton":
+        ops_of: dict[str, list[str]] = {}
         for op, (_, why) in available_backends(pipe.device).items():
-            if why:
-                reasons.append(f"backend='triton': {op}: {', '.join(why)}")
+            for reason in why:
+                ops_of.setdefault(reason, []).append(op)
+        reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]
     return Support(not reasons, reasons, layers)
 
 

@@ -49,14 +49,17 @@ def kernel_weights(sigma: float) -> tuple[float, float]:
     return edge / (1.0 + 2.0 * edge), 1.0 / (1.0 + 2.0 * edge)
 
 
-def smooth_axis(x: torch.Tensor, dim: int, edge: float, centre: float) -> torch.Tensor:
-    """Three-tap filter along `dim`, border reflected about the edge sample; a single sample stays as it is."""
+def smooth_axis(x: torch.Tensor, dim: int, edge: float) -> torch.Tensor:
+    """Three-tap filter (edge, 1 - 2 edge, edge) along `dim`, border reflected about the edge sample.
+
+    A single sample stays as it is, and so, to the bit, does a constant: neighbours enter by their difference alone.
+    """
     size = x.shape[dim]
     if size == 1:
         return x
     before = torch.cat([x.narrow(dim, 1, 1), x.narrow(dim, 0, size - 1)], dim)
     after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 2, 1)], dim)
-    return centre * x + edge * (before + after)
+    return torch.lerp(x, 0.5 * (before + after), 2.0 * edge)
 
 
 def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -68,8 +71,8 @@ def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """
     if sigma == 0.0:
         return x
-    edge, centre = kernel_weights(sigma)
-    return smooth_axis(smooth_axis(x, -1, edge, centre), -2, edge, centre)
+    edge, _ = kernel_weights(sigma)
+    return smooth_axis(smooth_axis(x, -1, edge), -2, edge)
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,7 +83,7 @@ def _axis_operator(
     impulses = torch.eye(length, dtype=dtype, device=device)
     if length != target:
         impulses = F.interpolate(impulses[None], size=target, mode="linear", align_corners=False)[0]
-    matrix = smooth_axis(impulses, -1, *kernel_weights(sigma)).T.contiguous()
+    matrix = smooth_axis(impulses, -1, kernel_weights(sigma)[0]).T.contiguous()
     return matrix, matrix.mean(0)
 
 
