@@ -1,0 +1,33 @@
+"""The text-to-image model that ships with the package.
+
+It is small and draws emoji-like scenes, but it is a complete diffusers pipeline: use it to try guidance, to test, and
+to measure on a machine without a model hub. What it can draw and how it was made is in ``scenes256/README.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["bundled_model_path"]
+
+_FOLDER = Path(__file__).parent / "scenes256"
+_WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+
+
+def bundled_model_path() -> Path:
+    """Folder of the bundled model, for ``StableDiffusionPipeline.from_pretrained(bundled_model_path())``.
+
+    Raises:
+        FileNotFoundError: if a weight file is missing, as in an installation without package data.
+    """
+    missing = [name for name in ("model_index.json", *_WEIGHTS) if not (_FOLDER / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"the bundled model in {_FOLDER} lacks {', '.join(missing)}; reinstall the package, or make the model with "
+            "the commands in scfg_fast/models/training/README.md"
+        )
+    return _FOLDER
