@@ -44,5 +44,5 @@ def test_all_parts_load_in_one_dtype(pipeline):
 
 def test_a_missing_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "_FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="unet/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"unet/diffusion_pytorch_model\.safetensors"):
         models.bundled_model_path()
