@@ -7,8 +7,13 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "scfg_fast" / "_version.py").read_text(encoding="utf-8").split('"')[1]
 
-# triton compiles and, in the simulator of tests/ptxsim, executes the kernels without a GPU.
-TEST = ["pytest>=8.0", "pytest-benchmark>=4.0", "matplotlib>=3.8", "torchsde>=0.2.6", "triton>=3.6; platform_system == 'Linux'"]
+TEST = [
+    "pytest>=8.0",
+    "pytest-benchmark>=4.0",
+    "matplotlib>=3.8",
+    "torchsde>=0.2.6",
+    "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of tests/ptxsim
+]
 XFORMERS = ["xformers>=0.0.29"]
 BATCH = ["ray[data]>=2.30"]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.10"]
