@@ -90,7 +90,7 @@ def _guide(
     cells = torch.stack([cell_norm, cell_area], -1).double()
     members = ids.unsqueeze(1) == torch.arange(num_tokens, device=ids.device).view(1, -1, 1)  # [B, T, S]
     region = (members.double() @ cells).to(dtype)  # [B, T, 2]
-    fore = (foreground.view(batch, 1, -1).double() @ cells).to(dtype)  # [B, 1, 2]
+    fore = (foreground.flatten(1).unsqueeze(1).double() @ cells).to(dtype)  # [B, 1, 2]
     fore_mean = fore[..., 0] / (fore[..., 1] + EPSILON)  # [B, 1]
 
     region_rate = fore_mean / (region[..., 0] / (region[..., 1] + EPSILON) + EPSILON)  # only occupied ones are read

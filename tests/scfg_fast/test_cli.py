@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import json
@@ -491,21 +492,22 @@ def test_a_picture_of_nan_is_refused(run: Run, model: Path, tmp_path: Path) -> N
     assert os.listdir() == ["nan"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 2000 bytes, as on a full disk."""
+    """No file may grow beyond 2000 bytes, as on a full disk. Not a fixture: pytest itself writes when a test ends."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("command", ["generate", "masks", "compare"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-    run: Run, model: Path, tmp_path: Path, small_files: None, command: str
-) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(run: Run, model: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "x.png").write_bytes(b"old")
-    result = run(command, PROMPT, "--model", model, "--steps", 1, "--out", "x.png")
+    with small_files():
+        result = run(command, PROMPT, "--model", model, "--steps", 1, "--out", "x.png")
     assert result.status == 1 and result.err.splitlines()[-1].startswith(
         f"scfg-fast {command}: error: 'x.png' cannot be written"
     )
