@@ -132,7 +132,7 @@ class AttentionConfig(LaunchConfig):
 MAX_ONE_SWEEP = 128
 """Keys up to which 16 rows of one head's scores fit in the registers of a warp."""
 MAX_KEYS = 1024
-"""Keys beyond which the second sweep costs more than the matrix-free form that is to replace it."""
+"""Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
 MAX_HEAD_DIM = 160
 """The largest head size that was compiled and executed; beyond it the values of eight heads outgrow shared memory."""
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
+from ptxsim import Launch, simulated
 from scfg_kernels.testing import Guarded, guarded_empty
 from torch.utils._python_dispatch import TorchDispatchMode
-
-pytest.importorskip("triton")
-
-from ptxsim import Launch, simulated
 
 ARCHITECTURES = (80, 90)
 """mma.sync with cp.async, and the first with wgmma."""
