@@ -1,5 +1,4 @@
 PYTHON ?= python
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: lint test bench overhead plot
 
@@ -9,7 +8,7 @@ lint:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
 
 bench:
 	$(PYTHON) -m benchmarks.verify

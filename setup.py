@@ -12,6 +12,8 @@ TEST = [
     "pytest-benchmark>=4.0",
     "matplotlib>=3.8",
     "torchsde>=0.2.6",
+    "psutil>=5.9",
+    "sentencepiece>=0.2",  # diffusers hides Kolors without it
     "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of tests/ptxsim
 ]
 XFORMERS = ["xformers>=0.0.29"]
@@ -38,6 +40,7 @@ setup(
         "diffusers>=0.42",
         "transformers>=5.0",
         "accelerate>=1.0",
+        "huggingface_hub>=1.0",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.1",

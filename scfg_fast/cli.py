@@ -506,7 +506,9 @@ def _note(text: str) -> None:
 
 def _note_if_cut(session: Session, prompt: str) -> None:
     """Tell the user what part of a long prompt the model will not read."""
-    tokenizer = getattr(session.pipe, "tokenizer", None)
+    from .families import tokenizer_of
+
+    tokenizer = tokenizer_of(session.pipe)
     if tokenizer is None:
         return
     ids = tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
@@ -517,9 +519,11 @@ def _note_if_cut(session: Session, prompt: str) -> None:
 
 
 def _labels(session: Session, prompt: str) -> list[str]:
+    from .families import tokenizer_of
     from .regions import token_labels
 
-    return token_labels(session.pipe.tokenizer, prompt, session.pipe.tokenizer.model_max_length)
+    tokenizer = tokenizer_of(session.pipe)
+    return token_labels(tokenizer, prompt, tokenizer.model_max_length)
 
 
 def _record(
@@ -742,7 +746,12 @@ def _compare(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from .env import environment, report
 
-    print(report(environment()))
+    try:
+        device, dtype = _check_device(args.device, args.dtype)
+    except CommandError:
+        print(report(environment()))
+        raise
+    print(report(environment(device, DTYPES[dtype])))
     name = args.model or BUNDLED
     print(f"\nModel {name}", flush=True)
     import scfg_fast

@@ -12,6 +12,7 @@ from typing import Any
 CONFIG_NAME = "scfg_config.json"
 _FIDELITIES = ("official", "paper")
 _TOKENS = ("all", "words")
+_FOREGROUNDS = ("auto", "unconditional", "conditional")
 _BACKENDS = ("auto", "triton", "torch")
 
 
@@ -38,7 +39,11 @@ class SCFGConfig:
         reuse_every: find the regions at every n-th guided step and reuse them in between; the rates follow every step.
         tokens: `"all"`: start, end and padding tokens own regions too, as in the code; `"words"`: only the prompt's
             words do.
-        backend: `"auto"`, `"triton"` or `"torch"`; explicit means that or an error that lists every reason.
+        foreground: the half of the batch whose start token decides what is foreground: `"unconditional"` as in the
+            code, `"conditional"`, or `"auto"`: unconditional, unless the pipeline replaces an empty negative prompt by
+            zeros (SDXL, Kolors). Zeros make that half attend to all tokens alike, which leaves no foreground at all.
+        backend: `"auto"`, `"triton"` or `"torch"`. `"auto"` takes Triton for what its kernels can compute and torch for
+            the rest; the others mean just that, or an error that lists every reason.
 
     Raises:
         ValueError: a value is out of range; the message lists every one.
@@ -57,6 +62,7 @@ class SCFGConfig:
     stop: float = 1.0
     reuse_every: int = 1
     tokens: str = "all"
+    foreground: str = "auto"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -73,6 +79,8 @@ class SCFGConfig:
             yield f"fidelity={self.fidelity!r} is unknown, use one of {_FIDELITIES}"
         if self.tokens not in _TOKENS:
             yield f"tokens={self.tokens!r} is unknown, use one of {_TOKENS}"
+        if self.foreground not in _FOREGROUNDS:
+            yield f"foreground={self.foreground!r} is unknown, use one of {_FOREGROUNDS}"
         if self.backend not in _BACKENDS:
             yield f"backend={self.backend!r} is unknown, use one of {_BACKENDS}"
         for name in ("cell", "powers", "reuse_every"):
@@ -111,9 +119,9 @@ class SCFGConfig:
         `overrides`.
 
         Where the paper is silent: the norm in eq. 13 is the region mean of per-pixel norms, the only reading under
-            which a constant
-        field has rate 1; the start token's map comes from the unconditional half and foreground is where it is below
-        its spatial mean, as in the code; an empty foreground means rate 1; the captured layers are those of the code.
+        which a constant field has rate 1; the start token's map comes from the unconditional half and foreground is
+        where it is below its spatial mean, as in the code; an empty foreground means rate 1; the captured layers are
+        those of the code.
         """
         values = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
         return cls(**{**values, **overrides})

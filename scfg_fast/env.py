@@ -69,8 +69,12 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
     """The installation and the machine, as plain values.
+
+    Args:
+        device: to choose backends for; default `default_device()`.
+        dtype: of the model that will run there, for example `"float16"`; None leaves out what depends on it.
 
     Returns:
         A dictionary with
@@ -80,12 +84,13 @@ def environment() -> dict[str, Any]:
         - `cuda`: the CUDA (or ROCm) version that torch was built with, or None;
         - `devices`: a list of dictionaries with `device` and `name`, and what else is known of the device;
         - `default_device`: the device that the command line takes if none is named;
-        - `backends`: operator -> `{"backend": ..., "reasons": [why it is not Triton]}` on that device.
+        - `device`, `dtype`: what the backends are chosen for;
+        - `backends`: operator -> `{"backend": ..., "reasons": [why it is not Triton]}` there.
     """
     import torch
     from scfg_kernels import available_backends
 
-    device = default_device()
+    device = device or default_device()
     return {
         "scfg_fast": __version__,
         "python": platform.python_version(),
@@ -93,10 +98,12 @@ def environment() -> dict[str, Any]:
         "packages": package_versions(),
         "cuda": torch.version.cuda or torch.version.hip,
         "devices": _devices(),
-        "default_device": device,
+        "default_device": default_device(),
+        "device": device,
+        "dtype": dtype,
         "backends": {
             op: {"backend": backend, "reasons": list(reasons)}
-            for op, (backend, reasons) in available_backends(device).items()
+            for op, (backend, reasons) in available_backends(device, getattr(torch, dtype) if dtype else None).items()
         },
     }
 
@@ -126,8 +133,8 @@ def report(environment: dict[str, Any]) -> str:
     if not any(device["device"].startswith("cuda") for device in environment["devices"]):
         why = "torch is built without CUDA" if environment["cuda"] is None else "torch finds no usable device"
         lines.append(f"  {'cuda':<14} none: {why}")
-    device = environment["default_device"]
-    lines += [f"  {'default':<14} {device}", "", f"Operators on {device}"]
+    where = environment["device"] + (f", {environment['dtype']}" if environment["dtype"] else "")
+    lines += [f"  {'default':<14} {environment['default_device']}", "", f"Operators on {where}"]
     why_not: dict[str, list[str]] = {}
     for op, choice in environment["backends"].items():
         lines.append(f"  {op:<22} {choice['backend']}")

@@ -1,10 +1,10 @@
 """The guidance of one pipeline call: a pre-hook and a hook on the denoiser, alive for that call only.
 
-The pipeline computes  u + s (t - u)  from the two halves [u; t] that the denoiser returns. S-CFG wants  f = u + s r (t
-- u)  with a rate map r, and reaches it by changing what the denoiser returns:
+From the two halves [u; t] that the denoiser returns, the pipeline computes  u + s (t - u). S-CFG wants a rate map r in
+it,  f = u + s r (t - u),  and reaches that by changing what the denoiser returns:
 
     both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
-    u alone       (u - s/(s-1) (r-1) (t-u), t)        for pipelines that read t again, as guidance_rescale does
+    u alone       (u - s/(s-1) (r-1) (t-u), t)        where t is read again: guidance_rescale, perturbed attention
 
 The first is taken unless somebody reads t. Steps that are not guided return the denoiser's own output object,
 untouched. No value is read back from the device: all decisions rest on shapes and Python numbers.
@@ -12,6 +12,7 @@ untouched. No value is read back from the device: all decisions rest on shapes a
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,16 @@ from .regions import Regions
 MIN_SCALE_OF_REWRITE = 1.05
 
 
+IN_USE = (
+    "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one after another."
+)
+
+
+def _whole(steps: float) -> int:
+    """The whole number of steps in a fraction of all: 0.57 * 100 is 56.99999999999999, and means 57."""
+    return int(steps + 1e-6)
+
+
 class SCFGWarning(UserWarning):
     """S-CFG left a step or a layer to plain guidance; the message says why and what to do."""
 
@@ -42,7 +53,8 @@ class Stats:
 
     Attributes:
         layers: names of the captured transformer blocks.
-        backend: the backend of every operator, `"torch"` or `"triton"`; empty before the first call.
+        backend: operator -> `"torch"` or `"triton"` for this pipeline's device and dtype; empty before the first call.
+            Operands beyond a kernel's limits (see `SCFGConfig.backend`) are computed by torch all the same.
         bytes: bytes of maps kept from the layers to the end of a step (the largest step).
         steps_applied: denoising steps guided by S-CFG.
         steps_skipped: reason -> number of steps that were left to plain guidance.
@@ -74,6 +86,9 @@ class CallContext:
         guidance_scale: s as the pipeline will use it in this step; at most 1 means that guidance is off.
         guidance_rescale: phi of the pipeline; above 0 it reads the conditional half again.
         num_steps: denoising steps of this call.
+        groups: samples per image that the denoiser gets: 2, [unconditional; conditional], or 3 with a perturbed one
+            after them, which the pipeline compares with the conditional one.
+        foreground: "unconditional" or "conditional", the half whose start token decides the foreground.
         token_mask: [samples, T] bool, which tokens may own regions, or None.
     """
 
@@ -81,6 +96,8 @@ class CallContext:
     guidance_scale: Callable[[], float]
     guidance_rescale: Callable[[], float]
     num_steps: Callable[[], int]
+    groups: Callable[[], int] = lambda: 2
+    foreground: str = "unconditional"
     token_mask: torch.Tensor | None = None
 
 
@@ -107,12 +124,12 @@ class GuidanceHook:
         self._guided_steps = 0
         self._capturing = False
         self._skip: str | None = None
-        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = (
-            None  # token_index, foreground, number of tokens
-        )
+        # token_index, foreground, number of tokens
+        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
         self._latent_size: tuple[int, int] = (0, 0)
         self._scale: tuple[float, torch.Tensor] | None = None
         self._warned: set[str] = set()
+        self._thread = threading.get_ident()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(self, denoiser: torch.nn.Module) -> None:
@@ -127,6 +144,8 @@ class GuidanceHook:
         self._handles = []
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(IN_USE)
         sample = args[0] if args else kwargs["sample"]
         self._step += 1
         self._latent_size = tuple(sample.shape[-2:])
@@ -135,36 +154,46 @@ class GuidanceHook:
         self._capturing = self._skip is None and due
         for block in self.blocks:
             block.own.active = block.cross.active = self._capturing
+            block.cross.groups, block.cross.foreground = self.context.groups(), self.context.foreground
 
     def _reason_to_skip(self, sample: torch.Tensor) -> str | None:
-        """Why this step is left to plain guidance, or None. The user's own choices are not worth a warning."""
+        """Why this step is left to plain guidance, or None.
+
+        What the user chose for a part of the run, by `start`, `stop` or a callback that turns guidance off, is no
+        reason to warn; a whole run without guidance is.
+        """
         scale = self.context.guidance_scale()
         if not scale > 1.0:
-            return self._complain(
-                f"guidance is off (guidance_scale={scale:g}): there is nothing to scale. Pass guidance_scale > 1."
-            )
-        steps = self.context.num_steps()
-        if not int(self.config.start * steps) <= self._step < int(self.config.stop * steps):
+            if self._step > 0:
+                return "guidance is off"
+            return self._complain("guidance is off: there is nothing to scale. Pass guidance_scale > 1.")
+        first, end = (_whole(fraction * self.context.num_steps()) for fraction in (self.config.start, self.config.stop))
+        if not first <= self._step < end:
             return f"outside start={self.config.start:g}, stop={self.config.stop:g}"
-        if sample.shape[0] != 2 * self.context.samples:
+        groups = self.context.groups()
+        if sample.shape[0] != groups * self.context.samples:
             return self._complain(
-                f"the denoiser ran on {sample.shape[0]} samples, S-CFG expected {2 * self.context.samples} (an "
-                f"unconditional and a conditional half of {self.context.samples})."
+                f"the denoiser ran on {sample.shape[0]} samples, S-CFG expected {groups * self.context.samples} "
+                f"({groups} groups of {self.context.samples}, unconditional, then conditional)."
             )
-        if self.context.guidance_rescale() > 0.0 and scale < MIN_SCALE_OF_REWRITE:
+        if self._cond_is_read_again() and scale < MIN_SCALE_OF_REWRITE:
             return self._complain(
-                f"guidance_rescale with guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} would magnify rounding. "
-                "Raise guidance_scale or set guidance_rescale=0."
+                f"guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} with guidance_rescale or perturbed-attention "
+                "guidance would magnify rounding. Raise guidance_scale or turn the other off."
             )
         return None
 
-    def _complain(self, message: str) -> str:
+    def _cond_is_read_again(self) -> bool:
+        """Whether the pipeline uses the conditional prediction for more than the guidance."""
+        return self.context.guidance_rescale() > 0.0 or self.context.groups() > 2
+
+    def _complain(self, message: str, instead: str = "Plain guidance is used instead.") -> str:
         """Warn once per call, or raise under strict. Returns the message."""
         if self.strict:
             raise SCFGError(f"scfg_fast (strict): {message}")
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"scfg_fast: {message} Plain guidance is used instead.", SCFGWarning, stacklevel=2)
+            warnings.warn(f"scfg_fast: {message} {instead}", SCFGWarning, stacklevel=2)
         return message
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
@@ -189,8 +218,9 @@ class GuidanceHook:
         """Segment this step's maps; keep the previous regions if no layer left any (block caching)."""
         config = self.config
         maps = collect([(block.info, block.cross) for block in self.blocks], *self._latent_size, config.cell)
-        if maps.missing and maps.tokens:
-            self._complain(f"layers {maps.missing} left no usable attention map and were ignored.")
+        # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
+        if maps.missing and maps.tokens and self.context.groups() == 2:
+            self._complain(f"layers {maps.missing} left no usable attention map.", "The other layers are used.")
         if not maps.tokens:
             return
         token_index, foreground = segment(
@@ -201,11 +231,11 @@ class GuidanceHook:
         self.stats.bytes = max(self.stats.bytes, maps.nbytes)
 
     def _guide(self, prediction: torch.Tensor) -> torch.Tensor:
-        """[u; t] -> what to return in its place, same shape and dtype. Records the regions."""
+        """[u; t] or [u; t; perturbed] -> what to return in its place, same shape and dtype. Records the regions."""
         config = self.config
         token_index, foreground, num_tokens = self._segments  # type: ignore[misc]
-        uncond, cond = prediction.chunk(2)
-        reread = self.context.guidance_rescale() > 0.0
+        uncond, cond, *others = prediction.chunk(self.context.groups())
+        reread = self._cond_is_read_again()
         result, rate = guide(
             uncond, cond, token_index, foreground, self._scale_tensor(cond),
             num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
@@ -213,7 +243,7 @@ class GuidanceHook:
             rewrite="unconditional" if reread else "guided", backend=config.backend,
         )  # fmt: skip
         self.regions = Regions(self._step, token_index, foreground, rate)
-        return torch.cat([result, cond if reread else result])
+        return torch.cat([result, cond if reread else result, *others])
 
     def _scale_tensor(self, like: torch.Tensor) -> torch.Tensor:
         """The guidance scale as a 0-dim tensor on the device, filled again only when its value changes."""

@@ -18,17 +18,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from scfg_kernels import available_backends
 
 from .capture import choose_layers
 from .config import SCFGConfig
-from .hooks import CallContext, CapturedBlock, GuidanceHook, Stats
-from .processors import CrossAttentionCapture, SelfAttentionCapture, find_blocks, wrap_block
+from .families import FAMILIES, family_of, read_call
+from .hooks import IN_USE, CapturedBlock, GuidanceHook, Stats
+from .processors import find_blocks, wrap_block
 from .regions import Regions
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
-_INSTALL_LOCK = threading.Lock()
+_CLAIMED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # denoisers inside an S-CFG call
+_CLAIM_LOCK = threading.Lock()
 
 
 class UnsupportedPipelineError(ValueError):
@@ -72,10 +74,18 @@ class Handle:
         self._blocks: list[CapturedBlock] = []
         self._blocks_of: tuple = ()
         self._regions: Regions | None = None
-        self.config = SCFGConfig()
+        self._config = SCFGConfig()
         self.on_regions: Callable[[int, Regions], None] | None = None
         self.strict = False
         self.stats = Stats()
+
+    @property
+    def config(self) -> SCFGConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: SCFGConfig) -> None:
+        self._config = _checked(config)
 
     @property
     def regions(self) -> Regions | None:
@@ -97,31 +107,28 @@ class Handle:
         overrides = dict(overrides or {})
         enabled = overrides.pop("enabled", True)
         config = self.config.replace(**overrides) if overrides else self.config
-        self._regions, self.stats = None, Stats()
         if not (self._enabled and enabled):
+            self._regions, self.stats = None, Stats()
             return original(pipe, *args, **kwargs)
         try:
             bound = inspect.signature(original).bind(pipe, *args, **kwargs)
         except TypeError:
             return original(pipe, *args, **kwargs)  # raises the pipeline's own error about its arguments
         bound.apply_defaults()
-        context = _call_context(pipe, bound.arguments, config)
+        context = read_call(pipe, bound.arguments, config)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        blocks = self._captured_blocks(_unwrap(pipe.unet), config)
-        device_type = pipe.device.type
-        self.stats.layers = tuple(block.info.name for block in blocks)
-        self.stats.backend = {
-            op: chosen if config.backend == "auto" else config.backend
-            for op, (chosen, _) in available_backends(device_type).items()
-        }
-        hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
-        with _installed(_unwrap(pipe.unet), blocks):
-            try:
-                hook.install(pipe.unet)
-                return original(pipe, *args, **kwargs)
-            finally:
-                hook.remove()
+        unet = _unwrap(pipe.unet)
+        with _claimed(unet):
+            blocks = self._captured_blocks(unet, config)
+            self._regions, self.stats = None, Stats(tuple(block.info.name for block in blocks), _backends(pipe, config))
+            hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
+            with _installed(unet, blocks):
+                try:
+                    hook.install(pipe.unet)
+                    return original(pipe, *args, **kwargs)
+                finally:
+                    hook.remove()
 
     def _publish(self, step: int, regions: Regions) -> None:
         self._regions = regions
@@ -135,24 +142,23 @@ class Handle:
         inner = tuple(
             (info.name, modules[info.name][1].attn1.processor, modules[info.name][1].attn2.processor) for info in chosen
         )
-        if any(isinstance(p, (SelfAttentionCapture, CrossAttentionCapture)) for _, *pair in inner for p in pair):
-            raise RuntimeError(
-                "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one "
-                "after another."
-            )
         capture_settings = (config.fidelity, config.powers, config.backend)
-        key = (unet, inner, capture_settings)
-        if not _same_objects(key, self._blocks_of):
+        key = (inner, capture_settings)
+        if not (self._blocks and _same_objects(key, self._blocks_of)):
             self._blocks = [CapturedBlock(info, *wrap_block(modules[info.name][1], config)) for info in chosen]
             self._blocks_of = key
         return self._blocks
 
+    def _forget(self) -> None:
+        """Drop the processors kept between calls; they hold on to those of the model."""
+        self._blocks, self._blocks_of = [], ()
+
 
 def _same_objects(a: tuple, b: tuple) -> bool:
-    """Whether two keys of `_captured_blocks` name the same model, the same processor objects and the same settings."""
-    if not a or not b or a[0] is not b[0] or a[2] != b[2] or len(a[1]) != len(b[1]):
+    """Whether two keys of `_captured_blocks` name the same processor objects and the same settings."""
+    if a[1] != b[1] or len(a[0]) != len(b[0]):
         return False
-    return all(x[0] == y[0] and x[1] is y[1] and x[2] is y[2] for x, y in zip(a[1], b[1], strict=True))
+    return all(x[0] == y[0] and x[1] is y[1] and x[2] is y[2] for x, y in zip(a[0], b[0], strict=True))
 
 
 def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -160,67 +166,50 @@ def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def _backends(pipe: DiffusionPipeline, config: SCFGConfig) -> dict[str, str]:
+    """Operator -> backend for the device that the pipeline will run on and its denoiser's dtype."""
+    table = available_backends(pipe._execution_device, pipe.unet.dtype)
+    return {op: chosen if config.backend == "auto" else config.backend for op, (chosen, _) in table.items()}
+
+
 @contextlib.contextmanager
-def _installed(unet: torch.nn.Module, blocks: list[CapturedBlock]) -> Iterator[None]:
-    """The capture processors in place of the user's, which come back, the very objects, whatever happens."""
-    replaced = []
+def _claimed(unet: torch.nn.Module) -> Iterator[None]:
+    """The denoiser for this call alone, from before its processors are read until they are back."""
+    with _CLAIM_LOCK:
+        if unet in _CLAIMED:
+            raise RuntimeError(IN_USE)
+        _CLAIMED.add(unet)
     try:
-        with _INSTALL_LOCK:
-            for block in blocks:
-                module = unet.get_submodule(block.info.name)
-                for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
-                    replaced.append((attn, attn.processor))
-                    attn.set_processor(processor)
         yield
     finally:
-        for attn, processor in reversed(replaced):
-            attn.set_processor(processor)
+        with _CLAIM_LOCK:
+            _CLAIMED.discard(unet)
+
+
+@contextlib.contextmanager
+def _installed(unet: torch.nn.Module, blocks: list[CapturedBlock]) -> Iterator[None]:
+    """The capture processors in place of the user's, which come back, the very objects, whatever happens.
+
+    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
+    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
+    """
+    before: list[tuple[dict[str, Any], bool, Any]] = []
+    try:
+        for block in blocks:
+            module = unet.get_submodule(block.info.name)
+            for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
+                for store in (attn.__dict__, attn._modules):
+                    before.append((store, "processor" in store, store.get("processor")))
+                attn.__dict__["processor"] = processor
+        yield
+    finally:
+        for store, present, processor in reversed(before):
+            if present:
+                store["processor"] = processor
+            else:
+                store.pop("processor", None)
         for block in blocks:
             block.own.self_map = block.cross.tokens = block.cross.start = None
-
-
-def _call_context(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> CallContext | None:
-    """Read the batch and the guidance from the bound arguments; None if the call names no prompt."""
-    prompt = arguments.get("prompt")
-    embeds = arguments.get("prompt_embeds")
-    if isinstance(prompt, str):
-        prompts: list[str] | None = [prompt]
-    elif isinstance(prompt, (list, tuple)):
-        prompts = list(prompt)
-    else:
-        prompts = None
-    if prompts is None and embeds is None:
-        return None
-    per_prompt = arguments.get("num_images_per_prompt") or 1
-    samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
-    mask = None
-    if config.tokens == "words":
-        if prompts is None:
-            raise ValueError("scfg_fast: tokens='words' needs the prompt's text; with prompt_embeds use tokens='all'")
-        mask = word_mask(pipe.tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
-    return CallContext(
-        samples=samples,
-        guidance_scale=lambda: float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0,
-        guidance_rescale=lambda: float(pipe.guidance_rescale),
-        num_steps=lambda: pipe.num_timesteps,
-        token_mask=mask,
-    )
-
-
-def word_mask(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
-    """[len(prompts), T] bool: the tokens of the prompt's own words. A prompt without words keeps all its tokens."""
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    position = torch.arange(ids.shape[1])
-    end = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
-    mask = (position > 0) & (position < end)
-    return mask | ~mask.any(1, keepdim=True)
-
-
-def _new_plain(cls: type) -> Any:
-    """An empty object of a pipeline class, to be filled with a copied state."""
-    return cls.__new__(cls)
 
 
 @functools.cache
@@ -234,9 +223,10 @@ def _intercepted(base: type) -> type:
         return handle._call(self, args, kwargs, scfg_kwargs)
 
     def __reduce_ex__(self, protocol):
-        # Copies and pickles are plain pipelines: S-CFG belongs to the object that enable() was called on.
+        # Copies and pickles are plain pipelines: S-CFG belongs to the object that enable() was called on, and a pickle
+        # must load where this package is not installed.
         _, _, *rest = base.__reduce_ex__(self, protocol)
-        return (_new_plain, (base,), *rest)
+        return (object.__new__, (base,), *rest)
 
     signature = inspect.signature(base.__call__)
     parameters = list(signature.parameters.values())
@@ -255,6 +245,14 @@ def _intercepted(base: type) -> type:
     return type(base.__name__, (base,), namespace)
 
 
+def _checked(config: Any) -> SCFGConfig:
+    if not isinstance(config, SCFGConfig):
+        raise TypeError(
+            f"scfg_fast: config must be an SCFGConfig, got a {type(config).__name__}; write SCFGConfig(**values)"
+        )
+    return config
+
+
 def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Support:
     """Whether `enable(pipe, config)` will work, with every reason if not. Changes nothing.
 
@@ -262,12 +260,10 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         pipe: any diffusers pipeline.
         config: the configuration to judge; default `SCFGConfig()`.
     """
-    config = config or SCFGConfig()
-    if not isinstance(pipe, StableDiffusionPipeline):
-        name = type(pipe).__name__
-        return Support(
-            False, [f"{name} is not supported yet; this version supports StableDiffusionPipeline (SD 1.x and 2.x)"]
-        )
+    config = _checked(config or SCFGConfig())
+    if family_of(pipe) is None:
+        families = ", ".join(family.name for family in FAMILIES)
+        return Support(False, [f"{type(pipe).__name__} is not supported; this version supports {families} pipelines"])
     unet = _unwrap(pipe.unet)
     if not isinstance(unet, UNet2DConditionModel):
         return Support(
@@ -283,7 +279,7 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         reasons.append(str(error))
     if config.backend == "triton":
         ops_of: dict[str, list[str]] = {}
-        for op, (_, why) in available_backends(pipe.device).items():
+        for op, (_, why) in available_backends(pipe._execution_device, unet.dtype).items():
             for reason in why:
                 ops_of.setdefault(reason, []).append(op)
         reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]
@@ -332,6 +328,7 @@ def disable(pipe: DiffusionPipeline) -> None:
     handle = _HANDLES.pop(pipe, None)
     if handle is not None:
         pipe.__class__ = handle._original_class
+        handle._forget()
 
 
 @contextlib.contextmanager

@@ -129,9 +129,10 @@ class SelfAttentionCapture(_Capture):
 class CrossAttentionCapture(_Capture):
     """Processor of a captured cross-attention layer, the second of its block.
 
-    Expects a batch of [unconditional; conditional] samples in equal halves. After the layer has run:
+    Expects a batch of `groups` groups of B samples: unconditional, conditional, and what else the pipeline adds. After
+    the layer has run:
         tokens [B, T, N]: completed maps of the conditional samples, or None.
-        start [B, N]: completed start-token map of the unconditional samples, or None.
+        start [B, N]: completed start-token map of the group named by `foreground`, or None.
     """
 
     fused_op = staticmethod(cross_attention_map)
@@ -141,6 +142,8 @@ class CrossAttentionCapture(_Capture):
         self.source = source
         self.fidelity = config.fidelity
         self.powers = config.powers
+        self.groups = 2
+        self.foreground = "unconditional"
         self.tokens: torch.Tensor | None = None
         self.start: torch.Tensor | None = None
 
@@ -157,10 +160,14 @@ class CrossAttentionCapture(_Capture):
         if self_map is None or cross_map is None or self_map.shape[1] != cross_map.shape[1]:
             self.tokens = self.start = None
             return out
-        self.tokens, self.start = complete(
-            self_map, cross_map, unconditional=cross_map.shape[0] // 2, fidelity=self.fidelity, powers=self.powers,
+        samples = cross_map.shape[0] // self.groups
+        unconditional = samples if self.foreground == "unconditional" else 0
+        used = slice(samples - unconditional, 2 * samples)
+        self.tokens, start = complete(
+            self_map[used], cross_map[used], unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
             backend=self.backend,
         )  # fmt: skip
+        self.start = start if unconditional else self.tokens[:, 0].contiguous()
         return out
 
 
@@ -175,8 +182,26 @@ def _with_signature_of(base: type, inner: type) -> type:
     return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
 
 
+@functools.cache
+def _passing_for(base: type, inner: type) -> type:
+    """`base` that answers `isinstance` and attribute access like `inner`, a processor with weights and settings.
+
+    diffusers finds IP-Adapter processors by class to set their scale, in callbacks too, while the capture is installed.
+    """
+
+    def __getattr__(self, name: str):
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    namespace = {"__class__": property(lambda self: inner), "__getattr__": __getattr__, "__module__": base.__module__}
+    return type(base.__name__, (_with_signature_of(base, inner),), namespace)
+
+
 def _class_for(base: type, inner: object) -> type:
-    return base if type(inner) is AttnProcessor2_0 else _with_signature_of(base, type(inner))
+    if type(inner) is AttnProcessor2_0:
+        return base
+    return (_passing_for if isinstance(inner, torch.nn.Module) else _with_signature_of)(base, type(inner))
 
 
 def wrap_block(block: BasicTransformerBlock, config: SCFGConfig) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:

@@ -79,10 +79,27 @@ def choose_backend(op: str, backend: str, device: torch.device, limits: Sequence
     return "torch"
 
 
-def available_backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, list[str]]]:
-    """Per operator: the backend `"auto"` takes on `device`, and why it is not Triton (empty if it is)."""
+def available_backends(
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, tuple[str, list[str]]]:
+    """Per operator: the backend `"auto"` takes on `device`, and why it is not Triton (empty if it is).
+
+    Args:
+        device: of the operands.
+        dtype: of the model's activations; None leaves out what depends on it. Sizes, which differ from call to call,
+            are not considered: operands beyond a kernel's limits are computed by torch all the same.
+    """
     device = torch.device(device)
-    return {op: (choose_backend(op, "auto", device), triton_reasons(op, device)) for op in OPS}
+    table = {}
+    for op in OPS:
+        limits = dtype_limits(op, dtype) if dtype is not None else []
+        table[op] = (choose_backend(op, "auto", device, limits), triton_reasons(op, device) + limits)
+    return table
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A caller's autocast would run the maps' fp32 products in half precision, which moves regions; not in here."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
@@ -169,12 +186,19 @@ def attention_config(heads: int, keys: int, limits: DeviceLimits) -> AttentionCo
     )
 
 
+def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
+    """Why the kernel of `op` cannot serve a model that computes in `dtype`; empty if it can."""
+    if op.endswith("attention_map") and dtype not in (torch.float16, torch.bfloat16):
+        return [f"the attention kernels compute products of fp16 and bf16 only, got {dtype}"]
+    if dtype == torch.float64:
+        return ["the kernel computes in fp32, fp64 needs the torch implementation"]
+    return []
+
+
 def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
     """Every reason why the attention kernels cannot take these operands; empty if they can."""
-    reasons = []
+    reasons = dtype_limits("attention_map", q.dtype)
     operands = [q, k] if v is None else [q, k, v]
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"the kernels compute products of fp16 and bf16 only, got {q.dtype}")
     if k.shape[2] > MAX_KEYS:
         reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
     if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
@@ -214,9 +238,7 @@ def complete_config(n: int, tokens: int) -> CompleteConfig:
 
 def complete_limits(self_map: torch.Tensor, cross_map: torch.Tensor) -> list[str]:
     """Every reason why the completion kernel cannot take these maps; empty if it can."""
-    reasons = []
-    if torch.float64 in (self_map.dtype, cross_map.dtype):
-        reasons.append("the kernel computes in fp32, fp64 maps need the torch implementation")
+    reasons = dtype_limits("complete", torch.promote_types(self_map.dtype, cross_map.dtype))
     if any(x.shape[2] > 1 and x.stride(2) != 1 for x in (self_map, cross_map)):
         reasons.append("the last dimension of both maps must have stride 1")
     if any(x.shape[1] * x.stride(1) >= 2**31 for x in (self_map, cross_map)):
@@ -250,10 +272,8 @@ def segment_limits(
     tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], token_mask: torch.Tensor | None, cells: int
 ) -> list[str]:
     """Every reason why the segmentation kernel cannot take these maps; empty if it can."""
-    reasons = []
     maps = [*tokens, *start]
-    if torch.float64 in {x.dtype for x in maps}:
-        reasons.append("the kernel computes in fp32, fp64 maps need the torch implementation")
+    reasons = dtype_limits("segment", torch.float64 if torch.float64 in {x.dtype for x in maps} else torch.float32)
     if cells > MAX_CELLS:
         reasons.append(f"{cells} cells exceed {MAX_CELLS}")
     if len(tokens) > MAX_LAYERS:
@@ -265,9 +285,7 @@ def segment_limits(
 
 def guide_limits(cond: torch.Tensor, cells: int) -> list[str]:
     """Every reason why the guidance kernel cannot take these predictions; empty if it can."""
-    reasons = []
-    if cond.dtype == torch.float64:
-        reasons.append("the kernel computes in fp32, fp64 predictions need the torch implementation")
+    reasons = dtype_limits("guide", cond.dtype)
     if cells > MAX_CELLS:
         reasons.append(f"{cells} cells exceed {MAX_CELLS}")
     return reasons

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_attention
-from ._launch import attention_limits, choose_backend
+from ._launch import attention_limits, choose_backend, outside_autocast
 from ._triton import KERNELS
 
 # Elements of the [H, rows, T] block of scores: 1 MiB in fp32, half of a typical L2 cache.
@@ -36,11 +36,12 @@ def head_mean_map(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tenso
     result = torch.empty((batch, n, tokens), dtype=dtype, device=q.device)
     # One sample at a time: blocks of many rows make better GEMMs than blocks of few rows over the whole batch.
     rows = max(16, BLOCK_ELEMENTS // (heads * tokens))
-    for sample in range(batch):
-        for start in range(0, n, rows):
-            block = q[sample, :, start : start + rows].to(dtype) * scale
-            probabilities = torch.softmax(block @ keys[sample], dim=-1)
-            torch.mean(probabilities, dim=0, out=result[sample, start : start + rows])
+    with outside_autocast(q.device):
+        for sample in range(batch):
+            for start in range(0, n, rows):
+                block = q[sample, :, start : start + rows].to(dtype) * scale
+                probabilities = torch.softmax(block @ keys[sample], dim=-1)
+                torch.mean(probabilities, dim=0, out=result[sample, start : start + rows])
     return result
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from ._checks import Reasons, check_fidelity
-from ._launch import choose_backend, complete_limits
+from ._launch import choose_backend, complete_limits, outside_autocast
 from ._triton import KERNELS
 
 
@@ -43,8 +43,9 @@ def _complete(
     if backend == "triton":
         return KERNELS["complete"](self_map, cross_map, unconditional, fidelity, powers)
     columns = cross_map.to(self_map.dtype).transpose(1, 2)
-    start = _complete_columns(self_map[:unconditional], columns[:unconditional, :1], fidelity, powers)
-    tokens = _complete_columns(self_map[unconditional:], columns[unconditional:], fidelity, powers)
+    with outside_autocast(self_map.device):
+        start = _complete_columns(self_map[:unconditional], columns[:unconditional, :1], fidelity, powers)
+        tokens = _complete_columns(self_map[unconditional:], columns[unconditional:], fidelity, powers)
     return tokens.contiguous(), start.squeeze(1).contiguous()
 
 

@@ -17,8 +17,7 @@ deterministic.
 Two outputs are possible, chosen by `rewrite`:
 
     "guided"          guided = uncond + g rate d                    return it in both halves of the batch
-    "unconditional"   u'     = uncond - g/(g-1) (rate - 1) d        then  u' + g (cond - u') = guided, and cond is
-    untouched
+    "unconditional"   u'     = uncond - g/(g-1) (rate - 1) d        then  u' + g (cond - u') = guided; cond stays
 
 "unconditional" is bit-identical to plain guidance where rate = 1 and needs g > 1. All arithmetic is fp32 (fp64 for fp64
 inputs), rounded once to the dtype of the prediction. An empty foreground gives rate 0 before the clamps in `"official"`
@@ -151,8 +150,7 @@ def guide(
     Args:
         uncond: unconditional prediction [B, C, H, W] (noise, v or x0), fp16, bf16, fp32 or fp64, any strides.
         cond: conditional prediction, same shape, dtype and device.
-        token_index: [B, h, w] int64 from `segment`, h = ceil(H / cell), w = ceil(W / cell), values in 0 .. num_tokens -
-            1.
+        token_index: [B, h, w] int64 from `segment`, h = ceil(H / cell), w = ceil(W / cell), values below num_tokens.
         foreground: [B, h, w] bool.
         guidance_scale: g, a number, or a tensor of shape [] or [B] (one scale per sample).
         num_tokens: T, the number of text tokens.

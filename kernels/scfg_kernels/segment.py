@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import Reasons
-from ._launch import choose_backend, segment_limits
+from ._launch import choose_backend, outside_autocast, segment_limits
 from ._triton import KERNELS
 
 EPSILON = 1e-8
@@ -100,6 +100,19 @@ def _segment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["segment"](tokens, start, sizes, h, w, blur_sigma, token_mask)
+    with outside_autocast(tokens[0].device):
+        return _segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
+
+
+def _segment_torch(
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    h: int,
+    w: int,
+    blur_sigma: float,
+    token_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     token_score = start_score = 0.0
     layer_sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
@@ -156,7 +169,7 @@ def segment(
         tokens: per captured layer, the completed maps of the conditional samples [B, T, N_l].
         start: per captured layer, the completed start-token map of the unconditional samples [B, N_l].
         sizes: per captured layer, (h_l, w_l) with h_l w_l = N_l.
-        size: (h, w) of the grid of cells, the size of the finest captured layer.
+        size: (h, w) of the grid of cells; maps of any other size are resized to it.
         blur_sigma: smoothing of the maps, in cells; 0 for none.
         token_mask: [B, T] bool, which tokens may own a region; None means all.
         backend: `"auto"`, `"triton"` or `"torch"`.

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import pickle
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import scfg_fast
 from scfg_fast import SCFGConfig, UnsupportedPipelineError
@@ -237,6 +239,105 @@ def test_a_call_inside_a_call_on_the_same_denoiser_is_refused(pipe) -> None:
     assert_stock(pipe, before, plain)
 
 
+def test_disjoint_layers_are_no_way_around_the_refusal(pipe) -> None:
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    scfg_fast.enable(pipe, SCFGConfig(levels=[4]))
+    scfg_fast.enable(other, SCFGConfig(levels=[8]))
+    with pytest.raises(RuntimeError, match="inside another S-CFG call"):
+        run(pipe, callback_on_step_end=lambda *args: run(other))
+
+
+@pytest.mark.parametrize("other_is_enabled", [True, False], ids=["enabled", "plain"])
+def test_threads_that_share_a_denoiser(pipe, other_is_enabled: bool) -> None:
+    """The second thread gets the error, the first one its image, and the denoiser ends up stock."""
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    plain, before = run(pipe), state(pipe)
+    scfg_fast.enable(pipe)
+    expected = run(pipe)
+    if other_is_enabled:
+        scfg_fast.enable(other)
+    errors: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            run(other)
+        except BaseException as error:
+            errors.append(error)
+
+    def start_second(pipe, step, timestep, tensors):
+        if step == 0:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+        return tensors
+
+    assert torch.equal(run(pipe, callback_on_step_end=start_second), expected)
+    assert len(errors) == 1 and "inside another S-CFG call" in str(errors[0])
+    assert_stock(pipe, before, plain)
+    assert torch.equal(run(pipe), expected)
+
+
+def test_two_threads_that_start_at_once(pipe) -> None:
+    """Whichever comes first wins, the other is refused, and nothing is left in the denoiser."""
+    plain, before = run(pipe), state(pipe)
+    others = [StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in range(2)]
+    for other in others:
+        other.set_progress_bar_config(disable=True)
+        scfg_fast.enable(other)
+    barrier, results = threading.Barrier(2), []
+
+    def work(other) -> None:
+        barrier.wait()
+        try:
+            results.append(run(other))
+        except RuntimeError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(r, torch.Tensor) or "inside another S-CFG call" in r for r in results)
+    assert any(isinstance(r, torch.Tensor) for r in results)
+    assert_stock(pipe, before, plain)
+    assert isinstance(run(others[0]), torch.Tensor)
+
+
+class WeightedProcessor(torch.nn.Module):
+    """A processor with weights and a setting of its own, as those of IP-Adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(1.5))
+        self.scale = 1.0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        out = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return out * (1.0 + self.scale * (self.gain - 1.0))
+
+
+def test_a_processor_with_weights_stays_part_of_the_model_during_the_call(pipe) -> None:
+    """Offloading moves the parameters it finds; a scale callback finds processors by their class."""
+    pipe.unet.set_attn_processor({name: WeightedProcessor() for name in pipe.unet.attn_processors})
+    plain, before = run(pipe), state(pipe)
+    names = set(pipe.unet.state_dict())
+    inside: list[tuple[bool, int]] = []
+
+    def look(pipe, step, timestep, tensors):
+        found = [p for p in pipe.unet.attn_processors.values() if isinstance(p, WeightedProcessor)]
+        inside.append((set(pipe.unet.state_dict()) == names, sum(p.scale == 1.0 for p in found)))
+        return tensors
+
+    scfg_fast.enable(pipe)
+    guided = run(pipe, callback_on_step_end=look)
+    assert inside == [(True, len(before[0]))] * 3
+    assert not torch.equal(guided, plain)
+    assert_stock(pipe, before, plain)
+    assert set(pipe.unet.state_dict()) == names
+
+
 def test_another_denoiser_in_the_same_pipeline(pipe) -> None:
     scfg_fast.enable(pipe)
     first = run(pipe)
@@ -254,10 +355,10 @@ def test_nothing_keeps_the_pipeline_alive() -> None:
     pipe = tiny_sd_pipeline(sample_size=16)
     handle = scfg_fast.enable(pipe)
     run(pipe)
-    gone = weakref.ref(pipe)
+    gone = [weakref.ref(pipe), weakref.ref(pipe.unet)]
     del pipe
     gc.collect()
-    assert gone() is None
+    assert [reference() for reference in gone] == [None, None]
     handle.disable()
 
 
@@ -268,8 +369,8 @@ def test_other_pipelines_are_refused_with_the_reason() -> None:
     )  # fmt: skip
     pipe = DDPMPipeline(unet, DDPMScheduler())
     report = scfg_fast.supports(pipe)
-    assert not report.supported and "DDPMPipeline is not supported yet" in str(report)
-    with pytest.raises(UnsupportedPipelineError, match="DDPMPipeline is not supported yet"):
+    assert not report.supported and "DDPMPipeline is not supported; this version supports" in str(report)
+    with pytest.raises(UnsupportedPipelineError, match="DDPMPipeline is not supported; "):
         scfg_fast.enable(pipe)
     assert type(pipe) is DDPMPipeline
 
@@ -288,11 +389,28 @@ def test_supports_says_what_would_be_captured(pipe) -> None:
     assert type(pipe) is StableDiffusionPipeline
 
 
-def test_the_safety_of_a_dropped_denoiser_hook(pipe) -> None:
-    """Hooks that the user has on the denoiser stay, run, and see the denoiser's own output first."""
-    calls = []
-    hook = pipe.unet.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
+def test_hooks_of_the_user_see_the_denoisers_own_output(pipe) -> None:
+    """They were there first, they run first: two different halves, where S-CFG returns one guided prediction twice."""
+    seen = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    run(pipe, num_inference_steps=1)
     scfg_fast.enable(pipe)
-    run(pipe)
-    assert calls == [2, 2, 2]
+    run(pipe, num_inference_steps=1)
     hook.remove()
+    raw, before_ours = seen
+    torch.testing.assert_close(before_ours, raw, rtol=0, atol=1e-6)
+    assert not torch.equal(*before_ours.chunk(2))
+
+
+@pytest.mark.parametrize("config", [{"rate_max": 2.0}, "paper"])
+def test_a_configuration_of_another_type_is_refused(pipe, config) -> None:
+    with pytest.raises(TypeError, match="must be an SCFGConfig"):
+        scfg_fast.enable(pipe, config)
+    handle = scfg_fast.enable(pipe)
+    with pytest.raises(TypeError, match="must be an SCFGConfig"):
+        handle.config = config
+
+
+def test_a_pickle_loads_where_this_package_is_not_installed(pipe) -> None:
+    scfg_fast.enable(pipe)
+    assert b"scfg_fast" not in pickle.dumps(pipe)

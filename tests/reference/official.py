@@ -312,8 +312,10 @@ class LiteralStore:
         return factor
 
     def add(self, kind: str, head_mean_probabilities: torch.Tensor) -> None:
-        """Append one layer's map; kind is "self" or "cross"."""
+        """Append one layer's map; kind is "self" or "cross". A cross map whose block left no self map is dropped."""
         factor = self.factor(head_mean_probabilities.shape[1])
+        if kind == "cross" and len(self.maps.get(f"r{factor}_self", [])) == len(self.maps.get(f"r{factor}_cross", [])):
+            return
         if factor >= self.smallest_factor:
             self.maps.setdefault(f"r{factor}_{kind}", []).append(head_mean_probabilities)
 
@@ -392,6 +394,8 @@ def literal_guidance(
     max_scale: float | None = 15.0,
     sigma: float = 0.5,
     token_mask: torch.Tensor | None = None,
+    groups: int = 2,
+    foreground_half: int = 0,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Guided noise of one step from the maps of the same step, with every intermediate stage.
 
@@ -408,6 +412,8 @@ def literal_guidance(
         powers: R of the completion, 4.
         cell: latent pixels per mask cell; the finest factor unless given.
         rate_min, rate_max, max_scale, sigma, token_mask: see `rates` and `token_masks`.
+        groups: how many groups of B samples the maps have; the first two are unconditional and conditional.
+        foreground_half: which group the foreground is taken from: 0 in the released code.
 
     Returns:
         guided noise [B, C, H, W], and a dict with "completed", "sizes", "size", "scores", "masks", "ids",
@@ -424,12 +430,12 @@ def literal_guidance(
         for self_map, cross_map in store.layers(factor):
             completed.append(complete(self_map, cross_map, powers))
             sizes.append(store.grid(factor))
-    uncond_maps = [layer.chunk(2)[0] for layer in completed]
-    cond_maps = [layer.chunk(2)[1] for layer in completed]
+    foreground_maps = [layer.chunk(groups)[foreground_half] for layer in completed]
+    cond_maps = [layer.chunk(groups)[1] for layer in completed]
 
     scores = smoothed_normalised(cond_maps, sizes, size, sigma)
     masks = token_masks(scores, token_mask)
-    foreground = foreground_mask(uncond_maps, sizes, size, sigma)
+    foreground = foreground_mask(foreground_maps, sizes, size, sigma)
     uncond, cond = noise_pred.chunk(2)
     rate = rates(
         uncond,
@@ -451,7 +457,7 @@ def literal_guidance(
         "scores": scores,
         "masks": masks,
         "ids": token_ids(masks),
-        "foreground_scores": foreground_scores(uncond_maps, sizes, size, sigma),
+        "foreground_scores": foreground_scores(foreground_maps, sizes, size, sigma),
         "foreground": foreground,
         "region_rates": region_rates(uncond, cond, masks, foreground, cell),
         "rate": rate,

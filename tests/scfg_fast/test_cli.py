@@ -27,7 +27,7 @@ from PIL import Image
 import scfg_fast
 from scfg_fast.cli import main
 from scfg_fast.regions import Regions, token_labels
-from tests.pipelines.tiny import tiny_sd_pipeline
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PROMPT = "a red cat on the blue sea"
 ROOT = Path(__file__).parents[2]
@@ -105,6 +105,17 @@ def test_generate_is_what_the_library_makes(run: Run, model: Path) -> None:
     scfg_fast.enable(pipe)
     assert (pixels("scfg.png") == sample(pipe, 4, guidance_scale=5.0)).all()
     assert os.listdir() == ["scfg.png"]
+
+
+def test_a_model_of_the_xl_family(run: Run, tmp_path: Path) -> None:
+    pipe = tiny_sdxl_pipeline(sample_size=16)
+    pipe.save_pretrained(tmp_path / "xl")
+    options = ("--model", tmp_path / "xl", "--steps", 3, "--seed", 4, "--guidance-scale", 5)
+    assert run("generate", PROMPT, *options).status == 0
+    scfg_fast.enable(pipe)
+    assert (pixels("scfg.png") == sample(pipe, 4, guidance_scale=5.0)).all()
+    assert run("masks", PROMPT, *options, "--out", "masks.png").status == 0
+    assert np.load("masks.npz")["labels"][0, 0] == "<start>"
 
 
 def test_generate_cfg_is_the_stock_pipeline_with_its_own_defaults(run: Run, model: Path) -> None:

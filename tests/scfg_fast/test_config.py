@@ -14,7 +14,7 @@ def test_the_defaults_are_the_published_codes_values() -> None:
     assert SCFGConfig().to_dict() == {
         "fidelity": "official", "cell": 4, "levels": "auto", "layers": "auto", "powers": 4,
         "blur_sigma": 0.5, "rate_min": 0.8, "rate_max": 3.0, "max_scale": 15.0, "start": 0.0,
-        "stop": 1.0, "reuse_every": 1, "tokens": "all", "backend": "auto",
+        "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "backend": "auto",
     }  # fmt: skip
     assert SCFGConfig.official() == SCFGConfig()
 
@@ -27,7 +27,11 @@ def test_paper_has_no_smoothing_and_no_clamps() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [SCFGConfig(), SCFGConfig.paper(), SCFGConfig(levels=[4, 8], layers=["a", "b"], start=0.25, tokens="words")],
+    [
+        SCFGConfig(),
+        SCFGConfig.paper(foreground="conditional"),
+        SCFGConfig(levels=[4, 8], layers=["a", "b"], start=0.25, tokens="words"),
+    ],
     ids=["default", "paper", "lists"],
 )
 def test_round_trips(config: SCFGConfig, tmp_path) -> None:

@@ -1,0 +1,299 @@
+"""Every supported pipeline against its own `__call__` with only the guidance line replaced by the published method."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, T2IAdapter
+
+import scfg_fast
+from scfg_fast.families import FAMILIES
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.reference.replaced import replaced_run
+
+PROMPTS = ["a red cat on the grass", "a blue boat", "a girl and a dog in a house"]
+NEGATIVES = ["a car", "a black bird on a table", "the sky"]
+STEPS = 4
+# Both runs are fp32 and make the same calls; only the order of sums inside the method differs.
+TOLERANCE = 5e-6
+
+
+def picture(seed: int, batch: int = 3, side: int = 128) -> torch.Tensor:
+    """[B, 3, side, side] in [0, 1]: smooth colours, so that autoencoders and conditions see structure."""
+    coarse = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, side, mode="bilinear")
+
+
+def hole(batch: int = 3, side: int = 128) -> torch.Tensor:
+    """[B, 1, side, side] inpainting mask: a rectangle to repaint."""
+    mask = torch.zeros(batch, 1, side, side)
+    mask[:, :, 24:96, 32:112] = 1.0
+    return mask
+
+
+def rebuilt(cls: type, base: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+    """Another pipeline class around the same components, silent."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        components = {name: make(base) if callable(make) else make for name, make in components.items()}
+    pipe = cls.from_pipe(base, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def controlnet(base: DiffusionPipeline) -> ControlNetModel:
+    """A control network from the UNet, with its zero convolutions made visible."""
+    model = ControlNetModel.from_unet(base.unet, conditioning_channels=3).eval()
+    with torch.no_grad():
+        for block in (
+            *model.controlnet_down_blocks,
+            model.controlnet_mid_block,
+            model.controlnet_cond_embedding.conv_out,
+        ):
+            block.weight.normal_(std=0.05)
+    return model
+
+
+def union(base: DiffusionPipeline) -> ControlNetUnionModel:
+    """A union control network, which takes the kind of condition as a number."""
+    model = ControlNetUnionModel(
+        down_block_types=base.unet.config.down_block_types,
+        block_out_channels=base.unet.config.block_out_channels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        transformer_layers_per_block=base.unet.config.transformer_layers_per_block,
+        attention_head_dim=base.unet.config.attention_head_dim,
+        use_linear_projection=True,
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        conditioning_embedding_out_channels=(16, 16, 16, 16),
+        num_trans_channel=16,
+        num_trans_head=2,
+        num_proj_channel=16,
+    ).eval()
+    with torch.no_grad():
+        for block in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+            block.weight.normal_(std=0.05)
+    return model
+
+
+def adapter(channels: list[int], kind: str, factor: int) -> T2IAdapter:
+    return T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=factor, adapter_type=kind).eval()
+
+
+def embeddings() -> dict[str, Any]:
+    """Prompts of Kolors as embeddings: its language model is not needed to test the guidance."""
+    generator = torch.Generator().manual_seed(4)
+    states = torch.randn(2, 3, 40, 64, generator=generator)
+    pooled = torch.randn(2, 3, 32, generator=generator)
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": states[0],
+        "negative_prompt_embeds": states[1],
+        "pooled_prompt_embeds": pooled[0],
+        "negative_pooled_prompt_embeds": pooled[1],
+    }
+
+
+IMAGE = {"image": picture(1)}
+TO_IMAGE = IMAGE | {"strength": 0.9}
+INPAINT = TO_IMAGE | {"mask_image": hole()}
+CONTROL = {"image": picture(2)}
+UNION = {"control_image": [picture(2)], "control_mode": [1]}
+SD_ADAPTER = lambda base: adapter([16, 16, 32, 32], "full_adapter", 8)  # noqa: E731
+SDXL_ADAPTER = lambda base: adapter([16, 32, 32, 32], "full_adapter_xl", 16)  # noqa: E731
+
+# name of the pipeline class -> (components beyond the text-to-image pipeline's, arguments beyond the prompt's)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "StableDiffusionPipeline": ({}, {}),
+    "StableDiffusionImg2ImgPipeline": ({}, TO_IMAGE),
+    "StableDiffusionInpaintPipeline": ({}, INPAINT),
+    "StableDiffusionDepth2ImgPipeline": (
+        {"depth_estimator": None, "feature_extractor": None},
+        TO_IMAGE | {"depth_map": picture(3)[:, 0]},
+    ),
+    "StableDiffusionControlNetPipeline": ({"controlnet": controlnet}, CONTROL),
+    "StableDiffusionControlNetImg2ImgPipeline": ({"controlnet": controlnet}, TO_IMAGE | {"control_image": picture(2)}),
+    "StableDiffusionControlNetInpaintPipeline": ({"controlnet": controlnet}, INPAINT | {"control_image": picture(2)}),
+    "StableDiffusionAdapterPipeline": ({"adapter": SD_ADAPTER}, CONTROL),
+    "StableDiffusionPAGPipeline": ({}, {"pag_scale": 2.0}),
+    "StableDiffusionPAGImg2ImgPipeline": ({}, TO_IMAGE | {"pag_scale": 2.0}),
+    "StableDiffusionPAGInpaintPipeline": ({}, INPAINT | {"pag_scale": 2.0}),
+    "StableDiffusionControlNetPAGPipeline": ({"controlnet": controlnet}, CONTROL | {"pag_scale": 2.0}),
+    "StableDiffusionControlNetPAGInpaintPipeline": (
+        {"controlnet": controlnet},
+        INPAINT | {"control_image": picture(2), "pag_scale": 2.0},
+    ),
+    "StableDiffusionXLPipeline": ({}, {}),
+    "StableDiffusionXLImg2ImgPipeline": ({}, TO_IMAGE),
+    "StableDiffusionXLInpaintPipeline": ({}, INPAINT),
+    "StableDiffusionXLControlNetPipeline": ({"controlnet": controlnet}, CONTROL),
+    "StableDiffusionXLControlNetImg2ImgPipeline": (
+        {"controlnet": controlnet},
+        TO_IMAGE | {"control_image": picture(2)},
+    ),
+    "StableDiffusionXLControlNetInpaintPipeline": ({"controlnet": controlnet}, INPAINT | {"control_image": picture(2)}),
+    "StableDiffusionXLControlNetUnionPipeline": ({"controlnet": union}, UNION),
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": ({"controlnet": union}, TO_IMAGE | UNION),
+    "StableDiffusionXLControlNetUnionInpaintPipeline": ({"controlnet": union}, INPAINT | UNION),
+    "StableDiffusionXLAdapterPipeline": ({"adapter": SDXL_ADAPTER}, CONTROL),
+    "StableDiffusionXLPAGPipeline": ({}, {"pag_scale": 2.0}),
+    "StableDiffusionXLPAGImg2ImgPipeline": ({}, TO_IMAGE | {"pag_scale": 2.0}),
+    "StableDiffusionXLPAGInpaintPipeline": ({}, INPAINT | {"pag_scale": 2.0}),
+    "StableDiffusionXLControlNetPAGPipeline": ({"controlnet": controlnet}, CONTROL | {"pag_scale": 2.0}),
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": (
+        {"controlnet": controlnet},
+        TO_IMAGE | {"control_image": picture(2), "pag_scale": 2.0},
+    ),
+    "KolorsPipeline": ({}, embeddings()),
+    "KolorsPAGPipeline": ({}, {"pag_scale": 2.0} | embeddings()),
+}
+
+
+def is_xl(name: str) -> bool:
+    return "XL" in name or "Kolors" in name
+
+
+def build(name: str) -> DiffusionPipeline:
+    components, _ = CASES[name]
+    cls = getattr(diffusers, name)
+    if "Kolors" in name:
+        base = tiny_sdxl_pipeline()
+        pipe = cls(vae=base.vae, text_encoder=None, tokenizer=None, unet=base.unet, scheduler=base.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+    in_channels = 5 if "Depth" in name else 4
+    base = tiny_sdxl_pipeline() if is_xl(name) else tiny_sd_pipeline(uniform=bool(components), in_channels=in_channels)
+    return rebuilt(cls, base, **components)
+
+
+def arguments_of(name: str, indices: range | list[int] = range(3), **overrides: Any) -> dict[str, Any]:
+    """Arguments of a call for some of the three samples. No cell of these seeds lies within rounding of a tie."""
+    indices = list(indices)
+    _, extra = CASES[name]
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[indices]
+        return [rows(v) for v in value] if isinstance(value, list) else value
+
+    common = dict(
+        prompt=[PROMPTS[i] for i in indices],
+        negative_prompt=[NEGATIVES[i] for i in indices],
+        generator=[torch.Generator().manual_seed(20 + i) for i in indices],
+        num_inference_steps=STEPS,
+        guidance_scale=6.0,
+        output_type="latent",
+    )
+    return common | {key: rows(value) for key, value in extra.items()} | overrides
+
+
+def call(pipe: DiffusionPipeline, name: str, *args: Any, **overrides: Any) -> torch.Tensor:
+    return pipe(**arguments_of(name, *args, **overrides)).images
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Which maps the literal method finds: SDXL has no level 8, and PAG takes the middle block, SD's only one there."""
+    options: dict[str, Any] = {"factors": (4,) if is_xl(name) or "PAG" in name else (4, 8)}
+    if "PAG" in name:
+        options["groups"] = 3
+    return options
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_pipeline_with_its_guidance_line_replaced(name: str) -> None:
+    pipe = build(name)
+    plain = call(pipe, name)
+    expected = replaced_run(pipe, arguments_of(name), **options_of(name)).images
+    handle = scfg_fast.enable(pipe)
+    actual = call(pipe, name)
+    assert handle.stats.steps_applied >= 3 and not handle.stats.steps_skipped
+    assert relative(actual, expected) < TOLERANCE
+    assert relative(plain, expected) > 100 * TOLERANCE
+    scfg_fast.disable(pipe)
+    assert torch.equal(call(pipe, name), plain)
+
+
+def test_every_family_member_is_tested() -> None:
+    assert {name for family in FAMILIES for name in family.pipelines} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_equals_its_images_alone_in_any_order(name: str) -> None:
+    pipe = build(name)
+    scfg_fast.enable(pipe)
+    batch = call(pipe, name, num_inference_steps=3)
+    assert relative(call(pipe, name, [2, 0, 1], num_inference_steps=3), batch[[2, 0, 1]]) < 10 * TOLERANCE
+    alone = torch.cat([call(pipe, name, [index], num_inference_steps=3) for index in range(3)])
+    assert relative(alone, batch) < 10 * TOLERANCE
+
+
+SIZES = [(520, 776), (832, 1216)]
+
+
+@pytest.mark.parametrize("height, width", SIZES, ids=["520x776", "832x1216"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_sizes_that_are_not_square(name: str, height: int, width: int) -> None:
+    """Latents of 65 x 97 and 104 x 152: odd grids at every level, ragged cells at the border."""
+    pipe = build(name)
+    size = {"height": height, "width": width, "num_inference_steps": 2}
+    expected = replaced_run(pipe, arguments_of(name, [1], **size), **options_of(name)).images
+    handle = scfg_fast.enable(pipe)
+    actual = call(pipe, name, [1], **size)
+    assert handle.regions.token_index.shape == (1, -(-height // 32), -(-width // 32))
+    assert relative(actual, expected) < TOLERANCE
+
+
+def stock_state(pipe: DiffusionPipeline) -> tuple:
+    return dict(pipe.unet.attn_processors), dict(pipe.unet._forward_hooks), dict(pipe.unet._forward_pre_hooks)
+
+
+class Interrupted(Exception):
+    """Raised by the tests in the middle of a run."""
+
+
+@pytest.mark.parametrize("where", ["denoiser", "callback", "scheduler"])
+@pytest.mark.parametrize("name", [name for name in CASES if "PAG" not in name])
+def test_an_exception_leaves_a_stock_pipeline(name: str, where: str, monkeypatch) -> None:
+    pipe = build(name)
+    plain, before = call(pipe, name, [0], num_inference_steps=3), stock_state(pipe)
+    scfg_fast.enable(pipe)
+    calls = []
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        calls.append(where)
+        if len(calls) == 2:
+            raise Interrupted
+
+    overrides: dict[str, Any] = {"num_inference_steps": 3}
+    if where == "callback":
+        new_style = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+        if new_style:
+            overrides["callback_on_step_end"] = lambda pipe, step, timestep, tensors: interrupt() or tensors
+        else:
+            overrides["callback"] = interrupt
+    elif where == "scheduler":
+        step = pipe.scheduler.step
+        monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: interrupt() or step(*a, **k))
+    else:
+        hook = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupted):
+        call(pipe, name, [0], **overrides)
+    if where == "denoiser":
+        hook.remove()
+    monkeypatch.undo()
+    after = stock_state(pipe)
+    assert after[1:] == before[1:] and all(after[0][key] is value for key, value in before[0].items())
+    scfg_fast.disable(pipe)
+    assert torch.equal(call(pipe, name, [0], num_inference_steps=3), plain)
