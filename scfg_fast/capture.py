@@ -52,13 +52,13 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
         ValueError: a named layer or level does not exist, or nothing is left; says what the model has.
     """
     have = sorted({block.level for block in blocks})
-    if config.layers != "auto":
+    if isinstance(config.layers, tuple):
         names = {block.name for block in blocks}
         missing = sorted(set(config.layers) - names)
         if missing:
             raise ValueError(f"layers: {missing} are not transformer blocks of this model; it has {sorted(names)}")
         blocks = [block for block in blocks if block.name in config.layers]
-    if config.levels != "auto":
+    if isinstance(config.levels, tuple):
         missing_levels = sorted(set(config.levels) - set(have))
         if missing_levels:
             raise ValueError(f"levels: this model has no attention at {missing_levels}; it has {have}")

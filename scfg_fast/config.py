@@ -7,9 +7,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 CONFIG_NAME = "scfg_config.json"
+_RATES = ("regions", "none")
 _FIDELITIES = ("official", "paper")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
@@ -21,6 +22,8 @@ class SCFGConfig:
     """Parameters of semantic-aware classifier-free guidance. Immutable; use `replace` for a changed copy.
 
     Args:
+        rates: `"regions"` for S-CFG, or `"none"` for one weight over the whole image: nothing is captured, and a
+            schedule alone is at work.
         fidelity: `"official"` reproduces the published code, `"paper"` the published equations (see `paper`).
         cell: latent pixels per side of one cell of the region mask (R in the code).
         levels: downsampling factors of the attention layers to capture, or `"auto"`: `cell` and `2 * cell`, as far as
@@ -49,6 +52,7 @@ class SCFGConfig:
         ValueError: a value is out of range; the message lists every one.
     """
 
+    rates: str = "regions"
     fidelity: str = "official"
     cell: int = 4
     levels: str | tuple[int, ...] = "auto"
@@ -75,6 +79,8 @@ class SCFGConfig:
             raise ValueError("SCFGConfig: " + "; ".join(reasons))
 
     def _reasons(self):
+        if self.rates not in _RATES:
+            yield f"rates={self.rates!r} is unknown, use one of {_RATES}"
         if self.fidelity not in _FIDELITIES:
             yield f"fidelity={self.fidelity!r} is unknown, use one of {_FIDELITIES}"
         if self.tokens not in _TOKENS:
@@ -170,7 +176,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

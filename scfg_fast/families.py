@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import SCFGConfig
+from .guidance.steps import StepWeight
 from .hooks import CallContext
 
 
@@ -88,22 +89,26 @@ def tokenizer_of(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
 
 
-def read_call(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> CallContext | None:
+def read_call(
+    pipe: Any, arguments: dict[str, Any], config: SCFGConfig, schedule: StepWeight | None = None
+) -> CallContext | None:
     """What the hooks must know about one call.
 
     Args:
         pipe: a pipeline of one of `FAMILIES`.
         arguments: of its `__call__`, bound, with defaults.
         config: the configuration of this call.
+        schedule: weight of each step, or None for `guidance_scale`.
 
     Returns:
         The context, or None if the call names no prompt (the pipeline's own check will say so).
 
     Raises:
-        ValueError: `tokens="words"` without the prompt's text or without a tokenizer.
+        ValueError: `tokens="words"` without the prompt's text or without a tokenizer; or the schedule does not work
+            with this scheduler or with `eta`.
     """
     prompt = arguments.get("prompt")
-    embeds = arguments.get("prompt_embeds")
+    embeds: Any = arguments.get("prompt_embeds")
     if isinstance(prompt, str):
         prompts: list[str] | None = [prompt]
     elif isinstance(prompt, (list, tuple)):
@@ -112,6 +117,8 @@ def read_call(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGCo
         prompts = None
     if prompts is None and embeds is None:
         return None
+    if schedule is not None:
+        schedule.check(pipe.scheduler, eta=float(arguments.get("eta") or 0.0))
     per_prompt = arguments.get("num_images_per_prompt") or 1
     samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
     mask = None
@@ -132,6 +139,9 @@ def read_call(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGCo
         groups=lambda: 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2,
         foreground=_foreground(pipe, arguments, config),
         token_mask=mask,
+        schedule=schedule,
+        scheduler=pipe.scheduler,
+        first_step=lambda: _first_step(pipe, arguments),
     )
 
 
@@ -144,6 +154,14 @@ def _num_steps(pipe: DiffusionPipeline) -> int:
     """Denoiser calls of this run. The adapter pipelines do not publish the number; theirs is the scheduler's."""
     published = getattr(pipe, "num_timesteps", None)
     return published if published is not None else len(pipe.scheduler.timesteps)
+
+
+def _first_step(pipe: Any, arguments: dict[str, Any]) -> int:
+    """Where the run begins in the scheduler's timesteps: `strength` leaves out the first ones."""
+    begin = getattr(pipe.scheduler, "begin_index", None)
+    if begin is not None:
+        return int(begin)
+    return len(pipe.scheduler.timesteps) - _num_steps(pipe) if "strength" in arguments else 0
 
 
 def _foreground(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> str:

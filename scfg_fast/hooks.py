@@ -6,8 +6,10 @@ it,  f = u + s r (t - u),  and reaches that by changing what the denoiser return
     both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
     u alone       (u - s/(s-1) (r-1) (t-u), t)        where t is read again: guidance_rescale, perturbed attention
 
-The first is taken unless somebody reads t. Steps that are not guided return the denoiser's own output object,
-untouched. No value is read back from the device: all decisions rest on shapes and Python numbers.
+The first is taken unless somebody reads t. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
+of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read again. A step whose weight is exactly 1
+needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
+output object, untouched. No value is read back from the device: all decisions rest on shapes and Python numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from scfg_kernels import guide, segment
 
 from .capture import BlockInfo, collect
 from .config import SCFGConfig
+from .guidance.steps import Step, StepWeight, step_levels
 from .processors import CrossAttentionCapture, SelfAttentionCapture
 from .regions import Regions
 
@@ -58,6 +62,8 @@ class Stats:
         bytes: bytes of maps kept from the layers to the end of a step (the largest step).
         steps_applied: denoising steps guided by S-CFG.
         steps_skipped: reason -> number of steps that were left to plain guidance.
+        weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
+        samples: samples that the denoiser computed; a step whose weight is 1 needs half.
     """
 
     layers: tuple[str, ...] = ()
@@ -65,6 +71,13 @@ class Stats:
     bytes: int = 0
     steps_applied: int = 0
     steps_skipped: dict[str, int] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)
+    samples: int = 0
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean of `weights`, the dose to match when methods are compared; nan before the first step."""
+        return sum(self.weights) / len(self.weights) if self.weights else float("nan")
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,9 @@ class CallContext:
             after them, which the pipeline compares with the conditional one.
         foreground: "unconditional" or "conditional", the half whose start token decides the foreground.
         token_mask: [samples, T] bool, which tokens may own regions, or None.
+        schedule: rule for the weight of each step, or None for guidance_scale.
+        scheduler: the pipeline's, whose noise levels the schedule may ask for.
+        first_step: index of the first step among the scheduler's timesteps; img2img starts later.
     """
 
     samples: int
@@ -99,6 +115,9 @@ class CallContext:
     groups: Callable[[], int] = lambda: 2
     foreground: str = "unconditional"
     token_mask: torch.Tensor | None = None
+    schedule: StepWeight | None = None
+    scheduler: Any = None
+    first_step: Callable[[], int] = lambda: 0
 
 
 class GuidanceHook:
@@ -123,7 +142,11 @@ class GuidanceHook:
         self._step = -1
         self._guided_steps = 0
         self._capturing = False
-        self._skip: str | None = None
+        self._blocked: str | None = None  # why the step is left to the pipeline altogether
+        self._skip: str | None = None  # why it has no regions
+        self._half = False  # whether the conditional half alone was computed
+        self._weight = 1.0
+        self._levels: tuple[list[tuple[float, float]], bool] | None = None
         # token_index, foreground, number of tokens
         self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
         self._latent_size: tuple[int, int] = (0, 0)
@@ -143,33 +166,38 @@ class GuidanceHook:
             handle.remove()
         self._handles = []
 
-    def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
             raise RuntimeError(IN_USE)
         sample = args[0] if args else kwargs["sample"]
         self._step += 1
         self._latent_size = tuple(sample.shape[-2:])
-        self._skip = self._reason_to_skip(sample)
+        self._blocked = self._reason_to_stay_out(sample)
+        scale = self.context.guidance_scale()
+        self._weight = scale if self._blocked else self._step_weight(scale)
+        self._skip = self._blocked or self._reason_to_skip_regions()
         due = self._segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due
         for block in self.blocks:
             block.own.active = block.cross.active = self._capturing
             block.cross.groups, block.cross.foreground = self.context.groups(), self.context.foreground
+        self._half = self._conditional_half_will_do(module, kwargs)
+        self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
+        self.stats.samples += sample.shape[0] // (2 if self._half else 1)
+        if self._half:
+            return _second_half(args, sample.shape[0]), _second_half(kwargs, sample.shape[0])
+        return None
 
-    def _reason_to_skip(self, sample: torch.Tensor) -> str | None:
-        """Why this step is left to plain guidance, or None.
+    def _reason_to_stay_out(self, sample: torch.Tensor) -> str | None:
+        """Why this step is the pipeline's own affair, or None.
 
-        What the user chose for a part of the run, by `start`, `stop` or a callback that turns guidance off, is no
-        reason to warn; a whole run without guidance is.
+        A callback that turns guidance off for a part of the run is no reason to warn; a whole run without it is.
         """
         scale = self.context.guidance_scale()
         if not scale > 1.0:
             if self._step > 0:
                 return "guidance is off"
             return self._complain("guidance is off: there is nothing to scale. Pass guidance_scale > 1.")
-        first, end = (_whole(fraction * self.context.num_steps()) for fraction in (self.config.start, self.config.stop))
-        if not first <= self._step < end:
-            return f"outside start={self.config.start:g}, stop={self.config.stop:g}"
         groups = self.context.groups()
         if sample.shape[0] != groups * self.context.samples:
             return self._complain(
@@ -182,6 +210,41 @@ class GuidanceHook:
                 "guidance would magnify rounding. Raise guidance_scale or turn the other off."
             )
         return None
+
+    def _reason_to_skip_regions(self) -> str | None:
+        """Why this step has one weight for the whole image, or None. All of these are the user's choice."""
+        config = self.config
+        if config.rates == "none":
+            return "rates='none'"
+        first, end = (_whole(fraction * self.context.num_steps()) for fraction in (config.start, config.stop))
+        if not first <= self._step < end:
+            return f"outside start={config.start:g}, stop={config.stop:g}"
+        if self._weight == 1.0:
+            return "the schedule's weight is 1, the conditional prediction"
+        return None
+
+    def _step_weight(self, scale: float) -> float:
+        """The weight of this step, from the schedule if there is one."""
+        schedule, context = self.context.schedule, self.context
+        if schedule is None:
+            return scale
+        if self._levels is None:
+            levels, flow = step_levels(context.scheduler) or ([], False)
+            self._levels = (levels[context.first_step() :], flow)
+        levels, flow = self._levels
+        sigma, next_sigma = levels[self._step] if self._step < len(levels) else (None, None)
+        return float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, flow)))
+
+    def _conditional_half_will_do(self, module: torch.nn.Module, kwargs: dict) -> bool:
+        """Whether the unconditional half can be left out: not under `torch.compile`, which would compile once more, and
+        not with attention arguments, whose batch dimension is their own affair."""
+        return (
+            self._blocked is None
+            and self._weight == 1.0
+            and self.context.groups() == 2
+            and not hasattr(module, "_orig_mod")
+            and not kwargs.get("cross_attention_kwargs")
+        )
 
     def _cond_is_read_again(self) -> bool:
         """Whether the pipeline uses the conditional prediction for more than the guidance."""
@@ -197,19 +260,26 @@ class GuidanceHook:
         return message
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
-        if self._skip is None and self._capturing:
+        if self._capturing:
             self._find_regions()
         if self._skip is None and self._segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
-            return None
+            if self._blocked or (self._weight == self.context.guidance_scale() and not self._half):
+                return None
         prediction = output[0]
-        rewritten = self._guide(prediction)
-        self._guided_steps += 1
-        self.stats.steps_applied += 1
-        if self.on_regions is not None:
-            self.on_regions(self._step, self.regions)
+        if self._half:
+            rewritten = torch.cat([prediction, prediction])
+        elif self._skip is None:
+            rewritten = self._guide(prediction)
+        else:
+            rewritten = self._weigh(prediction)
+        if self._skip is None:
+            self._guided_steps += 1
+            self.stats.steps_applied += 1
+            if self.on_regions is not None:
+                self.on_regions(self._step, cast(Regions, self.regions))
         if isinstance(output, tuple):
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})
@@ -236,19 +306,49 @@ class GuidanceHook:
         token_index, foreground, num_tokens = self._segments  # type: ignore[misc]
         uncond, cond, *others = prediction.chunk(self.context.groups())
         reread = self._cond_is_read_again()
+        own_weight = self._weight == self.context.guidance_scale()
         result, rate = guide(
-            uncond, cond, token_index, foreground, self._scale_tensor(cond),
+            uncond, cond, token_index, foreground, self._weight_tensor(cond),
             num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
             max_scale=config.max_scale, blur_sigma=config.blur_sigma, fidelity=config.fidelity,
-            rewrite="unconditional" if reread else "guided", backend=config.backend,
+            rewrite="unconditional" if reread and own_weight else "guided", backend=config.backend,
         )  # fmt: skip
         self.regions = Regions(self._step, token_index, foreground, rate)
+        if reread and not own_weight:
+            result = self._behind(result, cond)
         return torch.cat([result, cond if reread else result, *others])
 
-    def _scale_tensor(self, like: torch.Tensor) -> torch.Tensor:
-        """The guidance scale as a 0-dim tensor on the device, filled again only when its value changes."""
-        scale = float(self.context.guidance_scale())
-        if self._scale is None or self._scale[0] != scale or self._scale[1].device != like.device:
+    def _weigh(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The same with one weight for the whole image."""
+        uncond, cond, *others = prediction.chunk(self.context.groups())
+        dtype = torch.promote_types(cond.dtype, torch.float32)
+        result = torch.lerp(uncond.to(dtype), cond.to(dtype), self._weight).to(cond.dtype)
+        reread = self._cond_is_read_again()
+        if reread:
+            result = self._behind(result, cond)
+        return torch.cat([result, cond if reread else result, *others])
+
+    def _behind(self, guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """The u' from which the pipeline's own line makes `guided`: u' + s (t - u') = guided."""
+        scale = self.context.guidance_scale()
+        dtype = torch.promote_types(cond.dtype, torch.float32)
+        return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
+
+    def _weight_tensor(self, like: torch.Tensor) -> torch.Tensor:
+        """This step's weight as a 0-dim tensor on the device, filled again only when its value changes."""
+        weight = self._weight
+        if self._scale is None or self._scale[0] != weight or self._scale[1].device != like.device:
             dtype = torch.promote_types(like.dtype, torch.float32)
-            self._scale = (scale, torch.full((), scale, dtype=dtype, device=like.device))
+            self._scale = (weight, torch.full((), weight, dtype=dtype, device=like.device))
         return self._scale[1]
+
+
+def _second_half(value: Any, batch: int) -> Any:
+    """`value` with the last half of every tensor of `batch` rows in it, through tuples, lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value[batch // 2 :] if value.dim() > 0 and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: _second_half(item, batch) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_second_half(item, batch) for item in value)
+    return value

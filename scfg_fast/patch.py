@@ -15,15 +15,17 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
 from .capture import choose_layers
 from .config import SCFGConfig
 from .families import FAMILIES, family_of, read_call
+from .guidance.steps import StepWeight
 from .hooks import IN_USE, CapturedBlock, GuidanceHook, Stats
 from .processors import find_blocks, wrap_block
 from .regions import Regions
@@ -62,6 +64,7 @@ class Handle:
 
     Attributes:
         config: the configuration of the next call; assign another `SCFGConfig` to change it.
+        schedule: a `scfg_fast.guidance` rule for the weight of each step, or None for the pipeline's guidance_scale.
         on_regions: called as `on_regions(step, regions)` after every guided step, or None.
         strict: raise instead of warning where S-CFG must leave a step to plain guidance.
         stats: `Stats` of the last call.
@@ -75,6 +78,7 @@ class Handle:
         self._blocks_of: tuple = ()
         self._regions: Regions | None = None
         self._config = SCFGConfig()
+        self.schedule: StepWeight | None = None
         self.on_regions: Callable[[int, Regions], None] | None = None
         self.strict = False
         self.stats = Stats()
@@ -106,6 +110,7 @@ class Handle:
         original = self._original_class.__call__
         overrides = dict(overrides or {})
         enabled = overrides.pop("enabled", True)
+        schedule = overrides.pop("schedule", self.schedule)
         config = self.config.replace(**overrides) if overrides else self.config
         if not (self._enabled and enabled):
             self._regions, self.stats = None, Stats()
@@ -115,7 +120,7 @@ class Handle:
         except TypeError:
             return original(pipe, *args, **kwargs)  # raises the pipeline's own error about its arguments
         bound.apply_defaults()
-        context = read_call(pipe, bound.arguments, config)
+        context = read_call(pipe, bound.arguments, config, schedule)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
         unet = _unwrap(pipe.unet)
@@ -137,6 +142,8 @@ class Handle:
 
     def _captured_blocks(self, unet: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
         """Processors for the chosen blocks: those of the last call, unless something under them changed."""
+        if config.rates == "none":
+            return []
         modules = {info.name: (info, module) for info, module in find_blocks(unet)}
         chosen = choose_layers([info for info, _ in modules.values()], config)
         inner = tuple(
@@ -196,7 +203,7 @@ def _installed(unet: torch.nn.Module, blocks: list[CapturedBlock]) -> Iterator[N
     before: list[tuple[dict[str, Any], bool, Any]] = []
     try:
         for block in blocks:
-            module = unet.get_submodule(block.info.name)
+            module: Any = unet.get_submodule(block.info.name)
             for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
                 for store in (attn.__dict__, attn._modules):
                     before.append((store, "processor" in store, store.get("processor")))
@@ -225,7 +232,7 @@ def _intercepted(base: type) -> type:
     def __reduce_ex__(self, protocol):
         # Copies and pickles are plain pipelines: S-CFG belongs to the object that enable() was called on, and a pickle
         # must load where this package is not installed.
-        _, _, *rest = base.__reduce_ex__(self, protocol)
+        _, _, *rest = cast(Any, base).__reduce_ex__(self, protocol)
         return (object.__new__, (base,), *rest)
 
     signature = inspect.signature(base.__call__)
@@ -270,11 +277,12 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
             False, [f"the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a UNet2DConditionModel"]
         )
     reasons = []
-    if unet.config.time_cond_proj_dim is not None:
+    if cast(Any, unet.config).time_cond_proj_dim is not None:
         reasons.append("the UNet is distilled (time_cond_proj_dim): it runs without classifier-free guidance")
     layers: list[str] = []
     try:
-        layers = [info.name for info in choose_layers([info for info, _ in find_blocks(unet)], config)]
+        if config.rates != "none":
+            layers = [info.name for info in choose_layers([info for info, _ in find_blocks(unet)], config)]
     except ValueError as error:
         reasons.append(str(error))
     if config.backend == "triton":
@@ -290,6 +298,7 @@ def enable(
     pipe: DiffusionPipeline,
     config: SCFGConfig | None = None,
     *,
+    schedule: StepWeight | None = None,
     on_regions: Callable[[int, Regions], None] | None = None,
     strict: bool = False,
 ) -> Handle:
@@ -298,6 +307,9 @@ def enable(
     Args:
         pipe: an unmodified diffusers pipeline (see `supports`).
         config: parameters; default `SCFGConfig()`, the published code's.
+        schedule: weight of each step in the place of guidance_scale, for example
+            `scfg_fast.guidance.WeightSchedule("linear")` or `CFGPlusPlus(0.6)`. Composes with S-CFG; with
+            `SCFGConfig(rates="none")` it works alone.
         on_regions: called as `on_regions(step, regions)` after every guided step.
         strict: raise `SCFGError` instead of warning when a step or a layer must be left to plain guidance.
 
@@ -307,8 +319,8 @@ def enable(
     Raises:
         UnsupportedPipelineError: the pipeline cannot run S-CFG; lists every reason.
 
-    Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and any `SCFGConfig` field may be
-    overridden the same way.
+    Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule` or any `SCFGConfig` field
+    may be overridden the same way.
     """
     config = config or SCFGConfig()
     support = supports(pipe, config)
@@ -317,9 +329,10 @@ def enable(
     handle = _HANDLES.get(pipe)
     if handle is None:
         handle = Handle(pipe)
-        pipe.__class__ = _intercepted(type(pipe))
+        original: type = type(pipe)
+        pipe.__class__ = _intercepted(original)
         _HANDLES[pipe] = handle
-    handle.config, handle.on_regions, handle.strict = config, on_regions, strict
+    handle.config, handle.schedule, handle.on_regions, handle.strict = config, schedule, on_regions, strict
     return handle
 
 

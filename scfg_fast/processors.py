@@ -199,9 +199,10 @@ def _passing_for(base: type, inner: type) -> type:
 
 
 def _class_for(base: type, inner: object) -> type:
-    if type(inner) is AttnProcessor2_0:
+    kind: type = type(inner)
+    if kind is AttnProcessor2_0:
         return base
-    return (_passing_for if isinstance(inner, torch.nn.Module) else _with_signature_of)(base, type(inner))
+    return (_passing_for if isinstance(inner, torch.nn.Module) else _with_signature_of)(base, kind)
 
 
 def wrap_block(block: BasicTransformerBlock, config: SCFGConfig) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:

@@ -197,7 +197,7 @@ def guide(
     reasons.unless(foreground.dtype == torch.bool, f"foreground must be bool, got {foreground.dtype}")
     scale_tensors = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
     reasons.same_device(uncond, cond, token_index, foreground, *scale_tensors)
-    if not scale_tensors:
+    if not isinstance(guidance_scale, torch.Tensor):
         reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
         if rewrite == "unconditional":
             needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"

@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,19 @@ def smooth_axis(x: torch.Tensor, dim: int, edge: float) -> torch.Tensor:
     size = x.shape[dim]
     if size == 1:
         return x
-    before = torch.cat([x.narrow(dim, 1, 1), x.narrow(dim, 0, size - 1)], dim)
-    after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 2, 1)], dim)
-    return torch.lerp(x, 0.5 * (before + after), 2.0 * edge)
+    # Dynamo traces through a cache, and warns that it does.
+    before, after = (_neighbours if torch.compiler.is_compiling() else _cached_neighbours)(size, x.device)
+    neighbours = x.index_select(dim, before).add_(x.index_select(dim, after))
+    return torch.lerp(x, neighbours.mul_(0.5), 2.0 * edge)
+
+
+def _neighbours(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the sample before and after each one, int64 [size], reflected about the border samples."""
+    position = torch.arange(size, device=device)
+    return (position - 1).abs(), size - 1 - (size - 2 - position).abs()
+
+
+_cached_neighbours = functools.lru_cache(maxsize=64)(_neighbours)
 
 
 def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -114,21 +125,24 @@ def _segment_torch(
     token_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
-    token_score = start_score = 0.0
+    token_score: Any = 0.0  # [B, T, h, w] after the first size
+    start_score: Any = 0.0  # [B, h, w]
     layer_sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
     for size in dict.fromkeys(layer_sizes):
         rows, row_means = _axis_operator(size[0], h, blur_sigma, dtype, tokens[0].device)  # [h, h_l]
         columns, column_means = _axis_operator(size[1], w, blur_sigma, dtype, tokens[0].device)  # [w, w_l]
         weights = torch.outer(row_means, column_means).flatten()  # mean(resize and smooth(x)) = <weights, x>
-        x = torch.zeros_like(tokens[layer_sizes.index(size)], dtype=dtype)  # [B, T, N]
-        s = torch.zeros_like(start[layer_sizes.index(size)], dtype=dtype)  # [B, N]
-        for layer_size, layer, layer_start in zip(layer_sizes, tokens, start, strict=True):
-            if layer_size == size:
-                layer, layer_start = layer.to(dtype), layer_start.to(dtype)
-                # A sum of products, not a GEMV: that rounds its last rows differently, and would break ties at random.
-                x.addcmul_(layer, 1.0 / ((layer * weights).sum(-1, keepdim=True) + EPSILON))
-                m = (layer_start * weights).sum(-1, keepdim=True)
-                s += (layer_start - m) / (m * (1.0 - m))
+        members = [index for index, layer_size in enumerate(layer_sizes) if layer_size == size]
+        layers = [tokens[index].to(dtype) for index in members]  # [B, T, N] each
+        # A sum of products, not a GEMV: that rounds its last rows differently, and would break ties at random.
+        means = torch.stack([(layer * weights).sum(-1, keepdim=True) for layer in layers])
+        inverse = (means + EPSILON).reciprocal_()  # [L, B, T, 1]
+        x = layers[0] * inverse[0]
+        for index, layer in enumerate(layers[1:], 1):
+            x.addcmul_(layer, inverse[index])
+        starts = torch.stack([start[index] for index in members]).to(dtype)  # [L, B, N]
+        m = (starts * weights).sum(-1, keepdim=True)
+        s = ((starts - m) / (m * (1.0 - m))).sum(0)
         token_score = token_score + rows @ x.unflatten(-1, size) @ columns.T
         start_score = start_score + rows @ s.unflatten(-1, size) @ columns.T
     if token_mask is not None:
@@ -196,10 +210,10 @@ def segment(
         floating = all(x.is_floating_point() for x in (*tokens, *start))
         reasons.unless(floating, f"maps must be floating point, got {dtypes}")
         for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
-            expected = (batch, count, lh * lw)
-            reasons.unless(tuple(x.shape) == expected, f"tokens[{index}] must be {expected}, got {tuple(x.shape)}")
-            expected = (batch, lh * lw)
-            reasons.unless(tuple(s.shape) == expected, f"start[{index}] must be {expected}, got {tuple(s.shape)}")
+            full = (batch, count, lh * lw)
+            reasons.unless(tuple(x.shape) == full, f"tokens[{index}] must be {full}, got {tuple(x.shape)}")
+            single = (batch, lh * lw)
+            reasons.unless(tuple(s.shape) == single, f"start[{index}] must be {single}, got {tuple(s.shape)}")
         if token_mask is not None:
             fits = tuple(token_mask.shape) == (batch, count) and token_mask.dtype == torch.bool
             reasons.unless(

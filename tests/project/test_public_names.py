@@ -7,6 +7,7 @@ import inspect
 import scfg_kernels
 
 import scfg_fast
+import scfg_fast.guidance
 
 PACKAGE = [
     "Handle", "Regions", "SCFGConfig", "SCFGError", "SCFGWarning", "Stats", "Support", "UnsupportedPipelineError",
@@ -16,12 +17,19 @@ KERNELS = [
     "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "cross_attention_map", "guide",
     "segment", "self_attention_map", "smooth",
 ]  # fmt: skip
+GUIDANCE = ["CFGPlusPlus", "SHAPES", "Step", "StepWeight", "WeightSchedule", "step_levels"]
 
 
 def test_public_names_of_the_package() -> None:
     assert sorted(scfg_fast.__all__) == PACKAGE
     for name in PACKAGE:
         assert getattr(scfg_fast, name) is not None
+
+
+def test_public_names_of_the_guidance_family() -> None:
+    assert sorted(scfg_fast.guidance.__all__) == GUIDANCE
+    for name in GUIDANCE:
+        assert getattr(scfg_fast.guidance, name) is not None
 
 
 def test_public_names_of_the_kernels() -> None:

@@ -12,7 +12,7 @@ from scfg_fast import SCFGConfig
 
 def test_the_defaults_are_the_published_codes_values() -> None:
     assert SCFGConfig().to_dict() == {
-        "fidelity": "official", "cell": 4, "levels": "auto", "layers": "auto", "powers": 4,
+        "rates": "regions", "fidelity": "official", "cell": 4, "levels": "auto", "layers": "auto", "powers": 4,
         "blur_sigma": 0.5, "rate_min": 0.8, "rate_max": 3.0, "max_scale": 15.0, "start": 0.0,
         "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "backend": "auto",
     }  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
+from diffusers.models import AutoencoderTiny
 from PIL import Image
 
 from scfg_fast.models.training.distributed import average_gradients, launch

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from scfg_fast.models.training.autoencoder import to_model_range, to_pixels
@@ -39,7 +39,8 @@ def held_out_scenes(renderer: SceneRenderer, number: int) -> list[Scene]:
         if scene.plain_caption:
             scenes.append(scene)
         if len(scenes) == number:
-            return scenes
+            break
+    return scenes
 
 
 def generate(

@@ -12,9 +12,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers.models import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from scfg_fast.models.training.files import replacing
 from scfg_fast.models.training.latents import encode_captions
@@ -38,7 +40,7 @@ def build_pipeline(data: str | Path, state_path: str | Path) -> StableDiffusionP
     trainer.load_state_dict(state["trainer"])
     trainer.use_average()
     unet.set_attn_processor(AttnProcessor2_0())
-    return StableDiffusionPipeline(
+    return cast(Any, StableDiffusionPipeline)(  # its annotations forbid the None that it takes
         vae=AutoencoderTiny.from_pretrained(Path(data) / "vae"),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,

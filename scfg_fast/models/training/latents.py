@@ -20,10 +20,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers.models import AutoencoderTiny
 from transformers import CLIPTokenizer
 
 from scfg_fast.models.training.autoencoder import to_model_range
@@ -126,7 +127,8 @@ def _encode(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> Non
         out["tokens"][first:last] = ids
         out["masks"][first:last] = [scene_masks(scene) for scene in scenes]
         out["slots"][first:last] = [
-            scene_slots(scene, tokenizer.convert_ids_to_tokens(row)) for scene, row in zip(scenes, ids, strict=True)
+            scene_slots(scene, cast(list[str], tokenizer.convert_ids_to_tokens(row)))
+            for scene, row in zip(scenes, ids, strict=True)
         ]
         images = to_model_range(np.stack([scene.image for scene in scenes]))
         out["latents"][first:last] = vae.encoder(images).numpy()

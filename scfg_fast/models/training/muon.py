@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes parameters with at least two dimensions")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Apply one update; parameters without a gradient are left alone."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")

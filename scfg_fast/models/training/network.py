@@ -18,10 +18,13 @@ model's attention are therefore *supervised*; how well they fit says nothing abo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from scfg_fast.models.training.tokenizer import MAX_TOKENS
@@ -93,9 +96,10 @@ class CrossAttentionRecorder:
 
     def install(self, unet: UNet2DConditionModel) -> None:
         """Use this processor for cross-attention and the stock one for self-attention."""
-        unet.set_attn_processor(
-            {name: self if ".attn2." in name else AttnProcessor2_0() for name in unet.attn_processors}
-        )
+        processors: dict[str, Any] = {
+            name: self if ".attn2." in name else AttnProcessor2_0() for name in unet.attn_processors
+        }
+        unet.set_attn_processor(processors)
 
     def __call__(
         self,

@@ -127,6 +127,7 @@ def load_sprites(folder: str | Path) -> dict[tuple[str, str | None], Image.Image
         )
     sprites: dict[tuple[str, str | None], Image.Image] = {}
     for name, path in paths.items():
+        assert path is not None  # else it was missing
         with Image.open(path) as file:
             image = file.convert("RGBA")
         image = image.crop(image.getbbox())

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from scfg_fast.models.training.distributed import all_mean, average_gradients, launch
@@ -104,7 +104,7 @@ class Trainer:
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        adamw = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
+        adamw: dict[str, Any] = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
         if config.optimizer == "adamw":
             return [torch.optim.AdamW(self._parameters, **adamw)]
         if config.optimizer != "muon":
@@ -141,7 +141,7 @@ class Trainer:
         loss, attention = self._losses(batch, tokens, ~dropped, steps, noise)
         (loss + config.token_weight * attention).backward()
 
-        loss, token, *extra = average_gradients(self._parameters, [loss.item(), attention.item(), *extra])
+        mean_loss, token, *means = average_gradients(self._parameters, [loss.item(), attention.item(), *extra])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         rate = config.learning_rate * scale * min(1.0, (self.stage_step + 1) / config.warmup)
         for optimizer in self._optimizers:
@@ -153,7 +153,7 @@ class Trainer:
         self.stage_step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self._parameters], 1.0 - decay)
-        return {"loss": loss, "token": token, "gradient_norm": norm.item(), "lr": rate, "extra": extra}
+        return {"loss": mean_loss, "token": token, "gradient_norm": norm.item(), "lr": rate, "extra": means}
 
     def _losses(
         self,

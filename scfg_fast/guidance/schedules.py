@@ -1,0 +1,164 @@
+r"""Guidance weights that change over the run.
+
+With tau the progress of the run in [0, 1] and omega = guidance_scale - 1, the weight of the direction beyond the
+conditional prediction (the paper's equation 4, eps_c + omega (eps_c - eps_u)):
+
+    constant      omega                       linear      2 tau omega
+    cosine        (1 - cos(pi tau)) omega     inverse-linear   2 (1 - tau) omega
+    sine          (1 + cos(pi tau)) omega     v           2 omega |1 - 2 tau|
+    lambda        2 omega (1 - |1 - 2 tau|)   power-cosine     omega (1 - cos(pi tau^s)) / 2
+    clamp-linear, clamp-cosine                max(c, linear), max(c, cosine)
+
+All but the last three rows' power-cosine and clamps have mean omega over tau in [0, 1]. Clamped ones have a larger mean
+(clamp-linear: omega + c^2 / (4 omega)), power-cosine a smaller one (omega / 2 at s = 1): a comparison "at equal
+guidance_scale" is then not at equal dose, so the mean that was applied is reported in `handle.stats`.
+
+Source: Wang et al., "Analysis of Classifier-Free Guidance Weight Schedulers", TMLR 2024 (arXiv 2404.13040); the
+normalisation of v and lambda is ours. The interval is that of Kynkaanniemi et al., "Applying Guidance in a Limited
+Interval" (arXiv 2404.07724): outside, the conditional prediction alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .steps import Step
+
+SHAPES = (
+    "constant", "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "clamp-linear", "clamp-cosine",
+    "power-cosine",
+)  # fmt: skip
+CONVENTIONS = ("omega", "guidance_scale")
+GRIDS = ("midpoint", "left", "inclusive")
+
+
+def shape_value(shape: str, progress: float, *, floor: float = 0.0, power: float = 1.0) -> float:
+    """Value of a shape of mean weight 1, at a progress in [0, 1].
+
+    Args:
+        shape: one of `SHAPES`.
+        progress: tau, 0 at the noise, 1 at the picture.
+        floor: lower bound of the clamped shapes, in units of the weight.
+        power: s of `"power-cosine"`.
+    """
+    tau = progress
+    linear, cosine = 2.0 * tau, 1.0 - math.cos(math.pi * tau)
+    return {
+        "constant": lambda: 1.0,
+        "linear": lambda: linear,
+        "cosine": lambda: cosine,
+        "inverse-linear": lambda: 2.0 - linear,
+        "sine": lambda: 2.0 - cosine,
+        "v": lambda: 2.0 * abs(1.0 - linear),
+        "lambda": lambda: 2.0 * (1.0 - abs(1.0 - linear)),
+        "clamp-linear": lambda: max(floor, linear),
+        "clamp-cosine": lambda: max(floor, cosine),
+        "power-cosine": lambda: 0.5 * (1.0 - math.cos(math.pi * tau**power)),
+    }[shape]()
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A guidance weight that changes over the steps, in the place of a constant `guidance_scale`.
+
+    Args:
+        shape: one of `SHAPES`, a table of factors on the weight (resampled linearly to the number of steps), or a
+            function of the progress in [0, 1] that returns a factor.
+        floor: c of the clamped shapes, as a weight in the chosen convention (the paper's SD 1.5: 2, SDXL: 4); other
+            shapes ignore it.
+        power: s of `"power-cosine"` (SD 1.5: 1, SDXL: 0.1).
+        convention: what is scheduled: `"omega"`, guidance_scale - 1, the paper's, never below the conditional
+            prediction; or `"guidance_scale"` itself, which starts at the unconditional prediction where a shape starts
+            at 0.
+        grid: where in its share of the run a step reads the shape: `"midpoint"` (i + 1/2) / N keeps the mean exactly,
+            `"left"` i / N, `"inclusive"` i / (N - 1).
+        interval: (start, stop) fractions of the steps, or noise levels if `interval_in="sigma"`: guided inside, the
+            conditional prediction alone outside. Steps with weight 1 skip the unconditional half of the denoiser.
+        interval_in: `"progress"` or `"sigma"`.
+
+    Raises:
+        ValueError: a value is out of range; the message lists every one.
+    """
+
+    shape: str | Sequence[float] | Callable[[float], float] = "constant"
+    floor: float = 0.0
+    power: float = 1.0
+    convention: str = "omega"
+    grid: str = "midpoint"
+    interval: tuple[float, float] = (0.0, 1.0)
+    interval_in: str = "progress"
+
+    def __post_init__(self) -> None:
+        reasons = []
+        if isinstance(self.shape, str):
+            if self.shape not in SHAPES:
+                reasons.append(f"shape={self.shape!r} is unknown, use one of {SHAPES}, a table or a function")
+        elif not callable(self.shape):
+            object.__setattr__(self, "shape", tuple(float(x) for x in self.shape))
+            if not self.shape:
+                reasons.append("a table needs at least one factor")
+        if self.convention not in CONVENTIONS:
+            reasons.append(f"convention={self.convention!r} is unknown, use one of {CONVENTIONS}")
+        if self.grid not in GRIDS:
+            reasons.append(f"grid={self.grid!r} is unknown, use one of {GRIDS}")
+        if self.interval_in not in ("progress", "sigma"):
+            reasons.append(f"interval_in={self.interval_in!r} is unknown, use 'progress' or 'sigma'")
+        low, high = self.interval
+        if not 0.0 <= low <= high:
+            reasons.append(f"interval must be 0 <= start <= stop, got {self.interval}")
+        if self.power <= 0.0:
+            reasons.append(f"power must be positive, got {self.power}")
+        if reasons:
+            raise ValueError("WeightSchedule: " + "; ".join(reasons))
+
+    def check(self, scheduler: Any, eta: float = 0.0) -> None:
+        """Every scheduler will do; noise levels are asked for step by step."""
+
+    def weight(self, step: Step) -> float:
+        """The weight w of a step; see the module's formulas.
+
+        Raises:
+            ValueError: the interval is in sigma and the scheduler publishes none.
+        """
+        if not self._inside(step):
+            return 1.0
+        unit = step.guidance_scale - 1.0 if self.convention == "omega" else step.guidance_scale
+        return (1.0 if self.convention == "omega" else 0.0) + unit * self._factor(step, unit)
+
+    def _factor(self, step: Step, unit: float) -> float:
+        progress = self._progress(step)
+        if isinstance(self.shape, str):
+            floor = self.floor / unit if unit > 0.0 else 0.0
+            return shape_value(self.shape, progress, floor=floor, power=self.power)
+        if callable(self.shape):
+            return float(self.shape(progress))
+        place = progress * (len(self.shape) - 1)
+        low = min(int(place), len(self.shape) - 2) if len(self.shape) > 1 else 0
+        high = min(low + 1, len(self.shape) - 1)
+        return self.shape[low] + (place - low) * (self.shape[high] - self.shape[low])
+
+    def _progress(self, step: Step) -> float:
+        if self.grid == "midpoint":
+            return (step.index + 0.5) / step.count
+        if self.grid == "left":
+            return step.index / step.count
+        return step.index / max(1, step.count - 1)
+
+    def _inside(self, step: Step) -> bool:
+        low, high = self.interval
+        if self.interval_in == "sigma":
+            if step.sigma is None:
+                raise ValueError(
+                    "WeightSchedule: this scheduler publishes no noise levels; give the interval in progress"
+                )
+            return low <= step.sigma <= high
+        return low * step.count - 1e-6 <= step.index < high * step.count - 1e-6
+
+
+def mean_factor(shape: str, *, floor: float = 0.0, power: float = 1.0, samples: int = 4096) -> float:
+    """Mean of a shape over the run, which is its dose relative to a constant weight; midpoint rule."""
+    values = (shape_value(shape, (i + 0.5) / samples, floor=floor, power=power) for i in range(samples))
+    return sum(values) / samples

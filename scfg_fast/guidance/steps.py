@@ -1,0 +1,84 @@
+"""What a step weight may depend on: where the run is, and the noise levels around the step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step, in host numbers.
+
+    Attributes:
+        index: i, from 0.
+        count: N, the number of steps of the call.
+        guidance_scale: of the pipeline in this step.
+        sigma: noise level of the input: sqrt((1 - abar) / abar) for variance-preserving and -exploding schedulers, t in
+            [0, 1] for flow matching. None where the scheduler does not tell.
+        next_sigma: the level that the step leads to.
+        flow: whether the levels are those of flow matching.
+    """
+
+    index: int
+    count: int
+    guidance_scale: float
+    sigma: float | None = None
+    next_sigma: float | None = None
+    flow: bool = False
+
+
+class StepWeight(Protocol):
+    """A rule for the weight w of a step: guided = uncond + w (cond - uncond); 1 is the conditional prediction alone."""
+
+    def weight(self, step: Step) -> float:
+        """The weight w, in the place of `guidance_scale`."""
+        ...
+
+    def check(self, scheduler: Any, eta: float = 0.0) -> None:
+        """Raise ValueError, with what to do instead, if the rule cannot be applied with this scheduler and `eta`."""
+        ...
+
+
+def step_levels(scheduler: Any) -> tuple[list[tuple[float, float]], bool] | None:
+    """(level of the input, level the step leads to) of each step, and whether they are flow times.
+
+    Args:
+        scheduler: a diffusers scheduler whose `set_timesteps` has run. Its tables are read once per call, not per step.
+
+    Returns:
+        N pairs, or None for a scheduler that publishes neither `sigmas` nor `alphas_cumprod`, or in an unknown layout.
+    """
+    flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
+    sigmas = getattr(scheduler, "sigmas", None)
+    count = len(scheduler.timesteps)
+    if sigmas is not None and len(sigmas) == count + 1:
+        levels = [float(x) for x in sigmas.tolist()]
+        return list(itertools.pairwise(levels)), flow
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or flow:
+        return None
+    timesteps = [int(t) for t in scheduler.timesteps.tolist()]
+    final = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
+    if type(scheduler).__name__.startswith("DDIM"):  # its step goes to t - T // N, wherever the next timestep lies
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        following = [t - stride for t in timesteps]
+    else:
+        following = [*timesteps[1:], -1]
+    return [
+        (_sigma(alphas[t]), _sigma(alphas[n] if n >= 0 else final)) for t, n in zip(timesteps, following, strict=True)
+    ], flow
+
+
+def _sigma(alpha_bar: torch.Tensor) -> float:
+    value = float(alpha_bar)
+    return ((1.0 - value) / value) ** 0.5
+
+
+def mean_weight(rule: StepWeight, steps: Sequence[Step]) -> float:
+    """Mean weight over the steps of a call, the dose that comparisons must match."""
+    return sum(rule.weight(step) for step in steps) / len(steps)

@@ -1,0 +1,236 @@
+"""Schedules and CFG++ through the public call of real pipelines, alone and with S-CFG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
+)
+
+import scfg_fast
+from scfg_fast import SCFGConfig
+from scfg_fast.guidance import CFGPlusPlus, Step, WeightSchedule
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
+
+PLAIN = SCFGConfig(rates="none")
+STEPS = 5
+SCALE = 6.0
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipe(request) -> DiffusionPipeline:
+    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
+
+
+def run(pipe, **kwargs: Any) -> torch.Tensor:
+    options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    return pipe(["a red cat", "a blue boat"], negative_prompt=["", "a car"], generator=generators, **options).images
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def run_with_scales(pipe, scales: list[float], **kwargs: Any) -> torch.Tensor:
+    """The documented dynamic guidance: the pipeline's own line with another scale in every step."""
+
+    def set_next(pipe, step, timestep, tensors):
+        if step + 1 < len(scales):
+            pipe._guidance_scale = scales[step + 1]
+        return tensors
+
+    return run(pipe, guidance_scale=scales[0], callback_on_step_end=set_next, **kwargs)
+
+
+def weights_of(schedule: WeightSchedule) -> list[float]:
+    return [schedule.weight(Step(i, STEPS, SCALE)) for i in range(STEPS)]
+
+
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
+def test_a_constant_schedule_changes_no_bit(pipe, config: SCFGConfig) -> None:
+    stock = run(pipe)
+    handle = scfg_fast.enable(pipe, config)
+    expected = run(pipe)
+    assert torch.equal(expected, stock) == (config is PLAIN)
+    handle.schedule = WeightSchedule()
+    assert torch.equal(run(pipe), expected)
+    assert handle.stats.weights == [SCALE] * STEPS and handle.stats.mean_weight == SCALE
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
+@pytest.mark.parametrize("shape", ["linear", "clamp-cosine", "sine"])
+def test_a_schedule_is_the_pipeline_with_another_scale_in_every_step(pipe, config, shape: str, rescale: float) -> None:
+    schedule = WeightSchedule(shape, floor=2.0)
+    handle = scfg_fast.enable(pipe, config)
+    expected = run_with_scales(pipe, weights_of(schedule), guidance_rescale=rescale)
+    constant = run(pipe, guidance_rescale=rescale)
+    scfg_fast.enable(pipe, config, schedule=schedule)
+    actual = run(pipe, guidance_rescale=rescale)
+    assert handle.stats.weights == pytest.approx(weights_of(schedule))
+    assert relative(actual, expected) < 1e-5
+    assert relative(constant, expected) > 1e-3
+
+
+def test_the_direction_of_a_run() -> None:
+    """Linear rises from the noise to the picture: the published third-party code runs it backwards."""
+    pipe = tiny_sd_pipeline()
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule("linear"))
+    run(pipe)
+    assert handle.stats.weights == sorted(handle.stats.weights) and handle.stats.weights[0] < SCALE
+
+
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
+def test_outside_an_interval_half_of_the_batch_is_computed(pipe, config: SCFGConfig) -> None:
+    class NearlyOne:
+        """The same weights, too close to 1 to matter, but not 1."""
+
+        def check(self, scheduler, eta=0.0) -> None: ...
+
+        def weight(self, step: Step) -> float:
+            return SCALE if 1 <= step.index < 4 else 1.0 + 1e-9
+
+    samples: list[int] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: samples.append(args[0].shape[0]))
+    handle = scfg_fast.enable(pipe, config.replace(start=0.2, stop=0.8), schedule=NearlyOne())
+    expected = run(pipe)
+    handle.schedule = WeightSchedule(interval=(0.2, 0.8))
+    actual = run(pipe)
+    hook.remove()
+    assert handle.stats.weights == [1.0, SCALE, SCALE, SCALE, 1.0]
+    assert handle.stats.samples == 2 + 4 + 4 + 4 + 2
+    assert relative(actual, expected) < 1e-5
+    conv = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: samples.append(args[0].shape[0]))
+    samples.clear()
+    run(pipe)
+    conv.remove()
+    assert samples == [2, 4, 4, 4, 2]
+
+
+def test_an_interval_in_noise_levels() -> None:
+    pipe = tiny_sd_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule(interval=(0.3, 5.0), interval_in="sigma"))
+    run(pipe)
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    assert handle.stats.weights == [SCALE if 0.3 <= sigma <= 5.0 else 1.0 for sigma in sigmas]
+    assert 0 < handle.stats.weights.count(1.0) < STEPS
+
+
+def cfgpp_run(pipe, lam: float, sampler: str) -> torch.Tensor:
+    """CFG++ written out: guided denoised sample, unconditional renoising; no weight anywhere."""
+    cond, uncond = pipe.encode_prompt(["a red cat", "a blue boat"], "cpu", 1, True, negative_prompt=["", "a car"])
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(STEPS)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    x = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators]) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(torch.cat([x, x]), t)
+            eps_u, eps_c = pipe.unet(scaled, t, encoder_hidden_states=torch.cat([uncond, cond])).sample.chunk(2)
+            guided = eps_u + lam * (eps_c - eps_u)
+            if sampler == "ddim":
+                alphas = scheduler.alphas_cumprod
+                a, before = alphas[t], t - 1000 // STEPS
+                after = alphas[before] if before >= 0 else scheduler.final_alpha_cumprod
+                x = after**0.5 * (x - (1 - a) ** 0.5 * guided) / a**0.5 + (1 - after) ** 0.5 * eps_u
+            else:
+                sigma, after = scheduler.sigmas[i], scheduler.sigmas[i + 1]
+                x = (x - sigma * guided) + after * eps_u
+                scheduler._step_index += 1
+    return x
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_cfgpp_is_its_own_update_in_an_unmodified_scheduler(sampler: str, lam: float) -> None:
+    pipe = tiny_sd_pipeline()
+    if sampler == "euler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    expected = cfgpp_run(pipe, lam, sampler)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(lam))
+    assert relative(run(pipe), expected) < 2e-5
+    assert len(handle.stats.weights) == STEPS
+
+
+def test_cfgpp_of_equal_predictions_is_any_weight() -> None:
+    """With the same prompt in both halves every lam gives the same image."""
+    pipe = tiny_sd_pipeline()
+    handle = scfg_fast.enable(pipe, PLAIN)
+    images = []
+    for lam in (0.2, 0.9):
+        handle.schedule = CFGPlusPlus(lam)
+        images.append(
+            pipe("a cat", negative_prompt="a cat", generator=torch.Generator().manual_seed(0), num_inference_steps=3,
+                 guidance_scale=5.0, output_type="latent").images
+        )  # fmt: skip
+    assert relative(*images) < 1e-5
+
+
+def test_img2img_takes_the_levels_of_its_own_steps() -> None:
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(tiny_sd_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.5))
+    picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    run(pipe, image=picture, strength=0.4, num_inference_steps=10)
+    short = handle.stats.weights
+    run(pipe, image=picture, strength=1.0, num_inference_steps=10)
+    assert len(short) == 4 and handle.stats.weights[-4:] == short
+
+
+def test_cfgpp_and_regions_multiply() -> None:
+    """S-CFG with CFG++ is the pipeline's S-CFG at the weight of every step."""
+    pipe = tiny_sd_pipeline()
+    handle = scfg_fast.enable(pipe, schedule=CFGPlusPlus(1.0))
+    actual = run(pipe)
+    weights = handle.stats.weights
+    assert handle.stats.steps_applied == STEPS and min(weights) > 1.05
+    scfg_fast.enable(pipe)
+    assert relative(run_with_scales(pipe, weights), actual) < 1e-5
+
+
+def test_a_schedule_with_perturbed_attention_guidance() -> None:
+    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    schedule = WeightSchedule("linear")
+    for config in (PLAIN, SCFGConfig()):
+        handle = scfg_fast.enable(pipe, config)
+        expected = run_with_scales(pipe, weights_of(schedule), pag_scale=2.0)
+        handle.schedule = schedule
+        assert relative(run(pipe, pag_scale=2.0), expected) < 2e-5
+
+
+@pytest.mark.parametrize("scheduler, options, message", [
+    (DPMSolverMultistepScheduler, {}, "DPMSolverMultistepScheduler is not a first-order scheduler"),
+    (DDIMScheduler, {"eta": 0.5}, "eta=0.5"),
+])  # fmt: skip
+def test_where_the_identity_does_not_hold_cfgpp_is_refused(scheduler, options, message: str) -> None:
+    pipe = tiny_sd_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    before = dict(pipe.unet.attn_processors)
+    scfg_fast.enable(pipe, schedule=CFGPlusPlus())
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **options)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_per_call_and_disabled() -> None:
+    pipe = tiny_sd_pipeline()
+    stock = run(pipe)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule("linear"))
+    scheduled = run(pipe)
+    assert torch.equal(run(pipe, scfg_kwargs={"schedule": None}), stock)
+    assert torch.equal(run(pipe, scfg_kwargs={"enabled": False}), stock)
+    handle.schedule = None
+    assert torch.equal(run(pipe, scfg_kwargs={"schedule": WeightSchedule("linear")}), scheduled)
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe), stock)
