@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,12 @@ BUNDLED = "bundled"
 BUNDLED_DEFAULTS = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 GUIDANCE_NAMES = {"scfg": "S-CFG", "cfg": "CFG"}
+RATE_METHODS = ("cfg", "scfg", "paper")
+WEIGHT_METHODS = (
+    "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "clamp-linear", "clamp-cosine", "power-cosine",
+    "interval", "cfgpp",
+)  # fmt: skip
+METHODS = (*RATE_METHODS, *WEIGHT_METHODS)
 
 _EXAMPLES = """examples:
   scfg-fast generate "a red apple left of a blue car"
@@ -146,7 +153,11 @@ def build_parser() -> argparse.ArgumentParser:
     picture.add_argument("--grid", action="store_true", help="one file with all images instead of a file for each")
     guidance = _add_guidance(generate)
     guidance.add_argument(
-        "--guidance", choices=tuple(GUIDANCE_NAMES), default="scfg", help="S-CFG (default) or plain CFG"
+        "--guidance",
+        metavar="METHOD",
+        type=_method,
+        default=("scfg",),
+        help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
     )
     _add_model(generate)
 
@@ -166,7 +177,15 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "Plain CFG and S-CFG side by side, from the same noise.")
     compare.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
     picture = _add_picture(compare, "compare.png", "rows, with seeds SEED, SEED+1, ... (default 1)")
-    picture.add_argument("--regions", action="store_true", help="add the regions as a third column")
+    picture.add_argument("--regions", action="store_true", help="add the regions of the last S-CFG column")
+    picture.add_argument(
+        "--methods",
+        metavar="METHOD",
+        type=_method,
+        nargs="+",
+        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows the "
+        "mean weight that was applied and its time",
+    )
     _add_guidance(compare)
     _add_model(compare)
 
@@ -592,17 +611,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
-    _check_scale(args.guidance_scale, args.guidance)
-    config = _read_config(args) if args.guidance == "scfg" else None
+    guidance, kind = "+".join(args.guidance), "cfg" if args.guidance == ("cfg",) else "scfg"
+    _check_scale(args.guidance_scale, kind)
+    config = _read_config(args) if kind == "scfg" else None
     path = _output_path(args)
     session = _load(args)
     values = session.arguments(args)
-    _check_scale(values["guidance_scale"], args.guidance)
+    _check_scale(values["guidance_scale"], kind)
+    label = GUIDANCE_NAMES["cfg"]
     if config is not None:
-        _enable(session, config)
+        handle = _enable(session, config)
+        label = _set_method(session, handle, args.guidance, values, config)
+        config = handle.config
     from .regions import image_grid
 
-    label = GUIDANCE_NAMES[args.guidance]
     total = len(prompts) * args.num_images
     seeds = range(args.seed, args.seed + args.num_images)
     rows: list[list[Image.Image]] = []
@@ -617,9 +639,9 @@ def _generate(args: argparse.Namespace) -> int:
                 rows[-1].append(image)
                 continue
             target = path if total == 1 else path.with_name(f"{path.stem}-{number:04d}{path.suffix}")
-            _write_png(target, image, _record(session, prompt, [seed], values, args.guidance, config))
+            _write_png(target, image, _record(session, prompt, [seed], values, guidance, config))
     if args.grid:
-        record = _record(session, "\n".join(prompts), seeds, values, args.guidance, config)
+        record = _record(session, "\n".join(prompts), seeds, values, guidance, config)
         captions = [[f"seed {seed}" for seed in seeds]] * len(prompts)
         if len(prompts) == 1:
             columns = math.ceil(math.sqrt(total))
@@ -706,6 +728,47 @@ def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 1
     return "\n".join(lines)
 
 
+def _method(text: str) -> tuple[str, ...]:
+    """A column of `compare`: one or two of `METHODS`, joined by +."""
+    parts = tuple(text.lower().split("+"))
+    unknown = [part for part in parts if part not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use {', '.join(METHODS)}")
+    rates = [part for part in parts if part in RATE_METHODS]
+    if len(rates) > 1 or len(parts) - len(rates) > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: at most one of {', '.join(RATE_METHODS)} and one of {', '.join(WEIGHT_METHODS)}"
+        )
+    return parts
+
+
+def _set_method(session: Session, handle: Any, parts: tuple[str, ...], values: dict[str, Any], config: Any) -> str:
+    """Configure the pipeline for one column; returns its caption."""
+    from .config import SCFGConfig
+    from .guidance import CFGPlusPlus, WeightSchedule
+    from .guidance.cfgpp import lam_for_mean_weight
+
+    names = []
+    handle.config, handle.schedule = SCFGConfig(rates="none"), None
+    for part in parts:
+        if part in ("scfg", "paper"):
+            handle.config = config if part == "scfg" else SCFGConfig.paper()
+            names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))
+        elif part == "cfgpp":
+            # The strength whose mean weight over these steps is the guidance scale: columns of equal dose.
+            scale, steps = values["guidance_scale"], values["num_inference_steps"]
+            with _failures_as("--methods cfgpp"):
+                handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, session.pipe.scheduler, steps))
+            names.append(f"CFG++ {handle.schedule.lam:.2f}")
+        elif part == "interval":
+            handle.schedule = WeightSchedule(interval=(0.2, 0.8))
+            names.append("interval 0.2 to 0.8")
+        elif part != "cfg":
+            handle.schedule = WeightSchedule(part, floor=2.0 if part.startswith("clamp") else 0.0)
+            names.append(part)
+    return " + ".join(names) or GUIDANCE_NAMES["cfg"]
+
+
 def _compare(args: argparse.Namespace) -> int:
     _check_scale(args.guidance_scale, "scfg")
     config = _read_config(args)
@@ -714,30 +777,39 @@ def _compare(args: argparse.Namespace) -> int:
     values = session.arguments(args)
     _check_scale(values["guidance_scale"], "scfg")
     steps: list[Regions] = []
-    _enable(session, config, lambda _, regions: steps.append(regions.clone().cpu()) if args.regions else None)
-    import scfg_fast
-
+    handle = _enable(session, config, lambda _, regions: steps.append(regions.clone().cpu()) if args.regions else None)
     from .regions import image_grid, overlay, scaled
 
     _note_if_cut(session, args.prompt)
+    methods = args.methods or [("cfg",), ("scfg",)]
     seeds = range(args.seed, args.seed + args.num_images)
     size = max(MIN_PANEL, values.get("width", 0), values.get("height", 0))
     rows: list[list[Image.Image]] = []
     captions: list[list[str]] = []
     for seed in seeds:
-        with scfg_fast.disabled(session.pipe):
-            plain = _sample(session, args.prompt, seed, values, GUIDANCE_NAMES["cfg"])
+        rows.append([])
+        captions.append([])
         steps.clear()
-        ours = _sample(session, args.prompt, seed, values, GUIDANCE_NAMES["scfg"])
-        rows.append([scaled(plain, size), scaled(ours, size)])
-        suffix = f", seed {seed}" if len(seeds) > 1 else ""
-        captions.append([GUIDANCE_NAMES["cfg"] + suffix, GUIDANCE_NAMES["scfg"] + suffix])
+        for parts in methods:
+            label = _set_method(session, handle, parts, values, config)
+            if handle.config.rates != "none":
+                steps.clear()
+            started = time.perf_counter()
+            image = _sample(session, args.prompt, seed, values, label)
+            took = time.perf_counter() - started
+            rows[-1].append(scaled(image, size))
+            label += f", seed {seed}" if len(seeds) > 1 else ""
+            captions[-1].append(
+                f"{label}: mean {handle.stats.mean_weight:.1f}, {took:.1f} s" if args.methods else label
+            )
+            if steps and handle.config.rates != "none":
+                regions_of = image
         if steps:
             middle = steps[len(steps) // 2]
             labels = _labels(session, args.prompt)
-            rows[-1].append(overlay(ours, middle, 0, labels, size=size, legend=False))
+            rows[-1].append(overlay(regions_of, middle, 0, labels, size=size, legend=False))
             captions[-1].append(f"regions at step {middle.step + 1}")
-    record = _record(session, args.prompt, seeds, values, "cfg scfg", config)
+    record = _record(session, args.prompt, seeds, values, " ".join(map("+".join, methods)), config)
     grid = image_grid(rows, captions=captions, title=args.prompt, subtitle=_caption(record))
     _write_png(path, grid, record)
     return 0

@@ -25,7 +25,10 @@ import torch
 from PIL import Image
 
 import scfg_fast
+from scfg_fast import SCFGConfig
 from scfg_fast.cli import main
+from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
+from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.regions import Regions, token_labels
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -105,6 +108,41 @@ def test_generate_is_what_the_library_makes(run: Run, model: Path) -> None:
     scfg_fast.enable(pipe)
     assert (pixels("scfg.png") == sample(pipe, 4, guidance_scale=5.0)).all()
     assert os.listdir() == ["scfg.png"]
+
+
+METHODS = ["cfg", "scfg", "paper", "linear", "clamp-cosine", "interval", "cfgpp", "scfg+sine"]
+
+
+def test_compare_shows_a_column_for_every_method(run: Run, model: Path) -> None:
+    options = ("--model", model, "--steps", 4, "--guidance-scale", 5)
+    assert run("compare", PROMPT, *options, "--out", "two.png").status == 0
+    assert run("compare", PROMPT, *options, "--methods", *METHODS, "--regions", "--out", "all.png").status == 0
+    assert text_of("all.png")["guidance"] == " ".join(METHODS)
+    two, many = pixels("two.png"), pixels("all.png")
+    assert many.shape[1] > 3.5 * two.shape[1]
+
+
+@pytest.mark.parametrize("method", ["linear", "scfg+cosine", "cfgpp"])
+def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Path, method: str) -> None:
+    options = ("--model", model, "--steps", 3, "--seed", 4, "--guidance-scale", 5)
+    assert run("generate", PROMPT, *options, "--guidance", method).status == 0
+    pipe = open_pipeline(model)
+    if method == "cfgpp":
+        schedule = CFGPlusPlus(lam_for_mean_weight(5.0, pipe.scheduler, 3))
+    else:
+        schedule = WeightSchedule(method.split("+")[-1])
+    scfg_fast.enable(pipe, None if "scfg" in method else SCFGConfig(rates="none"), schedule=schedule)
+    assert (pixels("scfg.png") == sample(pipe, 4, guidance_scale=5.0)).all()
+    assert text_of("scfg.png")["guidance"] == method
+
+
+@pytest.mark.parametrize("method, message", [
+    ("magic", "'magic' is unknown; use cfg, scfg"), ("scfg+paper", "at most one of cfg, scfg, paper"),
+    ("linear+sine", "and one of linear"),
+])  # fmt: skip
+def test_methods_that_make_no_sense(run: Run, method: str, message: str) -> None:
+    result = run("generate", PROMPT, "--guidance", method)
+    assert result.status == 2 and message in result.error
 
 
 def test_a_model_of_the_xl_family(run: Run, tmp_path: Path) -> None:
@@ -393,7 +431,7 @@ BAD_ARGUMENTS = {
     "seed negative": (["generate", PROMPT, "--seed=-1"], "at least 0, got -1"),
     "seed too large": (["generate", PROMPT, "--seed", str(2**63)], "at least 0"),
     "too many panels": (["masks", PROMPT, "--panels", "9"], "from 1 to 8, got 9"),
-    "unknown guidance": (["generate", PROMPT, "--guidance", "magic"], "invalid choice"),
+    "unknown guidance": (["generate", PROMPT, "--guidance", "magic"], "is unknown; use cfg, scfg"),
     "unknown dtype": (["generate", PROMPT, "--dtype", "fp8"], "invalid choice: 'fp8'"),
     "fp16 on the CPU": (["doctor", "--model", "MODEL", "--device", "cpu", "--dtype", "fp16"], "use fp32 or bf16"),
     "unknown device": (["generate", PROMPT, "--device", "gpu"], "'gpu' is unknown; use cpu, cuda, cuda:N or mps"),
