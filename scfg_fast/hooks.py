@@ -149,6 +149,7 @@ class GuidanceHook:
         self._levels: tuple[list[tuple[float, float]], bool] | None = None
         # token_index, foreground, number of tokens
         self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
         self._latent_size: tuple[int, int] = (0, 0)
         self._scale: tuple[float, torch.Tensor] | None = None
         self._warned: set[str] = set()
@@ -285,14 +286,15 @@ class GuidanceHook:
         return type(output)(**{**output, next(iter(output)): rewritten})
 
     def _find_regions(self) -> None:
-        """Segment this step's maps; keep the previous regions if no layer left any (block caching)."""
+        """Segment this step's maps; keep the previous regions where layers were skipped that ran before (caching)."""
         config = self.config
         maps = collect([(block.info, block.cross) for block in self.blocks], *self._latent_size, config.cell)
-        # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
-        if maps.missing and maps.tokens and self.context.groups() == 2:
-            self._complain(f"layers {maps.missing} left no usable attention map.", "The other layers are used.")
-        if not maps.tokens:
+        if not maps.tokens or (self._segments is not None and set(maps.missing) - self._never_there):
             return
+        self._never_there = set(maps.missing)
+        # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
+        if maps.missing and self.context.groups() == 2:
+            self._complain(f"layers {maps.missing} left no usable attention map.", "The other layers are used.")
         token_index, foreground = segment(
             maps.tokens, maps.start, maps.sizes, maps.size,
             blur_sigma=config.blur_sigma, token_mask=self.context.token_mask, backend=config.backend,

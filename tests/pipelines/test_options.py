@@ -225,9 +225,7 @@ def test_a_callback_that_turns_guidance_off(pipe) -> None:
 
     options = dict(callback_on_step_end=off_after_three, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     handle = scfg_fast.enable(pipe)
-    handle.strict = (
-        True  # the user's own choice for a part of the run: no error, and no warning, which tests turn into one
-    )
+    handle.strict = True  # no error and no warning: it is the user's own choice for a part of the run
     assert torch.isfinite(run(pipe, **options)).all()
     assert handle.stats.steps_applied == 3 and handle.stats.steps_skipped == {"guidance is off": 3}
 

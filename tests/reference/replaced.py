@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 
-from tests.reference.official import LiteralCaptureProcessor, LiteralStore, literal_guidance
+from tests.reference.official import LiteralCaptureProcessor, LiteralStore, head_mean, literal_guidance
 
 GUIDANCE_LINE = re.compile(
     r"noise_pred_uncond\s*\+ ((?:self\.)?guidance_scale) \* \(noise_pred_text - noise_pred_uncond\)"
@@ -38,12 +39,33 @@ def replace_guidance_line(function: Callable) -> Callable:
     return scope[function.__name__]
 
 
-def replaced_run(pipe: Any, arguments: dict[str, Any], **options: Any) -> Any:
+def observer(inner: Any, capture: LiteralCaptureProcessor) -> Any:
+    """A processor that stores the literal map and leaves the output to `inner`, whatever that does.
+
+    The map is of the text keys alone: image prompts bring keys of their own beside them.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        out = inner(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(hidden_states if text is None else text))
+        probabilities = attn.get_attention_scores(query, key)
+        capture.store.add("self" if text is None else "cross", head_mean(probabilities, attn.heads))
+        return out
+
+    __call__.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+    return type("Observer", (), {"__call__": __call__})()
+
+
+def replaced_run(pipe: Any, arguments: dict[str, Any], *, observe: bool = False, **options: Any) -> Any:
     """Call a copy of the pipeline whose guidance line is `literal_guidance`.
 
     Args:
         pipe: a stock pipeline with a UNet; left as it was.
         arguments: of the call.
+        observe: keep the pipeline's own processors at work and store the maps beside them, for processors that do more
+            than attention.
         options: keyword arguments of `literal_guidance`.
     """
     processor = LiteralCaptureProcessor(LiteralStore((1, 1)))
@@ -62,11 +84,15 @@ def replaced_run(pipe: Any, arguments: dict[str, Any], **options: Any) -> Any:
     namespace = {"_guidance": guidance, method: replace_guidance_line(getattr(cls, method))}
     reference = copy.copy(pipe)
     reference.__class__ = type(cls.__name__, (cls,), namespace)
-    originals = dict(pipe.unet.attn_processors)
+    layers = [module for module in pipe.unet.modules() if isinstance(module, Attention)]
+    originals = [dict(layer.__dict__) for layer in layers]
     hook = pipe.unet.register_forward_pre_hook(start_step, with_kwargs=True)
     try:
-        pipe.unet.set_attn_processor(processor)
+        for layer in layers:
+            layer.__dict__["processor"] = observer(layer.processor, processor) if observe else processor
         return reference(**arguments)
     finally:
         hook.remove()
-        pipe.unet.set_attn_processor(originals)
+        for layer, before in zip(layers, originals, strict=True):
+            layer.__dict__.pop("processor")
+            layer.__dict__.update(before)

@@ -1,0 +1,244 @@
+"""What people combine a pipeline with: adapters, offloading, casting, caching, merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
+
+import scfg_fast
+from scfg_fast import Regions, SCFGWarning
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.reference.replaced import replaced_run
+
+STEPS = 4
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipe(request) -> DiffusionPipeline:
+    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
+
+
+def arguments(**overrides: Any) -> dict[str, Any]:
+    common = dict(
+        prompt=["a red cat on the grass", "a blue boat"],
+        negative_prompt=["a car", "the sky"],
+        generator=[torch.Generator().manual_seed(20 + i) for i in range(2)],
+        num_inference_steps=STEPS,
+        guidance_scale=6.0,
+        output_type="latent",
+    )
+    return common | overrides
+
+
+def run(pipe: DiffusionPipeline, **overrides: Any) -> torch.Tensor:
+    return pipe(**arguments(**overrides)).images
+
+
+def factors(pipe: DiffusionPipeline) -> tuple[int, ...]:
+    return (4,) if "XL" in type(pipe).__name__ else (4, 8)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def assert_the_published_method(pipe: DiffusionPipeline, **overrides: Any) -> None:
+    """Ours against the pipeline's own call with the guidance line replaced; stock again afterwards, to the bit."""
+    plain = run(pipe, **overrides)
+    expected = replaced_run(pipe, arguments(**overrides), observe=True, factors=factors(pipe)).images
+    handle = scfg_fast.enable(pipe)
+    actual = run(pipe, **overrides)
+    assert handle.stats.steps_applied == STEPS and not handle.stats.steps_skipped
+    assert relative(actual, expected) < TOLERANCE
+    assert relative(plain, expected) > 100 * TOLERANCE
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe, **overrides), plain)
+
+
+# Adapters
+
+
+def add_lora(pipe: DiffusionPipeline) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(config)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_lora(pipe, fused: bool) -> None:
+    base = run(pipe)
+    add_lora(pipe)
+    if fused:
+        pipe.unet.fuse_lora()
+    assert relative(run(pipe), base) > 1e-3
+    assert_the_published_method(pipe)
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def ip_pipe(request) -> DiffusionPipeline:
+    """Image prompt adapters need one number of layers for all blocks."""
+    return tiny_sd_pipeline(uniform=True) if request.param == "sd" else tiny_sdxl_pipeline()
+
+
+def ip_adapter_weights(pipe: DiffusionPipeline, width: int = 24) -> dict[str, dict[str, torch.Tensor]]:
+    """An image prompt adapter with four tokens for this UNet, as its files hold it."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator) * shape[-1] ** -0.5  # noqa: E731
+    cross = pipe.unet.config.cross_attention_dim
+    layers = {}
+    index = 1
+    for name in pipe.unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+            layers[f"{index}.to_k_ip.weight"] = draw(hidden, cross)
+            layers[f"{index}.to_v_ip.weight"] = draw(hidden, cross)
+            index += 2
+    projection = {
+        "proj.weight": draw(4 * cross, width), "proj.bias": torch.zeros(4 * cross),
+        "norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross),
+    }  # fmt: skip
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole picture", "masks"])
+def test_ip_adapter(ip_pipe, masked: bool) -> None:
+    pipe = ip_pipe
+    base = run(pipe)
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe)], low_cpu_mem_usage=False)
+    pipe.set_ip_adapter_scale(0.8)
+    picture = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
+    overrides: dict[str, Any] = {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(picture), picture])]}
+    if masked:
+        mask = torch.zeros(1, 1, 128, 128)
+        mask[..., :64] = 1.0
+        overrides["cross_attention_kwargs"] = {"ip_adapter_masks": [mask]}
+    assert relative(run(pipe, **overrides), base) > 1e-3
+    assert_the_published_method(pipe, **overrides)
+
+
+def test_a_callback_that_cuts_the_image_prompt_off(ip_pipe) -> None:
+    """diffusers' own callback finds the adapter's processors by class, while the capture stands in their place."""
+    pipe = ip_pipe
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe)], low_cpu_mem_usage=False)
+    picture = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
+    embeds = [torch.cat([torch.zeros_like(picture), picture])]
+
+    def cut(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.set_ip_adapter_scale(0.0)
+        return tensors
+
+    call = {"ip_adapter_image_embeds": embeds}
+    scfg_fast.enable(pipe)
+    pipe.set_ip_adapter_scale(0.8)
+    kept = run(pipe, **call)
+    assert relative(run(pipe, **call, callback_on_step_end=cut), kept) > 1e-4
+    scales = [p.scale for name, p in pipe.unet.attn_processors.items() if name.endswith("attn2.processor")]
+    assert all(scale == [0.0] for scale in scales)
+
+
+# Where the weights are
+
+
+def test_fused_projections(pipe) -> None:
+    pipe.fuse_qkv_projections()
+    assert_the_published_method(pipe)
+
+
+def test_sequential_offload() -> None:
+    """Weights live on the meta device and arrive layer by layer; emulated with the CPU as the accelerator."""
+    pipe = tiny_sd_pipeline()
+    scfg_fast.enable(pipe)
+    expected = run(pipe)
+    accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
+    handle = scfg_fast.enable(pipe)
+    assert torch.equal(run(pipe), expected) and handle.stats.steps_applied == STEPS
+
+
+def test_model_offload_that_comes_and_goes_with_the_call() -> None:
+    """diffusers removes and adds the offload hook at the end of every call; ours is not in its way."""
+    pipe = tiny_sd_pipeline()
+    scfg_fast.enable(pipe)
+    expected = run(pipe)
+    _, hook = accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    assert torch.equal(run(pipe), expected)
+    hook.remove()
+    assert torch.equal(run(pipe), expected)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(kind: str) -> None:
+    pipe = tiny_sd_pipeline()
+    scfg_fast.enable(pipe)
+    expected = run(pipe)
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks)
+    handle = scfg_fast.enable(pipe)
+    assert torch.equal(run(pipe), expected) and handle.stats.steps_applied == STEPS
+
+
+def test_layerwise_casting_to_fp8() -> None:
+    """Weights are stored in 8 bits and cast for each layer; the maps come from the cast ones."""
+    pipe = tiny_sd_pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in pipe.unet.parameters()}
+    assert_the_published_method(pipe)
+
+
+# Layers that are skipped or merged
+
+
+def test_a_cache_that_skips_the_deep_blocks(pipe) -> None:
+    """DeepCache runs the outer layers alone in two of three steps: regions are kept, rates follow every step."""
+    cache: dict[str, Any] = {}
+    step = {"index": -1}
+    outer = pipe.unet.register_forward_pre_hook(lambda *_: step.update(index=step["index"] + 1))
+    block = pipe.unet.down_blocks[2]
+    middle, up = pipe.unet.mid_block, pipe.unet.up_blocks[1]
+    originals = {module: module.forward for module in (block, middle, up)}
+
+    def cached(module: torch.nn.Module):
+        def forward(*args, **kwargs):
+            if step["index"] % 3 == 0:
+                cache[module] = originals[module](*args, **kwargs)
+            return cache[module]
+
+        return forward
+
+    for module in originals:
+        module.forward = cached(module)
+    seen: list[Regions] = []
+    handle = scfg_fast.enable(pipe, on_regions=lambda step, regions: seen.append(regions.clone()))
+    run(pipe)
+    outer.remove()
+    assert handle.stats.steps_applied == STEPS
+    assert all(torch.equal(regions.token_index, seen[0].token_index) for regions in seen[:3])
+    assert not torch.equal(seen[0].rate, seen[1].rate)
+
+
+def test_merged_tokens_leave_their_layer_out() -> None:
+    """Token merging attends among half of the tokens: that map has no place in the picture, the others do."""
+    pipe = tiny_sd_pipeline()
+    name = "down_blocks.2.attentions.0.transformer_blocks.0"
+    block = pipe.unet.get_submodule(name)
+    assert isinstance(block, BasicTransformerBlock)
+    attend = block.attn1.forward
+
+    def merged(hidden_states, **kwargs):
+        out = attend(hidden_states[:, ::2], **kwargs)
+        return out.repeat_interleave(2, 1)[:, : hidden_states.shape[1]]
+
+    block.attn1.forward = merged
+    handle = scfg_fast.enable(pipe)
+    with pytest.warns(SCFGWarning, match=f"{name}.*left no usable attention map") as caught:
+        run(pipe)
+    assert len(caught) == 1 and handle.stats.steps_applied == STEPS
