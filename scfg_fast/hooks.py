@@ -23,19 +23,15 @@ from typing import Any, cast
 import torch
 from scfg_kernels import guide, segment
 
-from .capture import BlockInfo, collect
+from .capture import collect
 from .config import SCFGConfig
 from .guidance.steps import Step, StepWeight, step_levels
-from .processors import CrossAttentionCapture, SelfAttentionCapture
+from .install import IN_USE, CapturedBlock
+from .processors import BatchLayout
 from .regions import Regions
 
 # Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
 MIN_SCALE_OF_REWRITE = 1.05
-
-
-IN_USE = (
-    "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one after another."
-)
 
 
 def _whole(steps: float) -> int:
@@ -78,15 +74,6 @@ class Stats:
     def mean_weight(self) -> float:
         """Mean of `weights`, the dose to match when methods are compared; nan before the first step."""
         return sum(self.weights) / len(self.weights) if self.weights else float("nan")
-
-
-@dataclass(frozen=True)
-class CapturedBlock:
-    """A block and its two processors; kept between calls, so that compiled graphs find the same objects."""
-
-    info: BlockInfo
-    own: SelfAttentionCapture
-    cross: CrossAttentionCapture
 
 
 @dataclass(frozen=True)
@@ -179,9 +166,10 @@ class GuidanceHook:
         self._skip = self._blocked or self._reason_to_skip_regions()
         due = self._segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due
+        layout = BatchLayout(self.context.groups(), self.context.foreground)
         for block in self.blocks:
             block.own.active = block.cross.active = self._capturing
-            block.cross.groups, block.cross.foreground = self.context.groups(), self.context.foreground
+            block.cross.layout = layout
         self._half = self._conditional_half_will_do(module, kwargs)
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
         self.stats.samples += sample.shape[0] // (2 if self._half else 1)

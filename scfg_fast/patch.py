@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
@@ -26,13 +24,12 @@ from .capture import choose_layers
 from .config import SCFGConfig
 from .families import FAMILIES, family_of, read_call
 from .guidance.steps import StepWeight
-from .hooks import IN_USE, CapturedBlock, GuidanceHook, Stats
-from .processors import find_blocks, wrap_block
+from .hooks import GuidanceHook, Stats
+from .install import CaptureSet, claimed, installed, unwrap
+from .processors import find_blocks
 from .regions import Regions
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
-_CLAIMED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # denoisers inside an S-CFG call
-_CLAIM_LOCK = threading.Lock()
 
 
 class UnsupportedPipelineError(ValueError):
@@ -74,8 +71,7 @@ class Handle:
         self._pipe = weakref.ref(pipe)
         self._original_class = type(pipe)
         self._enabled = True
-        self._blocks: list[CapturedBlock] = []
-        self._blocks_of: tuple = ()
+        self._captures = CaptureSet()
         self._regions: Regions | None = None
         self._config = SCFGConfig()
         self.schedule: StepWeight | None = None
@@ -123,12 +119,12 @@ class Handle:
         context = read_call(pipe, bound.arguments, config, schedule)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        unet = _unwrap(pipe.unet)
-        with _claimed(unet):
-            blocks = self._captured_blocks(unet, config)
+        unet = unwrap(pipe.unet)
+        with claimed(unet):
+            blocks = self._captures.blocks(unet, config)
             self._regions, self.stats = None, Stats(tuple(block.info.name for block in blocks), _backends(pipe, config))
             hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
-            with _installed(unet, blocks):
+            with installed(unet, blocks):
                 try:
                     hook.install(pipe.unet)
                     return original(pipe, *args, **kwargs)
@@ -140,83 +136,11 @@ class Handle:
         if self.on_regions is not None:
             self.on_regions(step, regions)
 
-    def _captured_blocks(self, unet: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
-        """Processors for the chosen blocks: those of the last call, unless something under them changed."""
-        if config.rates == "none":
-            return []
-        modules = {info.name: (info, module) for info, module in find_blocks(unet)}
-        chosen = choose_layers([info for info, _ in modules.values()], config)
-        inner = tuple(
-            (info.name, modules[info.name][1].attn1.processor, modules[info.name][1].attn2.processor) for info in chosen
-        )
-        capture_settings = (config.fidelity, config.powers, config.backend)
-        key = (inner, capture_settings)
-        if not (self._blocks and _same_objects(key, self._blocks_of)):
-            self._blocks = [CapturedBlock(info, *wrap_block(modules[info.name][1], config)) for info in chosen]
-            self._blocks_of = key
-        return self._blocks
-
-    def _forget(self) -> None:
-        """Drop the processors kept between calls; they hold on to those of the model."""
-        self._blocks, self._blocks_of = [], ()
-
-
-def _same_objects(a: tuple, b: tuple) -> bool:
-    """Whether two keys of `_captured_blocks` name the same processor objects and the same settings."""
-    if a[1] != b[1] or len(a[0]) != len(b[0]):
-        return False
-    return all(x[0] == y[0] and x[1] is y[1] and x[2] is y[2] for x, y in zip(a[0], b[0], strict=True))
-
-
-def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The module under a `torch.compile` wrapper."""
-    return getattr(module, "_orig_mod", module)
-
 
 def _backends(pipe: DiffusionPipeline, config: SCFGConfig) -> dict[str, str]:
     """Operator -> backend for the device that the pipeline will run on and its denoiser's dtype."""
     table = available_backends(pipe._execution_device, pipe.unet.dtype)
     return {op: chosen if config.backend == "auto" else config.backend for op, (chosen, _) in table.items()}
-
-
-@contextlib.contextmanager
-def _claimed(unet: torch.nn.Module) -> Iterator[None]:
-    """The denoiser for this call alone, from before its processors are read until they are back."""
-    with _CLAIM_LOCK:
-        if unet in _CLAIMED:
-            raise RuntimeError(IN_USE)
-        _CLAIMED.add(unet)
-    try:
-        yield
-    finally:
-        with _CLAIM_LOCK:
-            _CLAIMED.discard(unet)
-
-
-@contextlib.contextmanager
-def _installed(unet: torch.nn.Module, blocks: list[CapturedBlock]) -> Iterator[None]:
-    """The capture processors in place of the user's, which come back, the very objects, whatever happens.
-
-    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
-    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
-    """
-    before: list[tuple[dict[str, Any], bool, Any]] = []
-    try:
-        for block in blocks:
-            module: Any = unet.get_submodule(block.info.name)
-            for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
-                for store in (attn.__dict__, attn._modules):
-                    before.append((store, "processor" in store, store.get("processor")))
-                attn.__dict__["processor"] = processor
-        yield
-    finally:
-        for store, present, processor in reversed(before):
-            if present:
-                store["processor"] = processor
-            else:
-                store.pop("processor", None)
-        for block in blocks:
-            block.own.self_map = block.cross.tokens = block.cross.start = None
 
 
 @functools.cache
@@ -271,7 +195,7 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
     if family_of(pipe) is None:
         families = ", ".join(family.name for family in FAMILIES)
         return Support(False, [f"{type(pipe).__name__} is not supported; this version supports {families} pipelines"])
-    unet = _unwrap(pipe.unet)
+    unet = unwrap(pipe.unet)
     if not isinstance(unet, UNet2DConditionModel):
         return Support(
             False, [f"the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a UNet2DConditionModel"]
@@ -341,7 +265,7 @@ def disable(pipe: DiffusionPipeline) -> None:
     handle = _HANDLES.pop(pipe, None)
     if handle is not None:
         pipe.__class__ = handle._original_class
-        handle._forget()
+        handle._captures.forget()
 
 
 @contextlib.contextmanager

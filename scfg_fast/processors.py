@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -126,13 +127,36 @@ class SelfAttentionCapture(_Capture):
         return out
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """What the samples of a denoiser batch are.
+
+    Attributes:
+        groups: how many groups of B samples: unconditional, conditional, and what else the pipeline adds; or 1 if the
+            two are separate passes.
+        foreground: "unconditional" or "conditional", whose start token is wanted.
+        branch: "both", or which of the two this pass is.
+    """
+
+    groups: int = 2
+    foreground: str = "unconditional"
+    branch: str = "both"
+
+    def rows(self, batch: int) -> tuple[slice, int]:
+        """The samples whose maps are needed, and how many of them, at the front, are unconditional."""
+        if self.branch != "both":
+            return slice(0, batch), batch if self.branch == "unconditional" else 0
+        samples = batch // self.groups
+        unconditional = samples if self.foreground == "unconditional" else 0
+        return slice(samples - unconditional, 2 * samples), unconditional
+
+
 class CrossAttentionCapture(_Capture):
     """Processor of a captured cross-attention layer, the second of its block.
 
-    Expects a batch of `groups` groups of B samples: unconditional, conditional, and what else the pipeline adds. After
-    the layer has run:
+    `layout` says what the samples are. After the layer has run:
         tokens [B, T, N]: completed maps of the conditional samples, or None.
-        start [B, N]: completed start-token map of the group named by `foreground`, or None.
+        start [B, N]: completed start-token map of the samples that decide the foreground, or None.
     """
 
     fused_op = staticmethod(cross_attention_map)
@@ -142,8 +166,7 @@ class CrossAttentionCapture(_Capture):
         self.source = source
         self.fidelity = config.fidelity
         self.powers = config.powers
-        self.groups = 2
-        self.foreground = "unconditional"
+        self.layout = BatchLayout()
         self.tokens: torch.Tensor | None = None
         self.start: torch.Tensor | None = None
 
@@ -160,9 +183,7 @@ class CrossAttentionCapture(_Capture):
         if self_map is None or cross_map is None or self_map.shape[1] != cross_map.shape[1]:
             self.tokens = self.start = None
             return out
-        samples = cross_map.shape[0] // self.groups
-        unconditional = samples if self.foreground == "unconditional" else 0
-        used = slice(samples - unconditional, 2 * samples)
+        used, unconditional = self.layout.rows(cross_map.shape[0])
         self.tokens, start = complete(
             self_map[used], cross_map[used], unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
             backend=self.backend,

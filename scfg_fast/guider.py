@@ -1,0 +1,185 @@
+"""S-CFG as a guider, for diffusers' modular pipelines.
+
+A modular pipeline runs the denoiser twice per step, conditional first, and asks its guider to combine the two
+predictions. `SCFGGuidance` captures the maps of both passes and combines by region::
+
+    pipe.update_components(guider=SCFGGuidance(guidance_scale=5.0))
+
+Capture is installed by a hook in front of each pass and removed by one behind it that runs after exceptions too,
+because the modular loop has no `finally`. The guider's `save_pretrained` and `from_pretrained` keep its configuration.
+`ModularPipeline.save_pretrained` drops a guider that was set by `update_components`, whatever its class; load it
+through a `ComponentSpec` with a path to have it saved with the pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+from diffusers.models import UNet2DConditionModel
+from scfg_kernels import guide, segment
+
+from .capture import collect
+from .config import SCFGConfig
+from .hooks import Stats
+from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
+from .processors import BatchLayout
+from .regions import Regions
+
+
+class SCFGGuidance(ClassifierFreeGuidance):
+    """Semantic-aware classifier-free guidance for modular pipelines with a `UNet2DConditionModel` (SDXL).
+
+    Args:
+        guidance_scale: g.
+        guidance_rescale: phi of "Common Diffusion Noise Schedules and Sample Steps are Flawed", 0 for none.
+        start, stop: fractions of the steps between which there is guidance at all; outside, the conditional prediction
+            alone, in one pass.
+        enabled: False for no guidance.
+        scfg: fields of `SCFGConfig` that differ from its defaults. `foreground="auto"` asks once per run, at the first
+            step, whether the negative embedding is all zeros.
+
+    Attributes:
+        regions: `Regions` of the last step, or None.
+        stats: `Stats` of the run; reset at step 0.
+
+    Raises:
+        ValueError: a field of `scfg` is unknown or out of range; or, when it is used, the denoiser is not a
+            `UNet2DConditionModel` or has none of the layers.
+
+    Source: the same method as `scfg_fast.enable` (arXiv 2404.05384).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        scfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(guidance_scale, guidance_rescale, False, start, stop, enabled)
+        self.scfg_config = SCFGConfig.from_dict(dict(scfg or {}))
+        self.regions: Regions | None = None
+        self.stats = Stats()
+        self._captures = CaptureSet()
+        self._blocks: list[CapturedBlock] = []
+        self._maps: dict[str, list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
+        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self._foreground = "unconditional"
+        self._guided_steps = 0
+        self._pass: contextlib.ExitStack | None = None
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: torch.LongTensor) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        if step == 0:
+            self.regions, self.stats, self._segments, self._guided_steps = None, Stats(), None, 0
+
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        """As for plain guidance; at step 0, decides which half the foreground is read from."""
+        if self._step == 0 and self.scfg_config.foreground == "auto":
+            pairs = [value for name, value in data.items() if name in ("prompt_embeds", "encoder_hidden_states")]
+            zeroed = any(isinstance(p, tuple) and p[1] is not None and not bool(p[1].any()) for p in pairs)
+            self._foreground = "conditional" if zeroed else "unconditional"
+        elif self.scfg_config.foreground != "auto":
+            self._foreground = self.scfg_config.foreground
+        return super().prepare_inputs(data)
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        super().prepare_models(denoiser)
+        self._close()
+        branch = "conditional" if self.is_conditional else "unconditional"
+        if not self._needs_maps() or (branch == "unconditional" and self._foreground == "conditional"):
+            return
+        unet = unwrap(denoiser)
+        if not isinstance(unet, UNet2DConditionModel):
+            raise ValueError(
+                f"SCFGGuidance: the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a "
+                "UNet2DConditionModel; use ClassifierFreeGuidance there"
+            )
+        blocks = self._blocks = self._captures.blocks(unet, self.scfg_config)
+        self.stats.layers = tuple(block.info.name for block in blocks)
+        stack = self._pass = contextlib.ExitStack()
+
+        def install(module: torch.nn.Module, args: tuple) -> None:
+            stack.enter_context(claimed(unet))
+            stack.enter_context(installed(unet, blocks))
+            for block in blocks:
+                block.own.active = block.cross.active = True
+                block.cross.layout = BatchLayout(1, self._foreground, branch)
+
+        def take(module: torch.nn.Module, args: tuple, output: Any) -> None:
+            self._maps[branch] = [(block.cross.tokens, block.cross.start) for block in blocks]
+            self._close()
+
+        stack.callback(denoiser.register_forward_pre_hook(install).remove)
+        stack.callback(denoiser.register_forward_hook(take, always_call=True).remove)
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        super().cleanup_models(denoiser)
+        self._close()
+
+    def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
+        """Combine by region where this step has regions, else as plain guidance."""
+        maps, self._maps = self._maps, {}
+        if not self._is_cfg_enabled() or not self._in_window() or pred_uncond is None:
+            return super().forward(pred_cond, pred_uncond)
+        if maps:
+            self._find_regions(maps, pred_cond)
+        if self._segments is None:
+            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+        config = self.scfg_config
+        token_index, foreground, num_tokens = self._segments
+        pred, rate = guide(
+            pred_uncond, pred_cond, token_index, foreground, self.guidance_scale,
+            num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
+            max_scale=config.max_scale, blur_sigma=config.blur_sigma, fidelity=config.fidelity, backend=config.backend,
+        )  # fmt: skip
+        self.regions = Regions(self._step, token_index, foreground, rate)
+        self._guided_steps += 1
+        self.stats.steps_applied += 1
+        self.stats.weights.append(float(self.guidance_scale))
+        if self.guidance_rescale > 0.0:
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _in_window(self) -> bool:
+        config, count = self.scfg_config, self._num_inference_steps or 1
+        return config.start * count - 1e-6 <= (self._step or 0) < config.stop * count - 1e-6
+
+    def _needs_maps(self) -> bool:
+        """Whether this step needs maps."""
+        if not self._is_cfg_enabled() or not self._in_window() or self.scfg_config.rates == "none":
+            return False
+        return self._segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
+
+    def _find_regions(self, maps: dict[str, list], pred: torch.Tensor) -> None:
+        config = self.scfg_config
+        tokens = [tokens for tokens, _ in maps["conditional"]]
+        starts = [start for _, start in maps[self._foreground]]
+        layers = [
+            (block.info, SimpleNamespace(tokens=t, start=s))
+            for block, t, s in zip(self._blocks, tokens, starts, strict=True)
+        ]
+        height, width = pred.shape[-2:]
+        found = collect(layers, height, width, config.cell)
+        if not found.tokens:
+            return
+        token_index, foreground = segment(
+            found.tokens, found.start, found.sizes, found.size, blur_sigma=config.blur_sigma, backend=config.backend
+        )
+        self._segments = (token_index, foreground, found.tokens[0].shape[1])
+        self.stats.bytes = max(self.stats.bytes, found.nbytes)
+
+    def _close(self) -> None:
+        """Remove what the last pass installed; harmless if there is nothing."""
+        stack, self._pass = self._pass, None
+        if stack is not None:
+            stack.close()
