@@ -16,6 +16,9 @@ _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
 _BACKENDS = ("auto", "triton", "torch")
 
+PAPER: dict[str, Any] = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
+"""What the published equations change; see `SCFGConfig.paper`."""
+
 
 @dataclass(frozen=True)
 class SCFGConfig:
@@ -129,8 +132,7 @@ class SCFGConfig:
         where it is below its spatial mean, as in the code; an empty foreground means rate 1; the captured layers are
         those of the code.
         """
-        values = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
-        return cls(**{**values, **overrides})
+        return cls(**{**PAPER, **overrides})
 
     def replace(self, **changes: Any) -> SCFGConfig:
         """A copy with `changes`. Raises ValueError for a name that is not a parameter."""

@@ -7,6 +7,7 @@ guidance), and in what an empty negative prompt becomes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,9 +125,11 @@ def read_call(
     mask = None
     if config.tokens == "words":
         tokenizer = tokenizer_of(pipe)
-        if prompts is None or tokenizer is None:
+        known = getattr(tokenizer, "eos_token_id", None) is not None and tokenizer.padding_side == "right"
+        if prompts is None or not known:
             raise ValueError(
-                "scfg_fast: tokens='words' needs the prompt's text and a tokenizer; with prompt_embeds use tokens='all'"
+                "scfg_fast: tokens='words' needs the prompt's text and a tokenizer of CLIP's layout (start, words, "
+                "end, padding), which Kolors has not; use tokens='all'"
             )
         if hasattr(pipe, "maybe_convert_prompt"):
             prompts = pipe.maybe_convert_prompt(prompts, tokenizer)  # textual inversion: one word, several tokens
@@ -135,13 +138,12 @@ def read_call(
         samples=samples,
         guidance_scale=lambda: float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0,
         guidance_rescale=lambda: _guidance_rescale(pipe, arguments),
-        num_steps=lambda: _num_steps(pipe),
+        num_steps=functools.partial(_num_steps, pipe, arguments),
         groups=lambda: 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2,
         foreground=_foreground(pipe, arguments, config),
         token_mask=mask,
         schedule=schedule,
         scheduler=pipe.scheduler,
-        first_step=lambda: _first_step(pipe, arguments),
     )
 
 
@@ -150,27 +152,25 @@ def _guidance_rescale(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> flo
     return float(getattr(pipe, "guidance_rescale", None) or arguments.get("guidance_rescale") or 0.0)
 
 
-def _num_steps(pipe: DiffusionPipeline) -> int:
-    """Denoiser calls of this run. The adapter pipelines do not publish the number; theirs is the scheduler's."""
+def _num_steps(pipe: Any, arguments: dict[str, Any]) -> int:
+    """Denoiser calls of this run. The adapter pipelines do not publish the number; theirs is the scheduler's, cut."""
     published = getattr(pipe, "num_timesteps", None)
-    return published if published is not None else len(pipe.scheduler.timesteps)
-
-
-def _first_step(pipe: Any, arguments: dict[str, Any]) -> int:
-    """Where the run begins in the scheduler's timesteps: `strength` leaves out the first ones."""
-    begin = getattr(pipe.scheduler, "begin_index", None)
-    if begin is not None:
-        return int(begin)
-    return len(pipe.scheduler.timesteps) - _num_steps(pipe) if "strength" in arguments else 0
+    if published is not None:
+        return published
+    count, end = len(pipe.scheduler.timesteps), arguments.get("denoising_end")
+    return max(1, round(count * end)) if isinstance(end, float) and 0.0 < end < 1.0 else count
 
 
 def _foreground(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> str:
     """Which half the foreground is read from; see `SCFGConfig.foreground`."""
     if config.foreground != "auto":
         return config.foreground
-    zeroed = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
-    nothing_negative = arguments.get("negative_prompt") is None and arguments.get("negative_prompt_embeds") is None
-    return "conditional" if zeroed and nothing_negative else "unconditional"
+    if not getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        return "unconditional"
+    embeds = arguments.get("negative_prompt_embeds")
+    if embeds is not None:  # as `encode_prompt` gives them; read once, before the run
+        return "unconditional" if bool(embeds.any()) else "conditional"
+    return "conditional" if arguments.get("negative_prompt") is None else "unconditional"
 
 
 def word_mask(tokenizer: Any, prompts: list[str]) -> torch.Tensor:

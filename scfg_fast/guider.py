@@ -5,8 +5,8 @@ predictions. `SCFGGuidance` captures the maps of both passes and combines by reg
 
     pipe.update_components(guider=SCFGGuidance(guidance_scale=5.0))
 
-Capture is installed by a hook in front of each pass and removed by one behind it that runs after exceptions too,
-because the modular loop has no `finally`. The guider's `save_pretrained` and `from_pretrained` keep its configuration.
+Capture surrounds the denoiser's forward for one pass and takes itself out in a `finally`, because the modular loop has
+none. The guider's `save_pretrained` and `from_pretrained` keep its configuration.
 `ModularPipeline.save_pretrained` drops a guider that was set by `update_components`, whatever its class; load it
 through a `ComponentSpec` with a path to have it saved with the pipeline.
 """
@@ -14,19 +14,20 @@ through a `ComponentSpec` with a path to have it saved with the pipeline.
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from diffusers.models import UNet2DConditionModel
-from scfg_kernels import guide, segment
 
-from .capture import collect
+from .capture import StepMaps
 from .config import SCFGConfig
-from .hooks import Stats
+from .hooks import RegionFinder, SCFGWarning, Segments, Stats
 from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .processors import BatchLayout
 from .regions import Regions
@@ -49,8 +50,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
         stats: `Stats` of the run; reset at step 0.
 
     Raises:
-        ValueError: a field of `scfg` is unknown or out of range; or, when it is used, the denoiser is not a
-            `UNet2DConditionModel` or has none of the layers.
+        ValueError: a field of `scfg` is unknown, out of range or not for guiders (`tokens="words"`); or, when it is
+            used, the denoiser is not a `UNet2DConditionModel` or has none of the layers.
 
     Source: the same method as `scfg_fast.enable` (arXiv 2404.05384).
     """
@@ -72,15 +73,21 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self._captures = CaptureSet()
         self._blocks: list[CapturedBlock] = []
         self._maps: dict[str, list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
-        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        if self.scfg_config.tokens != "all":
+            raise ValueError("SCFGGuidance: a guider does not see the prompt's text; use tokens='all'")
+        self._finder = RegionFinder(self.scfg_config)
         self._foreground = "unconditional"
         self._guided_steps = 0
+        self._warned = False
         self._pass: contextlib.ExitStack | None = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.LongTensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if step == 0:
-            self.regions, self.stats, self._segments, self._guided_steps = None, Stats(), None, 0
+            self._close()
+            self._maps = {}
+            self.regions, self.stats, self._guided_steps = None, Stats(), 0
+            self._finder = RegionFinder(self.scfg_config)
 
     def prepare_inputs(self, data: Any) -> list[Any]:
         """As for plain guidance; at step 0, decides which half the foreground is read from."""
@@ -106,21 +113,30 @@ class SCFGGuidance(ClassifierFreeGuidance):
             )
         blocks = self._blocks = self._captures.blocks(unet, self.scfg_config)
         self.stats.layers = tuple(block.info.name for block in blocks)
-        stack = self._pass = contextlib.ExitStack()
+        # Compiled in place, `forward` is traced; the compiled call is what can be surrounded.
+        name = "forward" if denoiser.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
+        forward = getattr(denoiser, name)
+        shadowed = denoiser.__dict__.get(name)
 
-        def install(module: torch.nn.Module, args: tuple) -> None:
-            stack.enter_context(claimed(unet))
-            stack.enter_context(installed(unet, blocks))
-            for block in blocks:
-                block.own.active = block.cross.active = True
-                block.cross.layout = BatchLayout(1, self._foreground, branch)
+        @functools.wraps(forward)
+        def capturing(*args, **kwargs):
+            try:
+                with claimed(unet), installed(unet, blocks):
+                    for block in blocks:
+                        block.own.active = block.cross.active = True
+                        block.cross.layout = BatchLayout(1, self._foreground, branch)
+                    output = forward(*args, **kwargs)
+                    self._maps[branch] = [(block.cross.tokens, block.cross.start) for block in blocks]
+                    return output
+            finally:
+                self._close()
 
-        def take(module: torch.nn.Module, args: tuple, output: Any) -> None:
-            self._maps[branch] = [(block.cross.tokens, block.cross.start) for block in blocks]
-            self._close()
-
-        stack.callback(denoiser.register_forward_pre_hook(install).remove)
-        stack.callback(denoiser.register_forward_hook(take, always_call=True).remove)
+        self._pass = contextlib.ExitStack()
+        if shadowed is None:
+            self._pass.callback(denoiser.__dict__.pop, name)
+        else:
+            self._pass.callback(denoiser.__dict__.__setitem__, name, shadowed)
+        denoiser.__dict__[name] = capturing
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         super().cleanup_models(denoiser)
@@ -129,19 +145,17 @@ class SCFGGuidance(ClassifierFreeGuidance):
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
         """Combine by region where this step has regions, else as plain guidance."""
         maps, self._maps = self._maps, {}
-        if not self._is_cfg_enabled() or not self._in_window() or pred_uncond is None:
-            return super().forward(pred_cond, pred_uncond)
-        if maps:
-            self._find_regions(maps, pred_cond)
-        if self._segments is None:
-            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
         config = self.scfg_config
-        token_index, foreground, num_tokens = self._segments
-        pred, rate = guide(
-            pred_uncond, pred_cond, token_index, foreground, self.guidance_scale,
-            num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
-            max_scale=config.max_scale, blur_sigma=config.blur_sigma, fidelity=config.fidelity, backend=config.backend,
-        )  # fmt: skip
+        plain = config.rates == "none" or not self._is_cfg_enabled() or not self._in_window()
+        if plain or pred_uncond is None:
+            return super().forward(pred_cond, pred_uncond)
+        step_maps = self._take_maps(maps, pred_cond) if maps else None
+        if step_maps is None and self._finder.segments is None:
+            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+        dtype = torch.promote_types(pred_cond.dtype, torch.float32)
+        weight = torch.full((), self.guidance_scale, dtype=dtype, device=pred_cond.device)
+        pred, rate = self._finder.guide(step_maps, pred_uncond, pred_cond, weight, "guided")
+        token_index, foreground, _ = cast(Segments, self._finder.segments)
         self.regions = Regions(self._step, token_index, foreground, rate)
         self._guided_steps += 1
         self.stats.steps_applied += 1
@@ -158,25 +172,25 @@ class SCFGGuidance(ClassifierFreeGuidance):
         """Whether this step needs maps."""
         if not self._is_cfg_enabled() or not self._in_window() or self.scfg_config.rates == "none":
             return False
-        return self._segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
+        return self._finder.segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
 
-    def _find_regions(self, maps: dict[str, list], pred: torch.Tensor) -> None:
-        config = self.scfg_config
+    def _take_maps(self, maps: dict[str, list], pred: torch.Tensor) -> StepMaps | None:
         tokens = [tokens for tokens, _ in maps["conditional"]]
         starts = [start for _, start in maps[self._foreground]]
         layers = [
             (block.info, SimpleNamespace(tokens=t, start=s))
             for block, t, s in zip(self._blocks, tokens, starts, strict=True)
         ]
-        height, width = pred.shape[-2:]
-        found = collect(layers, height, width, config.cell)
-        if not found.tokens:
-            return
-        token_index, foreground = segment(
-            found.tokens, found.start, found.sizes, found.size, blur_sigma=config.blur_sigma, backend=config.backend
-        )
-        self._segments = (token_index, foreground, found.tokens[0].shape[1])
-        self.stats.bytes = max(self.stats.bytes, found.nbytes)
+        step_maps, missing = self._finder.take(layers, (pred.shape[-2], pred.shape[-1]))
+        self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"scfg_fast: layers {missing} left no usable attention map. The other layers are used.",
+                SCFGWarning,
+                stacklevel=2,
+            )
+        return step_maps
 
     def _close(self) -> None:
         """Remove what the last pass installed; harmless if there is nothing."""

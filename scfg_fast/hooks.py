@@ -9,11 +9,13 @@ it,  f = u + s r (t - u),  and reaches that by changing what the denoiser return
 The first is taken unless somebody reads t. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
 of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read again. A step whose weight is exactly 1
 needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
-output object, untouched. No value is read back from the device: all decisions rest on shapes and Python numbers.
+output object, untouched. No value is read back from the device in a step: all decisions rest on shapes and Python
+numbers. (A schedule that needs noise levels has the scheduler's tables read once, before the first step.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from scfg_kernels import guide, segment
+from scfg_kernels import guide, segment_and_guide
 
-from .capture import collect
+from .capture import BlockInfo, CompletedMaps, StepMaps, collect
 from .config import SCFGConfig
 from .guidance.steps import Step, StepWeight, step_levels
 from .install import IN_USE, CapturedBlock
@@ -92,7 +94,6 @@ class CallContext:
         token_mask: [samples, T] bool, which tokens may own regions, or None.
         schedule: rule for the weight of each step, or None for guidance_scale.
         scheduler: the pipeline's, whose noise levels the schedule may ask for.
-        first_step: index of the first step among the scheduler's timesteps; img2img starts later.
     """
 
     samples: int
@@ -104,7 +105,63 @@ class CallContext:
     token_mask: torch.Tensor | None = None
     schedule: StepWeight | None = None
     scheduler: Any = None
-    first_step: Callable[[], int] = lambda: 0
+
+
+Segments = tuple[torch.Tensor, torch.Tensor, int]
+
+
+class RegionFinder:
+    """Regions of one run: found from the maps of a step, kept while layers are skipped.
+
+    Attributes:
+        segments: token_index [B, h, w], foreground [B, h, w] and the number of tokens, or None before the first.
+        nbytes: bytes of the maps of the largest step.
+    """
+
+    def __init__(self, config: SCFGConfig, token_mask: torch.Tensor | None = None) -> None:
+        self.segments: Segments | None = None
+        self.nbytes = 0
+        self._config = config
+        self._token_mask = token_mask
+        self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
+
+    def take(
+        self, layers: Sequence[tuple[BlockInfo, CompletedMaps]], latent_size: tuple[int, int]
+    ) -> tuple[StepMaps | None, list[str]]:
+        """The maps of a step, and the names of layers that were left out for want of one.
+
+        No maps if none are there, or if layers are missing that were there before (block caching): the regions before
+        are then kept.
+
+        Args:
+            layers: the captured blocks and what they left; taken out of them.
+            latent_size: (H, W).
+        """
+        maps = collect(layers, *latent_size, self._config.cell)
+        if not maps.tokens or (self.segments is not None and set(maps.missing) - self._never_there):
+            return None, []
+        self._never_there = set(maps.missing)
+        self.nbytes = max(self.nbytes, maps.nbytes)
+        return maps, maps.missing
+
+    def guide(
+        self, maps: StepMaps | None, uncond: torch.Tensor, cond: torch.Tensor, weight: torch.Tensor, rewrite: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(result, rate) of `scfg_kernels.guide`, with regions from these maps or, without any, the regions before."""
+        config = self._config
+        options: dict[str, Any] = dict(
+            cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
+            blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, backend=config.backend,
+        )  # fmt: skip
+        if maps is not None:
+            result, rate, token_index, foreground = segment_and_guide(
+                maps.tokens, maps.start, maps.sizes, maps.size, uncond, cond, weight, token_mask=self._token_mask,
+                **options,
+            )  # fmt: skip
+            self.segments = (token_index, foreground, maps.tokens[0].shape[1])
+            return result, rate
+        token_index, foreground, num_tokens = cast(Segments, self.segments)
+        return guide(uncond, cond, token_index, foreground, weight, num_tokens=num_tokens, **options)
 
 
 class GuidanceHook:
@@ -134,43 +191,53 @@ class GuidanceHook:
         self._half = False  # whether the conditional half alone was computed
         self._weight = 1.0
         self._levels: tuple[list[tuple[float, float]], bool] | None = None
-        # token_index, foreground, number of tokens
-        self._segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
-        self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
+        self._finder = RegionFinder(config, context.token_mask)
         self._latent_size: tuple[int, int] = (0, 0)
         self._scale: tuple[float, torch.Tensor] | None = None
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._fixed_batch = False
+        self._undo = contextlib.ExitStack()
 
     def install(self, denoiser: torch.nn.Module) -> None:
-        self._handles = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        """Hook the object that the pipeline calls. One that was compiled in place traces its hooks into the graph, so
+        there the compiled call itself is wrapped."""
+        self._fixed_batch = batch_must_not_change(denoiser)
+        compiled = denoiser.__dict__.get("_compiled_call_impl")
+        if compiled is None:
+            self._undo.callback(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            self._undo.callback(denoiser.register_forward_hook(self._after, with_kwargs=True).remove)
+            return
+
+        def call(*args, **kwargs):
+            self._before(denoiser, args, kwargs)  # never another batch: this denoiser is compiled
+            output = compiled(*args, **kwargs)
+            rewritten = self._after(denoiser, args, kwargs, output)
+            return output if rewritten is None else rewritten
+
+        self._undo.callback(setattr, denoiser, "_compiled_call_impl", compiled)
+        denoiser._compiled_call_impl = call
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._undo.close()
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
             raise RuntimeError(IN_USE)
-        sample = args[0] if args else kwargs["sample"]
+        sample = _argument(args, kwargs, 0, "sample")
         self._step += 1
         self._latent_size = tuple(sample.shape[-2:])
         self._blocked = self._reason_to_stay_out(sample)
         scale = self.context.guidance_scale()
-        self._weight = scale if self._blocked else self._step_weight(scale)
+        self._weight = scale if self._blocked else self._step_weight(scale, _argument(args, kwargs, 1, "timestep"))
         self._skip = self._blocked or self._reason_to_skip_regions()
-        due = self._segments is None or self._guided_steps % self.config.reuse_every == 0
+        due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due
         layout = BatchLayout(self.context.groups(), self.context.foreground)
         for block in self.blocks:
             block.own.active = block.cross.active = self._capturing
             block.cross.layout = layout
-        self._half = self._conditional_half_will_do(module, kwargs)
+        self._half = self._conditional_half_will_do(kwargs)
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
         self.stats.samples += sample.shape[0] // (2 if self._half else 1)
         if self._half:
@@ -212,26 +279,32 @@ class GuidanceHook:
             return "the schedule's weight is 1, the conditional prediction"
         return None
 
-    def _step_weight(self, scale: float) -> float:
+    def _step_weight(self, scale: float, timestep: Any) -> float:
         """The weight of this step, from the schedule if there is one."""
         schedule, context = self.context.schedule, self.context
         if schedule is None:
             return scale
         if self._levels is None:
-            levels, flow = step_levels(context.scheduler) or ([], False)
-            self._levels = (levels[context.first_step() :], flow)
+            self._levels = _levels_from(context.scheduler, timestep) if schedule.needs_levels else ([], False)
         levels, flow = self._levels
         sigma, next_sigma = levels[self._step] if self._step < len(levels) else (None, None)
-        return float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, flow)))
+        weight = float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, flow)))
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(
+                f"scfg_fast: the schedule gives step {self._step} of {context.num_steps()} the weight {weight:g}; "
+                "weights must be finite and at least 0"
+            )
+        return weight
 
-    def _conditional_half_will_do(self, module: torch.nn.Module, kwargs: dict) -> bool:
-        """Whether the unconditional half can be left out: not under `torch.compile`, which would compile once more, and
-        not with attention arguments, whose batch dimension is their own affair."""
+    def _conditional_half_will_do(self, kwargs: dict) -> bool:
+        """Whether the unconditional half can be left out: not where the size of the batch must stay what it is, and not
+        with attention arguments, whose batch dimension is their own affair."""
         return (
             self._blocked is None
             and self._weight == 1.0
             and self.context.groups() == 2
-            and not hasattr(module, "_orig_mod")
+            and getattr(self.context.schedule, "half_batch", True)
+            and not self._fixed_batch
             and not kwargs.get("cross_attention_kwargs")
         )
 
@@ -249,9 +322,8 @@ class GuidanceHook:
         return message
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
-        if self._capturing:
-            self._find_regions()
-        if self._skip is None and self._segments is None:
+        maps = self._take_maps() if self._capturing else None
+        if self._skip is None and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
@@ -261,7 +333,7 @@ class GuidanceHook:
         if self._half:
             rewritten = torch.cat([prediction, prediction])
         elif self._skip is None:
-            rewritten = self._guide(prediction)
+            rewritten = self._guide(prediction, maps)
         else:
             rewritten = self._weigh(prediction)
         if self._skip is None:
@@ -273,36 +345,23 @@ class GuidanceHook:
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})
 
-    def _find_regions(self) -> None:
-        """Segment this step's maps; keep the previous regions where layers were skipped that ran before (caching)."""
-        config = self.config
-        maps = collect([(block.info, block.cross) for block in self.blocks], *self._latent_size, config.cell)
-        if not maps.tokens or (self._segments is not None and set(maps.missing) - self._never_there):
-            return
-        self._never_there = set(maps.missing)
+    def _take_maps(self) -> StepMaps | None:
+        """What the layers left in this step."""
+        maps, missing = self._finder.take([(block.info, block.cross) for block in self.blocks], self._latent_size)
+        self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
-        if maps.missing and self.context.groups() == 2:
-            self._complain(f"layers {maps.missing} left no usable attention map.", "The other layers are used.")
-        token_index, foreground = segment(
-            maps.tokens, maps.start, maps.sizes, maps.size,
-            blur_sigma=config.blur_sigma, token_mask=self.context.token_mask, backend=config.backend,
-        )  # fmt: skip
-        self._segments = (token_index, foreground, maps.tokens[0].shape[1])
-        self.stats.bytes = max(self.stats.bytes, maps.nbytes)
+        if missing and self.context.groups() == 2:
+            self._complain(f"layers {missing} left no usable attention map.", "The other layers are used.")
+        return maps
 
-    def _guide(self, prediction: torch.Tensor) -> torch.Tensor:
+    def _guide(self, prediction: torch.Tensor, maps: StepMaps | None) -> torch.Tensor:
         """[u; t] or [u; t; perturbed] -> what to return in its place, same shape and dtype. Records the regions."""
-        config = self.config
-        token_index, foreground, num_tokens = self._segments  # type: ignore[misc]
         uncond, cond, *others = prediction.chunk(self.context.groups())
         reread = self._cond_is_read_again()
         own_weight = self._weight == self.context.guidance_scale()
-        result, rate = guide(
-            uncond, cond, token_index, foreground, self._weight_tensor(cond),
-            num_tokens=num_tokens, cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max,
-            max_scale=config.max_scale, blur_sigma=config.blur_sigma, fidelity=config.fidelity,
-            rewrite="unconditional" if reread and own_weight else "guided", backend=config.backend,
-        )  # fmt: skip
+        rewrite = "unconditional" if reread and own_weight else "guided"
+        result, rate = self._finder.guide(maps, uncond, cond, self._weight_tensor(cond), rewrite)
+        token_index, foreground, _ = cast(Segments, self._finder.segments)
         self.regions = Regions(self._step, token_index, foreground, rate)
         if reread and not own_weight:
             result = self._behind(result, cond)
@@ -331,6 +390,37 @@ class GuidanceHook:
             dtype = torch.promote_types(like.dtype, torch.float32)
             self._scale = (weight, torch.full((), weight, dtype=dtype, device=like.device))
         return self._scale[1]
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def _levels_from(scheduler: Any, timestep: Any) -> tuple[list[tuple[float, float]], bool]:
+    """Noise levels from the step that starts at `timestep`: img2img begins later, a partial run ends earlier."""
+    levels, flow = step_levels(scheduler) or ([], False)
+    timesteps = scheduler.timesteps.tolist()
+    first = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+    nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - first))
+    return levels[nearest:], flow
+
+
+def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
+    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
+
+    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
+    """
+    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+    for module in denoiser.modules():
+        state = vars(module)
+        if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
+            return True
+        registry = state.get("_diffusers_hook")
+        if registry is not None and not set(registry.hooks) <= harmless:
+            return True
+        if "forward" in state and registry is None and "_hf_hook" not in state:
+            return True
+    return False
 
 
 def _second_half(value: Any, batch: int) -> Any:

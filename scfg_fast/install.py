@@ -37,11 +37,15 @@ class CapturedBlock:
 
 
 class CaptureSet:
-    """The capture processors that one user of a denoiser has, made when they are first needed."""
+    """The capture processors that one user of a denoiser has, made when they are first needed.
+
+    They hold on to the model's own processors only while they are installed.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[CapturedBlock] = []
-        self._made_for: tuple = ()
+        self._inner: list[weakref.ref] = []
+        self._settings: tuple = ()
 
     def blocks(self, unet: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
         """Processors for the chosen blocks: those of the last time, unless something under them changed.
@@ -54,21 +58,13 @@ class CaptureSet:
         modules: dict[str, Any] = dict((info.name, (info, module)) for info, module in find_blocks(unet))
         chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
         inner = [processor for _, module in chosen for processor in (module.attn1.processor, module.attn2.processor)]
-        made_for = (inner, [info.name for info, _ in chosen], config.fidelity, config.powers, config.backend)
-        if not self._fits(made_for):
+        settings = ([info.name for info, _ in chosen], config.fidelity, config.powers, config.backend)
+        if self._settings != settings or [reference() for reference in self._inner] != inner:
             self._blocks = [CapturedBlock(info, *wrap_block(module, config)) for info, module in chosen]
-            self._made_for = made_for
+            self._inner, self._settings = [weakref.ref(processor) for processor in inner], settings
+        for block, own, cross in zip(self._blocks, inner[::2], inner[1::2], strict=True):
+            block.own.inner, block.cross.inner = own, cross
         return self._blocks
-
-    def _fits(self, wanted: tuple) -> bool:
-        """Whether the present processors wrap the very same objects with the same settings."""
-        if not self._made_for or self._made_for[1:] != wanted[1:]:
-            return False
-        return all(a is b for a, b in zip(self._made_for[0], wanted[0], strict=True))
-
-    def forget(self) -> None:
-        """Drop the processors; they hold on to those of the model."""
-        self._blocks, self._made_for = [], ()
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -118,3 +114,4 @@ def installed(unet: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterato
                 store.pop("processor", None)
         for block in blocks:
             block.own.self_map = block.cross.tokens = block.cross.start = None
+            block.own.inner = block.cross.inner = None  # it may have weights that the user unloads between calls

@@ -265,7 +265,6 @@ def disable(pipe: DiffusionPipeline) -> None:
     handle = _HANDLES.pop(pipe, None)
     if handle is not None:
         pipe.__class__ = handle._original_class
-        handle._captures.forget()
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ This package knows tensors, not models: it needs torch alone. One denoising step
     ids, fg = segment(Xs, x0s, sizes, size)         # once per step, over all captured layers
     guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
 
-`attention_map` is the map alone, for layers whose output another implementation has computed already. Every operator
-has one public function that checks its arguments and chooses a backend, one torch implementation (the reference, the
-CPU path and the fallback), and is registered as a `torch.library` custom op, so `torch.compile(fullgraph=True)` sees
-one node.
+`attention_map` is the map alone, for layers whose output another implementation has computed already;
+`segment_and_guide` is the last two lines in one operator. Every operator has one public function that checks its
+arguments and chooses a backend, one torch implementation (the reference, the CPU path and the fallback), and is
+registered as a `torch.library` custom op, so `torch.compile(fullgraph=True)` sees one node.
 """
 
 from ._launch import BackendError, available_backends, choose_backend
@@ -20,6 +20,7 @@ from .complete import complete
 from .cross_attention_map import cross_attention_map
 from .guide import guide
 from .segment import segment, smooth
+from .segment_and_guide import segment_and_guide
 from .self_attention_map import self_attention_map
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "cross_attention_map",
     "guide",
     "segment",
+    "segment_and_guide",
     "self_attention_map",
     "smooth",
 ]

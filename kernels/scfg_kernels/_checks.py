@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 FIDELITIES = ("official", "paper")
+REWRITES = ("guided", "unconditional")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -22,14 +26,14 @@ class Reasons:
         self.found: list[str] = []
 
     def unless(self, condition: bool, reason: str) -> bool:
-        """Record `reason` unless `condition` holds; returns `condition`."""
-        if not condition:
+        """Record `reason`, once, unless `condition` holds; returns `condition`."""
+        if not condition and reason not in self.found:
             self.found.append(reason)
         return condition
 
     def same_device(self, *tensors: torch.Tensor) -> None:
         devices = sorted({str(t.device) for t in tensors})
-        self.unless(len(devices) == 1, f"all tensors must be on one device, got {' and '.join(devices)}")
+        self.unless(len(devices) <= 1, f"all tensors must be on one device, got {' and '.join(devices)}")
 
     def raise_if_any(self) -> None:
         """Raise one ValueError that lists every recorded reason."""
@@ -72,3 +76,91 @@ def check_attention(
 
 def check_fidelity(reasons: Reasons, fidelity: str) -> None:
     reasons.unless(fidelity in FIDELITIES, f"fidelity={fidelity!r} is unknown; use 'official' or 'paper'")
+
+
+def check_smoothing(reasons: Reasons, blur_sigma: float) -> None:
+    reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
+
+
+def check_maps(
+    reasons: Reasons,
+    tokens: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    sizes: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    token_mask: torch.Tensor | None,
+) -> None:
+    """Completed maps of every layer, tokens [B, T, N_l] and start [B, N_l], and token_mask [B, T].
+
+    Devices are not compared.
+    """
+    reasons.unless(size[0] >= 1 and size[1] >= 1, f"size must be positive, got {size}")
+    lengths = (len(tokens), len(start), len(sizes))
+    if not reasons.unless(
+        len(set(lengths)) == 1 and lengths[0] > 0, f"need one entry per layer and at least one layer, got {lengths}"
+    ):
+        return
+    batch, count = tokens[0].shape[:2] if tokens[0].dim() == 3 else (-1, -1)
+    reasons.unless(count != 0, "tokens must have at least one text token")
+    dtypes = sorted({str(x.dtype) for x in (*tokens, *start)})
+    reasons.unless(all(x.is_floating_point() for x in (*tokens, *start)), f"maps must be floating point, got {dtypes}")
+    for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
+        full = (batch, count, lh * lw)
+        reasons.unless(tuple(x.shape) == full, f"tokens[{index}] must be {full}, got {tuple(x.shape)}")
+        single = (batch, lh * lw)
+        reasons.unless(tuple(s.shape) == single, f"start[{index}] must be {single}, got {tuple(s.shape)}")
+    if token_mask is not None:
+        fits = tuple(token_mask.shape) == (batch, count) and token_mask.dtype == torch.bool
+        reasons.unless(
+            fits, f"token_mask must be [{batch}, {count}] bool, got {token_mask.dtype} {tuple(token_mask.shape)}"
+        )
+
+
+def rate_bounds(rate_min: float | None, rate_max: float | None) -> tuple[float, float]:
+    """The clamps of the rate as numbers, 0 and infinity for none."""
+    return 0.0 if rate_min is None else float(rate_min), math.inf if rate_max is None else float(rate_max)
+
+
+def cell_grid(predictions: torch.Tensor, cell: int) -> tuple[int, int, int]:
+    """(B, h, w): samples, and rows and columns of cells that cover predictions [B, C, H, W]; ragged ones count."""
+    batch, _, height, width = predictions.shape
+    return batch, -(-height // cell), -(-width // cell)
+
+
+def check_predictions(
+    reasons: Reasons,
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
+    cell: int,
+    rate_min: float | None,
+    rate_max: float | None,
+    fidelity: str,
+    rewrite: str,
+) -> bool:
+    """Predictions [B, C, H, W], their scale and the options of the rate; whether `cell_grid` is defined for them.
+
+    Devices are not compared.
+    """
+    check_fidelity(reasons, fidelity)
+    reasons.unless(rewrite in REWRITES, f"rewrite={rewrite!r} is unknown; use 'guided' or 'unconditional'")
+    low, high = rate_bounds(rate_min, rate_max)
+    reasons.unless(low <= high, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
+    reasons.unless(cond.dtype in FLOATING, f"predictions must be floating point, got {cond.dtype}")
+    same = uncond.shape == cond.shape and uncond.dtype == cond.dtype
+    reasons.unless(
+        same, f"uncond {uncond.dtype} {tuple(uncond.shape)} and cond {cond.dtype} {tuple(cond.shape)} must match"
+    )
+    shaped = reasons.unless(cond.dim() == 4, f"predictions must be [B, C, H, W], got {tuple(cond.shape)}")
+    gridded = reasons.unless(cell >= 1, f"cell must be at least 1, got {cell}") and shaped
+    if isinstance(guidance_scale, torch.Tensor):
+        if shaped:
+            batch = cond.shape[0]
+            fits = guidance_scale.numel() in (1, batch)
+            reasons.unless(fits, f"guidance_scale must be a number, [] or [{batch}]")
+        return gridded
+    reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
+    if rewrite == "unconditional":
+        needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"
+        reasons.unless(guidance_scale > 1, needed)
+    return gridded

@@ -18,7 +18,15 @@ import torch
 from ._triton import KERNELS
 
 BACKENDS = ("auto", "triton", "torch")
-OPS = ("self_attention_map", "cross_attention_map", "attention_map", "complete", "segment", "guide")
+OPS = (
+    "self_attention_map",
+    "cross_attention_map",
+    "attention_map",
+    "complete",
+    "segment",
+    "guide",
+    "segment_and_guide",
+)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

@@ -33,12 +33,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._checks import FLOATING, Reasons, check_fidelity
+from ._checks import Reasons, cell_grid, check_predictions, check_smoothing, rate_bounds
 from ._launch import choose_backend, guide_limits
 from ._triton import KERNELS
 from .segment import EPSILON, smooth
-
-REWRITES = ("guided", "unconditional")
 
 
 def _cell_sums(x: torch.Tensor, cell: int) -> torch.Tensor:
@@ -51,6 +49,14 @@ def _cell_sums(x: torch.Tensor, cell: int) -> torch.Tensor:
 def _cell_areas(height: int, width: int, cell: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Latent pixels in each cell, [1, ceil(H/cell) * ceil(W/cell)]."""
     return _cell_sums(torch.ones((1, height, width), dtype=dtype, device=device), cell)
+
+
+def scale_tensor(guidance_scale: float | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    """The guidance scale as a tensor; a number gets the dtype that `cond` is computed in."""
+    if isinstance(guidance_scale, torch.Tensor):
+        return guidance_scale
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    return torch.full((), float(guidance_scale), dtype=dtype, device=cond.device)
 
 
 @torch.library.custom_op("scfg_kernels::guide", mutates_args=())
@@ -75,6 +81,27 @@ def _guide(
             uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
             blur_sigma, fidelity, rewrite,
         )  # fmt: skip
+    return guide_torch(
+        uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
+        blur_sigma, fidelity, rewrite,
+    )  # fmt: skip
+
+
+def guide_torch(
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    token_index: torch.Tensor,
+    foreground: torch.Tensor,
+    guidance_scale: torch.Tensor,
+    num_tokens: int,
+    cell: int,
+    rate_min: float,
+    rate_max: float,
+    max_scale: float,
+    blur_sigma: float,
+    fidelity: str,
+    rewrite: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(cond.dtype, torch.float32)
     batch, _, height, width = cond.shape
     u = uncond.to(dtype)
@@ -171,44 +198,23 @@ def guide(
         BackendError: `backend="triton"` cannot run here.
     """
     reasons = Reasons("guide")
-    check_fidelity(reasons, fidelity)
-    reasons.unless(rewrite in REWRITES, f"rewrite={rewrite!r} is unknown; use 'guided' or 'unconditional'")
     reasons.unless(num_tokens >= 1, f"num_tokens must be at least 1, got {num_tokens}")
-    reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
-    low = 0.0 if rate_min is None else float(rate_min)
-    high = math.inf if rate_max is None else float(rate_max)
-    reasons.unless(low <= high, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
-    reasons.unless(cond.dtype in FLOATING, f"predictions must be floating point, got {cond.dtype}")
-    same = uncond.shape == cond.shape and uncond.dtype == cond.dtype
-    reasons.unless(
-        same, f"uncond {uncond.dtype} {tuple(uncond.shape)} and cond {cond.dtype} {tuple(cond.shape)} must match"
-    )
-    if reasons.unless(cond.dim() == 4, f"predictions must be [B, C, H, W], got {tuple(cond.shape)}") and reasons.unless(
-        cell >= 1, f"cell must be at least 1, got {cell}"
-    ):
-        batch, _, height, width = cond.shape
-        grid = (batch, -(-height // cell), -(-width // cell))
+    check_smoothing(reasons, blur_sigma)
+    if check_predictions(reasons, uncond, cond, guidance_scale, cell, rate_min, rate_max, fidelity, rewrite):
+        grid = cell_grid(cond, cell)
         fits = tuple(token_index.shape) == grid and tuple(foreground.shape) == grid
         shapes = f"{tuple(token_index.shape)} and {tuple(foreground.shape)}"
         reasons.unless(fits, f"token_index and foreground must be {grid}, got {shapes}")
-        per_sample = not isinstance(guidance_scale, torch.Tensor) or guidance_scale.numel() in (1, batch)
-        reasons.unless(per_sample, f"guidance_scale must be a number, [] or [{batch}]")
     reasons.unless(token_index.dtype == torch.int64, f"token_index must be int64, got {token_index.dtype}")
     reasons.unless(foreground.dtype == torch.bool, f"foreground must be bool, got {foreground.dtype}")
-    scale_tensors = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
-    reasons.same_device(uncond, cond, token_index, foreground, *scale_tensors)
-    if not isinstance(guidance_scale, torch.Tensor):
-        reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
-        if rewrite == "unconditional":
-            needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"
-            reasons.unless(guidance_scale > 1, needed)
+    scale = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
+    reasons.same_device(uncond, cond, token_index, foreground, *scale)
     reasons.raise_if_any()
-    if not isinstance(guidance_scale, torch.Tensor):
-        scale_dtype = torch.promote_types(cond.dtype, torch.float32)
-        guidance_scale = torch.full((), float(guidance_scale), dtype=scale_dtype, device=cond.device)
+    _, h, w = cell_grid(cond, cell)
+    low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
-    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, grid[1] * grid[2]))
+    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, h * w))
     return _guide(
-        uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell,
+        uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
         low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
     )  # fmt: skip

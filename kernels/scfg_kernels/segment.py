@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._checks import Reasons
+from ._checks import Reasons, check_maps, check_smoothing
 from ._launch import choose_backend, outside_autocast, segment_limits
 from ._triton import KERNELS
 
@@ -112,10 +112,10 @@ def _segment(
     if backend == "triton":
         return KERNELS["segment"](tokens, start, sizes, h, w, blur_sigma, token_mask)
     with outside_autocast(tokens[0].device):
-        return _segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
+        return segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
 
 
-def _segment_torch(
+def segment_torch(
     tokens: Sequence[torch.Tensor],
     start: Sequence[torch.Tensor],
     sizes: Sequence[int],
@@ -197,30 +197,11 @@ def segment(
         BackendError: `backend="triton"` cannot run here.
     """
     reasons = Reasons("segment")
-    h, w = size
-    reasons.unless(h >= 1 and w >= 1, f"size must be positive, got {size}")
-    reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
-    lengths = (len(tokens), len(start), len(sizes))
-    if reasons.unless(
-        len(set(lengths)) == 1 and lengths[0] > 0, f"need one entry per layer and at least one layer, got {lengths}"
-    ):
-        batch, count = tokens[0].shape[:2] if tokens[0].dim() == 3 else (-1, -1)
-        reasons.unless(count != 0, "tokens must have at least one text token")
-        dtypes = sorted({str(x.dtype) for x in (*tokens, *start)})
-        floating = all(x.is_floating_point() for x in (*tokens, *start))
-        reasons.unless(floating, f"maps must be floating point, got {dtypes}")
-        for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
-            full = (batch, count, lh * lw)
-            reasons.unless(tuple(x.shape) == full, f"tokens[{index}] must be {full}, got {tuple(x.shape)}")
-            single = (batch, lh * lw)
-            reasons.unless(tuple(s.shape) == single, f"start[{index}] must be {single}, got {tuple(s.shape)}")
-        if token_mask is not None:
-            fits = tuple(token_mask.shape) == (batch, count) and token_mask.dtype == torch.bool
-            reasons.unless(
-                fits, f"token_mask must be [{batch}, {count}] bool, got {token_mask.dtype} {tuple(token_mask.shape)}"
-            )
-        reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
+    check_smoothing(reasons, blur_sigma)
+    check_maps(reasons, tokens, start, sizes, size, token_mask)
+    reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
     reasons.raise_if_any()
+    h, w = size
     chosen = choose_backend("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h * w))
     flat_sizes = [length for pair in sizes for length in pair]
     return _segment(list(tokens), list(start), flat_sizes, h, w, float(blur_sigma), token_mask, chosen)

@@ -34,10 +34,9 @@ def step_weight(lam: float, sigma: float, next_sigma: float, *, flow: bool = Fal
         sigma, next_sigma: noise levels before and after the step; times in [0, 1] if `flow`.
         flow: flow matching.
     """
-    gap = sigma - next_sigma
-    if gap <= 0.0:
+    if next_sigma >= sigma:
         return lam
-    return lam * sigma * (1.0 - next_sigma if flow else 1.0) / gap
+    return lam * (1.0 - next_sigma if flow else 1.0) / (1.0 - next_sigma / sigma)
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class CFGPlusPlus:
     """
 
     lam: float = 0.6
+    needs_levels = True
 
     def __post_init__(self) -> None:
         if not self.lam >= 0.0:
@@ -64,10 +64,16 @@ class CFGPlusPlus:
         if eta > 0.0:
             raise ValueError(f"CFGPlusPlus: the identity holds for deterministic steps, got eta={eta:g}; leave it at 0")
         name = type(scheduler).__name__
+        advice = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
         if name not in SCHEDULERS:
             raise ValueError(
                 f"CFGPlusPlus: {name} is not a first-order scheduler, so the step weight is not CFG++ there. Use one "
-                f"of {', '.join(SCHEDULERS)}: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+                f"of {', '.join(SCHEDULERS)}: {advice}"
+            )
+        if scheduler.config.get("clip_sample", False) or scheduler.config.get("thresholding", False):
+            raise ValueError(
+                f"CFGPlusPlus: {name} clips the denoised sample (clip_sample or thresholding), so the step weight is "
+                f"not CFG++ there: {advice}"
             )
 
     def weight(self, step: Step) -> float:

@@ -65,8 +65,9 @@ class WeightSchedule:
     """A guidance weight that changes over the steps, in the place of a constant `guidance_scale`.
 
     Args:
-        shape: one of `SHAPES`, a table of factors on the weight (resampled linearly to the number of steps), or a
-            function of the progress in [0, 1] that returns a factor.
+        shape: one of `SHAPES`, a table of factors on the weight (entry by entry if it is as long as the run, else
+            resampled linearly), or a function of the progress in [0, 1] that returns a factor. Weights below 0 are
+            refused when they come up.
         floor: c of the clamped shapes, as a weight in the chosen convention (the paper's SD 1.5: 2, SDXL: 4); other
             shapes ignore it.
         power: s of `"power-cosine"` (SD 1.5: 1, SDXL: 0.1).
@@ -76,8 +77,11 @@ class WeightSchedule:
         grid: where in its share of the run a step reads the shape: `"midpoint"` (i + 1/2) / N keeps the mean exactly,
             `"left"` i / N, `"inclusive"` i / (N - 1).
         interval: (start, stop) fractions of the steps, or noise levels if `interval_in="sigma"`: guided inside, the
-            conditional prediction alone outside. Steps with weight 1 skip the unconditional half of the denoiser.
+            conditional prediction alone outside. Steps with weight 1 compute the conditional half of the batch alone.
         interval_in: `"progress"` or `"sigma"`.
+        half_batch: whether steps with weight 1 leave out the unconditional half. It stays anyway where the batch size
+            must not change: under `torch.compile`, with attention arguments, and with caches that replace the forward
+            of blocks.
 
     Raises:
         ValueError: a value is out of range; the message lists every one.
@@ -90,6 +94,7 @@ class WeightSchedule:
     grid: str = "midpoint"
     interval: tuple[float, float] = (0.0, 1.0)
     interval_in: str = "progress"
+    half_batch: bool = True
 
     def __post_init__(self) -> None:
         reasons = []
@@ -114,6 +119,11 @@ class WeightSchedule:
         if reasons:
             raise ValueError("WeightSchedule: " + "; ".join(reasons))
 
+    @property
+    def needs_levels(self) -> bool:
+        """Only an interval in noise levels does."""
+        return self.interval_in == "sigma"
+
     def check(self, scheduler: Any, eta: float = 0.0) -> None:
         """Every scheduler will do; noise levels are asked for step by step."""
 
@@ -135,10 +145,14 @@ class WeightSchedule:
             return shape_value(self.shape, progress, floor=floor, power=self.power)
         if callable(self.shape):
             return float(self.shape(progress))
-        place = progress * (len(self.shape) - 1)
-        low = min(int(place), len(self.shape) - 2) if len(self.shape) > 1 else 0
-        high = min(low + 1, len(self.shape) - 1)
-        return self.shape[low] + (place - low) * (self.shape[high] - self.shape[low])
+        last = len(self.shape) - 1
+        if step.count == last + 1:
+            return self.shape[step.index]
+        # Entries sit where as many steps would: at midpoints of their shares of the run, or from end to end.
+        place = progress * last if self.grid == "inclusive" else progress * (last + 1) - 0.5
+        place = min(max(place, 0.0), float(last))
+        low = min(int(place), max(0, last - 1))
+        return self.shape[low] + (place - low) * (self.shape[min(low + 1, last)] - self.shape[low])
 
     def _progress(self, step: Step) -> float:
         if self.grid == "midpoint":

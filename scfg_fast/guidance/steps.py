@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,17 @@ class Step:
 
 
 class StepWeight(Protocol):
-    """A rule for the weight w of a step: guided = uncond + w (cond - uncond); 1 is the conditional prediction alone."""
+    """A rule for the weight w >= 0 of a step: guided = uncond + w (cond - uncond).
+
+    1 is the conditional prediction alone, 0 the unconditional one.
+
+    Attributes:
+        needs_levels: whether `weight` reads `sigma` and `next_sigma`; reading the scheduler's tables waits for the
+            device, once per call.
+    """
+
+    @property
+    def needs_levels(self) -> bool: ...
 
     def weight(self, step: Step) -> float:
         """The weight w, in the place of `guidance_scale`."""
@@ -48,35 +57,32 @@ def step_levels(scheduler: Any) -> tuple[list[tuple[float, float]], bool] | None
     """(level of the input, level the step leads to) of each step, and whether they are flow times.
 
     Args:
-        scheduler: a diffusers scheduler whose `set_timesteps` has run. Its tables are read once per call, not per step.
+        scheduler: a diffusers scheduler whose `set_timesteps` has run. Reads its tables back from the device.
 
     Returns:
         N pairs, or None for a scheduler that publishes neither `sigmas` nor `alphas_cumprod`, or in an unknown layout.
+        The level of pure noise (abar = 0, zero terminal SNR) is inf.
     """
     flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
     sigmas = getattr(scheduler, "sigmas", None)
     count = len(scheduler.timesteps)
     if sigmas is not None and len(sigmas) == count + 1:
-        levels = [float(x) for x in sigmas.tolist()]
-        return list(itertools.pairwise(levels)), flow
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None or flow:
+        return list(itertools.pairwise(sigmas.tolist())), flow
+    if getattr(scheduler, "alphas_cumprod", None) is None or flow:
         return None
+    levels = [_sigma(alpha_bar) for alpha_bar in scheduler.alphas_cumprod.tolist()]
+    final = _sigma(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
     timesteps = [int(t) for t in scheduler.timesteps.tolist()]
-    final = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
     if type(scheduler).__name__.startswith("DDIM"):  # its step goes to t - T // N, wherever the next timestep lies
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         following = [t - stride for t in timesteps]
     else:
         following = [*timesteps[1:], -1]
-    return [
-        (_sigma(alphas[t]), _sigma(alphas[n] if n >= 0 else final)) for t, n in zip(timesteps, following, strict=True)
-    ], flow
+    return [(levels[t], levels[n] if n >= 0 else final) for t, n in zip(timesteps, following, strict=True)], flow
 
 
-def _sigma(alpha_bar: torch.Tensor) -> float:
-    value = float(alpha_bar)
-    return ((1.0 - value) / value) ** 0.5
+def _sigma(alpha_bar: float) -> float:
+    return ((1.0 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0.0 else math.inf
 
 
 def mean_weight(rule: StepWeight, steps: Sequence[Step]) -> float:

@@ -35,6 +35,11 @@ class TestReasons:
         with pytest.raises(ValueError, match=r"^op: first; second$"):
             reasons.raise_if_any()
 
+    def test_a_reason_that_two_checks_find_is_listed_once(self):
+        reasons = Reasons("op")
+        assert not reasons.unless(False, "same") and not reasons.unless(False, "same")
+        assert reasons.found == ["same"]
+
     def test_devices(self):
         reasons = Reasons("op")
         reasons.same_device(zeros(1), zeros(2))

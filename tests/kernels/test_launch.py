@@ -15,6 +15,7 @@ def call(op: str, rng: torch.Generator, backend: str):
     """Run one operator on small CPU tensors."""
     q, k, v = random_qkv(rng, (1, 2, 16, 16, 8))
     s, c = random_maps(rng, 1, 16, 16), random_maps(rng, 1, 16, 5)
+    predictions = torch.randn(2, 1, 4, 16, 16, generator=rng)
     arguments = {
         "self_attention_map": lambda: ((q, k, v), {}),
         "cross_attention_map": lambda: ((q, k, v), {}),
@@ -25,6 +26,7 @@ def call(op: str, rng: torch.Generator, backend: str):
             (q, k, torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 4, 2, dtype=torch.bool), 7.5),
             {"num_tokens": 5},
         ),
+        "segment_and_guide": lambda: (([c.mT.contiguous()], [c[..., 0]], [(4, 4)], (4, 4), *predictions, 7.5), {}),
     }
     positional, options = arguments[op]()
     return getattr(scfg_kernels, op)(*positional, **options, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import accelerate
@@ -143,6 +145,21 @@ def test_a_callback_that_cuts_the_image_prompt_off(ip_pipe) -> None:
     assert relative(run(pipe, **call, callback_on_step_end=cut), kept) > 1e-4
     scales = [p.scale for name, p in pipe.unet.attn_processors.items() if name.endswith("attn2.processor")]
     assert all(scale == [0.0] for scale in scales)
+
+
+def test_weights_of_an_adapter_are_free_once_it_is_unloaded(ip_pipe) -> None:
+    pipe = ip_pipe
+    stock = dict(pipe.unet.attn_processors)
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe)], low_cpu_mem_usage=False)
+    picture = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
+    scfg_fast.enable(pipe)
+    run(pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(picture), picture])])
+    name = next(name for name in pipe.unet.attn_processors if name.endswith("attn2.processor"))
+    weight = weakref.ref(pipe.unet.attn_processors[name].to_k_ip[0].weight)
+    pipe.unet.encoder_hid_proj, pipe.unet.config.encoder_hid_dim_type = None, None
+    pipe.unet.set_attn_processor(stock)
+    gc.collect()
+    assert weight() is None
 
 
 # Where the weights are

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import scfg_fast
+from scfg_fast.guidance import WeightSchedule
 from tests.pipelines.tiny import tiny_sd_pipeline
 
 
@@ -62,3 +63,19 @@ def test_enable_after_compile() -> None:
     scfg_fast.disable(pipe)
     torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_a_denoiser_compiled_in_place() -> None:
+    """`unet.compile()` traces its hooks; S-CFG stays outside of the graph, and takes itself out at the end."""
+    pipe = tiny_sd_pipeline(sample_size=16)
+    scfg_fast.enable(pipe)
+    expected = run(pipe)
+    pipe.unet.compile(fullgraph=True, backend="eager")
+    compiled_call = pipe.unet._compiled_call_impl
+    handle = scfg_fast.enable(pipe, schedule=WeightSchedule(interval=(0.0, 0.5)))
+    run(pipe)
+    assert len(set(handle.stats.weights)) == 2 and handle.stats.samples == 2 * len(handle.stats.weights)
+    handle.schedule = None
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-5, atol=1e-5)
+    assert pipe.unet._compiled_call_impl is compiled_call
+    scfg_fast.disable(pipe)

@@ -11,7 +11,9 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, T2IAdapter
 
 import scfg_fast
+from scfg_fast import SCFGConfig
 from scfg_fast.families import FAMILIES
+from scfg_fast.guidance import Step, WeightSchedule
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.reference.replaced import replaced_run
 
@@ -223,6 +225,58 @@ def test_the_pipeline_with_its_guidance_line_replaced(name: str) -> None:
     assert relative(plain, expected) > 100 * TOLERANCE
     scfg_fast.disable(pipe)
     assert torch.equal(call(pipe, name), plain)
+
+
+def test_no_negative_prompt_on_sdxl_reads_the_foreground_of_the_conditional_half() -> None:
+    """The default call of SDXL: the unconditional half attends to all tokens alike. As text, and as embeddings."""
+    name = "StableDiffusionXLPipeline"
+    pipe = build(name)
+    overrides = {"negative_prompt": None}
+    expected = replaced_run(pipe, arguments_of(name, **overrides), factors=(4,), foreground_half=1).images
+    handle = scfg_fast.enable(pipe)
+    assert relative(call(pipe, name, **overrides), expected) < TOLERANCE
+    assert 0.05 < handle.regions.foreground.float().mean() < 0.95
+    with torch.no_grad():
+        embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, device="cpu")
+    assert not negative.any()
+    as_embeds = {
+        "prompt": None, "negative_prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative,
+        "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled,
+    }  # fmt: skip
+    assert relative(call(pipe, name, **as_embeds), expected) < TOLERANCE
+
+
+class NearlyInterval:
+    """Guidance in the middle steps; outside a weight too close to 1 to matter, but not 1."""
+
+    needs_levels = False
+
+    def check(self, scheduler, eta=0.0) -> None: ...
+
+    def weight(self, step: Step) -> float:
+        return step.guidance_scale if 1 <= step.index < step.count - 1 else 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_of_the_batch_is_enough_where_the_weight_is_one(name: str) -> None:
+    """Whatever else the pipeline hands to its denoiser is halved with it: residuals, embeddings, extra channels."""
+    pipe = build(name)
+    handle = scfg_fast.enable(pipe, SCFGConfig(rates="none"), schedule=NearlyInterval())
+    expected = call(pipe, name)
+    whole, steps = handle.stats.samples, len(handle.stats.weights)
+    weights = handle.stats.weights
+    handle.schedule = WeightSchedule([0.0] + [1.0] * (steps - 2) + [0.0])
+    actual = call(pipe, name)
+    assert handle.stats.weights == pytest.approx(weights) and handle.stats.weights[0] == 1.0
+    assert handle.stats.samples == (whole if "PAG" in name else whole - 2 * 3)
+    assert relative(actual, expected) < 1e-5
+
+
+def test_words_on_kolors_are_refused() -> None:
+    pipe = build("KolorsPipeline")
+    scfg_fast.enable(pipe, SCFGConfig(tokens="words"))
+    with pytest.raises(ValueError, match="a tokenizer of CLIP's layout"):
+        call(pipe, "KolorsPipeline")
 
 
 def test_every_family_member_is_tested() -> None:

@@ -13,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
 
 import scfg_fast
@@ -94,6 +95,8 @@ def test_outside_an_interval_half_of_the_batch_is_computed(pipe, config: SCFGCon
     class NearlyOne:
         """The same weights, too close to 1 to matter, but not 1."""
 
+        needs_levels = False
+
         def check(self, scheduler, eta=0.0) -> None: ...
 
         def weight(self, step: Step) -> float:
@@ -114,6 +117,55 @@ def test_outside_an_interval_half_of_the_batch_is_computed(pipe, config: SCFGCon
     run(pipe)
     conv.remove()
     assert samples == [2, 4, 4, 4, 2]
+
+
+def test_a_schedule_may_keep_the_whole_batch(pipe) -> None:
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule(interval=(0.2, 0.8), half_batch=False))
+    run(pipe)
+    assert handle.stats.samples == 4 * STEPS and handle.stats.weights[0] == 1.0
+
+
+def test_the_whole_batch_where_features_are_cached() -> None:
+    """A cache that replaces the forward of blocks would meet features of another batch size."""
+    pipe = tiny_sd_pipeline()
+    block, cache = pipe.unet.mid_block, {}
+    forward = block.forward
+
+    def every_second(*args, **kwargs):
+        if len(cache) % 2 == 0:
+            cache["kept"] = forward(*args, **kwargs)
+        cache[len(cache)] = None
+        return cache["kept"]
+
+    block.forward = every_second
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule(interval=(0.2, 0.8)))
+    run(pipe)
+    assert handle.stats.samples == 4 * STEPS
+
+
+@pytest.mark.parametrize("shape", [lambda tau: -0.5, [1.0, float("nan")]], ids=["negative", "nan"])
+def test_weights_that_are_none_are_refused(shape) -> None:
+    pipe = tiny_sd_pipeline()
+    before = dict(pipe.unet.attn_processors)
+    scfg_fast.enable(pipe, schedule=WeightSchedule(shape, convention="guidance_scale"))
+    with pytest.raises(ValueError, match="weights must be finite and at least 0"):
+        run(pipe)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_zero_terminal_snr() -> None:
+    """The first level is infinite: schedules do not ask for it, and CFG++ has the weight lam there."""
+    pipe = tiny_sd_pipeline(prediction_type="v_prediction")
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    schedule = WeightSchedule("linear")
+    handle = scfg_fast.enable(pipe, PLAIN)
+    expected = run_with_scales(pipe, weights_of(schedule))
+    handle.schedule = schedule
+    assert relative(run(pipe), expected) < 1e-5
+    handle.schedule = CFGPlusPlus(0.6)
+    assert torch.isfinite(run(pipe)).all() and handle.stats.weights[0] == pytest.approx(0.6)
 
 
 def test_an_interval_in_noise_levels() -> None:
@@ -187,6 +239,19 @@ def test_img2img_takes_the_levels_of_its_own_steps() -> None:
     assert len(short) == 4 and handle.stats.weights[-4:] == short
 
 
+def test_a_run_that_ends_early_takes_the_levels_of_its_own_steps() -> None:
+    """SDXL img2img at full strength with denoising_end: the steps begin at the first level, and are fewer."""
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pipe(tiny_sdxl_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.5))
+    picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    options = dict(image=picture, strength=1.0, num_inference_steps=10)
+    run(pipe, **options)
+    whole = handle.stats.weights
+    run(pipe, **options, denoising_end=0.6)
+    assert 1 < len(handle.stats.weights) < 10 and handle.stats.weights == whole[: len(handle.stats.weights)]
+
+
 def test_cfgpp_and_regions_multiply() -> None:
     """S-CFG with CFG++ is the pipeline's S-CFG at the weight of every step."""
     pipe = tiny_sd_pipeline()
@@ -209,9 +274,17 @@ def test_a_schedule_with_perturbed_attention_guidance() -> None:
         assert relative(run(pipe, pag_scale=2.0), expected) < 2e-5
 
 
+class ClippingDDIM:
+    """DDIM with its default clipping of the denoised sample, which is not linear in the prediction."""
+
+    @staticmethod
+    def from_config(config):
+        return DDIMScheduler.from_config(config, clip_sample=True)
+
+
 @pytest.mark.parametrize("scheduler, options, message", [
     (DPMSolverMultistepScheduler, {}, "DPMSolverMultistepScheduler is not a first-order scheduler"),
-    (DDIMScheduler, {"eta": 0.5}, "eta=0.5"),
+    (DDIMScheduler, {"eta": 0.5}, "eta=0.5"), (ClippingDDIM, {}, "clips the denoised sample"),
 ])  # fmt: skip
 def test_where_the_identity_does_not_hold_cfgpp_is_refused(scheduler, options, message: str) -> None:
     pipe = tiny_sd_pipeline()

@@ -87,16 +87,18 @@ def test_guidance_rescale(standard) -> None:
 
 
 def test_without_a_negative_prompt_the_foreground_comes_from_the_conditional_pass(standard) -> None:
+    handle = scfg_fast.enable(standard)
+    expected = run_standard(standard, negative_prompt=None)
+    scfg_fast.disable(standard)
     guider = SCFGGuidance(SCALE)
-    pipe = modular(standard, guider)
-    run(pipe, negative_prompt=None)
-    assert guider.regions.foreground.any() and not guider.regions.foreground.all()
+    assert relative(run(modular(standard, guider), negative_prompt=None), expected) < TOLERANCE
+    assert torch.equal(guider.regions.foreground, handle.regions.foreground)
 
 
 def test_disabled_is_plain_guidance(standard) -> None:
     plain = run(modular(standard, ClassifierFreeGuidance(SCALE)))
-    off = SCFGGuidance(SCALE, scfg={"start": 0.0, "stop": 0.0})
-    assert torch.equal(run(modular(standard, off)), plain)
+    for options in ({"start": 0.0, "stop": 0.0}, {"rates": "none"}):
+        assert torch.equal(run(modular(standard, SCFGGuidance(SCALE, scfg=options))), plain)
     assert not torch.equal(run(modular(standard, SCFGGuidance(SCALE))), plain)
 
 
@@ -112,20 +114,28 @@ def test_the_configuration_survives_saving(tmp_path) -> None:
 def test_mistakes(standard) -> None:
     with pytest.raises(ValueError, match="unknown parameters"):
         SCFGGuidance(scfg={"rate_maximum": 2.0})
+    with pytest.raises(ValueError, match="does not see the prompt's text"):
+        SCFGGuidance(scfg={"tokens": "words"})
     guider = SCFGGuidance()
     guider.set_state(0, STEPS, torch.tensor(1))
     with pytest.raises(ValueError, match="the denoiser is a Linear"):
         guider.prepare_models(torch.nn.Linear(1, 1))
 
 
-def test_an_exception_in_the_denoiser_leaves_it_stock(standard) -> None:
-    """The modular loop has no `finally`: the hook behind the pass runs all the same."""
+@pytest.mark.parametrize("interruption", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_interrupted_denoiser_is_left_stock(standard, interruption: type[BaseException]) -> None:
+    """The modular loop has no `finally`; the capture has."""
     before = state(standard.unet)
     pipe = modular(standard, SCFGGuidance(SCALE))
-    hook = standard.unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def interrupt(*_) -> None:
+        raise interruption
+
+    hook = standard.unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(interruption):
         run(pipe)
     hook.remove()
+    assert "forward" not in standard.unet.__dict__
     after = state(standard.unet)
     assert after[1:] == before[1:] and all(after[0][name] is processor for name, processor in before[0].items())
     assert torch.isfinite(run(pipe)).all()

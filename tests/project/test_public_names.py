@@ -15,7 +15,7 @@ PACKAGE = [
 ]  # fmt: skip
 KERNELS = [
     "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "cross_attention_map", "guide",
-    "segment", "self_attention_map", "smooth",
+    "segment", "segment_and_guide", "self_attention_map", "smooth",
 ]  # fmt: skip
 GUIDANCE = ["CFGPlusPlus", "SHAPES", "Step", "StepWeight", "WeightSchedule", "step_levels"]
 
@@ -48,6 +48,6 @@ def test_signatures_of_the_operators() -> None:
     signature = inspect.signature(scfg_kernels.self_attention_map)
     assert list(signature.parameters) == ["q", "k", "v", "scale", "backend"]
     assert signature == inspect.signature(scfg_kernels.cross_attention_map)
-    for name in ("self_attention_map", "attention_map", "complete", "segment", "guide"):
+    for name in ("self_attention_map", "attention_map", "complete", "segment", "guide", "segment_and_guide"):
         backend = inspect.signature(getattr(scfg_kernels, name)).parameters["backend"]
         assert (backend.default, backend.kind) == ("auto", inspect.Parameter.KEYWORD_ONLY)

@@ -12,12 +12,15 @@ bits of plain guidance. Bytes: uncond and cond twice (the second time from cache
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .._launch import SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
+from ._device import per_sample
 from .segment import smoothed
 
 
@@ -59,7 +62,7 @@ def guide_cells(
         norm += tl.sum(tl.sqrt_rn(square), 1)
 
     fore_area = tl.sum(tl.where(foreground, area, 0.0), 0)
-    fore_mean = tl.sum(tl.where(foreground & valid, norm, 0.0), 0) / (fore_area + 1e-8)
+    fore_mean = tl.div_rn(tl.sum(tl.where(foreground & valid, norm, 0.0), 0), fore_area + 1e-8)
     rates = tl.zeros([BLOCK_S], tl.float32)
     for first in tl.range(0, tokens, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)[:, None]
@@ -119,6 +122,32 @@ def guide_kernel(
     )  # fmt: skip
 
 
+def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction and the rate, not yet written."""
+    batch, _, height, width = cond.shape
+    return torch.empty_like(cond), torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
+
+
+def prediction_constants(
+    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, config: SegmentConfig
+) -> dict[str, Any]:
+    """Constants of `guide_cells`, and the launch options."""
+    return {
+        "H": cond.shape[2],
+        "W": cond.shape[3],
+        "CELL": cell,
+        "BLOCK_CELL": triton.next_power_of_2(cell),
+        "PAPER": fidelity == "paper",
+        "UNCONDITIONAL": rewrite == "unconditional",
+        "BLOCK_T": config.block_t,
+        "BLOCK_S": config.block_s,
+        "BLOCK_P": config.block_p,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": False,
+    }
+
+
 def launch(
     uncond: torch.Tensor,
     cond: torch.Tensor,
@@ -136,22 +165,19 @@ def launch(
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
-    batch, channels, height, width = cond.shape
+    batch, channels = cond.shape[:2]
     cells = token_index[0].numel() if batch else 0
-    result = torch.empty_like(cond)
-    rate = torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
+    result, rate = empty_result_and_rate(cond)
     if rate.numel() == 0:
         return result, rate
     cell_rates = torch.empty((batch, cells), dtype=torch.float32, device=cond.device)
+    scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(cells)
     with device_guard(cond.device):
         guide_kernel[(batch,)](
-            uncond, cond, token_index, foreground, guidance_scale, result, rate, cell_rates, num_tokens, channels,
-            kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, int(guidance_scale.numel() > 1),
+            uncond, cond, token_index, foreground, scale, result, rate, cell_rates, num_tokens, channels,
+            kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, scale_stride,
             *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-            H=height, W=width, CELL=cell, BLOCK_CELL=triton.next_power_of_2(cell), PAPER=fidelity == "paper",
-            UNCONDITIONAL=rewrite == "unconditional", BLOCK_T=config.block_t, BLOCK_S=config.block_s,
-            BLOCK_P=config.block_p, num_warps=config.num_warps, num_stages=config.num_stages,
-            enable_fp_fusion=False,
+            **prediction_constants(cond, cell, fidelity, rewrite, config),
         )  # fmt: skip
     return result, rate

@@ -14,6 +14,7 @@ G needs neighbours. Everything is fp32 in a fixed order. Bytes: every X_l once, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -31,25 +32,32 @@ def reflect(index, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def _three_taps(before, here, after, edge):
+    """edge before + (1 - 2 edge) here + edge after, with the neighbours as differences: a constant keeps its bits."""
+    return here + 2.0 * edge * (0.5 * (before + after) - here)
+
+
+@triton.jit
+def _smoothed_row(row, left, here, right, edge, mask):
+    """Three taps along the row of cells at `row`."""
+    before = tl.load(row + left, mask=mask, other=0.0)
+    after = tl.load(row + right, mask=mask, other=0.0)
+    return _three_taps(before, tl.load(row + here, mask=mask, other=0.0), after, edge)
+
+
+@triton.jit
 def smoothed(
     base, y, x, edge, mask, CELL: tl.constexpr, GRID_W: tl.constexpr, H: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
     """3x3 Gaussian at (y, x) of an H x W image whose pixels are CELL x CELL copies of the cells at `base`."""
-    centre = 1.0 - 2.0 * edge
     left = reflect(x - 1, W) // CELL
     here = x // CELL
     right = reflect(x + 1, W) // CELL
-    # The order of the torch implementation: along x first, the two outer taps added before they are weighted.
-    at = base + reflect(y - 1, H) // CELL * GRID_W
-    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
-    above = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
-    at = base + reflect(y + 1, H) // CELL * GRID_W
-    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
-    below = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
-    at = base + y // CELL * GRID_W
-    sides = tl.load(at + left, mask=mask, other=0.0) + tl.load(at + right, mask=mask, other=0.0)
-    level = centre * tl.load(at + here, mask=mask, other=0.0) + edge * sides
-    return centre * level + edge * (above + below)
+    # As the torch implementation does it: along x first, the same formula on both axes.
+    above = _smoothed_row(base + reflect(y - 1, H) // CELL * GRID_W, left, here, right, edge, mask)
+    level = _smoothed_row(base + y // CELL * GRID_W, left, here, right, edge, mask)
+    below = _smoothed_row(base + reflect(y + 1, H) // CELL * GRID_W, left, here, right, edge, mask)
+    return _three_taps(above, level, below, edge)
 
 
 @triton.jit
@@ -165,6 +173,26 @@ def segment_kernel(
     tl.store(foreground_out + at, foreground, mask=cell < GRID_H * GRID_W)
 
 
+def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and foreground, not yet written."""
+    ids = torch.empty((batch, h, w), dtype=torch.int64, device=device)
+    return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
+
+
+def map_constants(sizes: Sequence[int], token_mask: torch.Tensor | None, config: SegmentConfig) -> dict[str, Any]:
+    """Constants of `segment_cells` but for the grid, and the launch options."""
+    return {
+        "LAYERS": len(sizes) // 2,
+        "SIZES": tuple(sizes),
+        "MASKED": token_mask is not None,
+        "BLOCK_T": config.block_t,
+        "BLOCK_S": config.block_s,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": False,
+    }
+
+
 def launch(
     tokens: Sequence[torch.Tensor],
     start: Sequence[torch.Tensor],
@@ -178,8 +206,7 @@ def launch(
     """Token ids and foreground [B, h, w]; `config` overrides the choice."""
     batch, count, _ = tokens[0].shape
     device = tokens[0].device
-    ids = torch.empty((batch, h, w), dtype=torch.int64, device=device)
-    foreground = torch.empty((batch, h, w), dtype=torch.bool, device=device)
+    ids, foreground = empty_regions(batch, h, w, device)
     if batch == 0:
         return ids, foreground
     scores = torch.empty((batch, count + 1, h * w), dtype=torch.float32, device=device)
@@ -187,8 +214,6 @@ def launch(
     with device_guard(device):
         segment_kernel[(batch,)](
             tuple(tokens), tuple(start), token_mask, scores, ids, foreground, count, kernel_weights(blur_sigma)[0],
-            LAYERS=len(tokens), SIZES=tuple(sizes), GRID_H=h, GRID_W=w, MASKED=token_mask is not None,
-            BLOCK_T=config.block_t, BLOCK_S=config.block_s, num_warps=config.num_warps,
-            num_stages=config.num_stages, enable_fp_fusion=False,
+            GRID_H=h, GRID_W=w, **map_constants(sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground

@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .._checks import cell_grid
 from .._launch import SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
-from .guide import guide_cells
-from .segment import segment_cells
+from ._device import per_sample
+from .guide import empty_result_and_rate, guide_cells, prediction_constants
+from .segment import empty_regions, map_constants, segment_cells
 
 
 @triton.jit
@@ -67,26 +69,20 @@ def launch(
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prediction, rate, ids and foreground; `config` overrides the choice."""
-    batch, channels, height, width = cond.shape
-    count = tokens[0].shape[1]
-    h, w = -(-height // cell), -(-width // cell)
-    result = torch.empty_like(cond)
-    rate = torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
-    ids = torch.empty((batch, h, w), dtype=torch.int64, device=cond.device)
-    foreground = torch.empty((batch, h, w), dtype=torch.bool, device=cond.device)
+    batch, h, w = cell_grid(cond, cell)
+    count, channels = tokens[0].shape[1], cond.shape[1]
+    result, rate = empty_result_and_rate(cond)
+    ids, foreground = empty_regions(batch, h, w, cond.device)
     if rate.numel() == 0:
         return result, rate, ids, foreground
     scores = torch.empty((batch, count + 2, h * w), dtype=torch.float32, device=cond.device)
+    scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(h * w)
     with device_guard(cond.device):
         segment_and_guide_kernel[(batch,)](
-            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, uncond, cond, guidance_scale, result,
-            rate, count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale,
-            int(guidance_scale.numel() > 1), *uncond.stride(), *cond.stride(), *result.stride(),
-            LAYERS=len(tokens), SIZES=tuple(sizes), MASKED=token_mask is not None, H=height, W=width, CELL=cell,
-            BLOCK_CELL=triton.next_power_of_2(cell), PAPER=fidelity == "paper",
-            UNCONDITIONAL=rewrite == "unconditional", BLOCK_T=config.block_t, BLOCK_S=config.block_s,
-            BLOCK_P=config.block_p, num_warps=config.num_warps, num_stages=config.num_stages,
-            enable_fp_fusion=False,
+            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, uncond, cond, scale, result, rate,
+            count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, scale_stride,
+            *uncond.stride(), *cond.stride(), *result.stride(),
+            **(map_constants(sizes, token_mask, config) | prediction_constants(cond, cell, fidelity, rewrite, config)),
         )  # fmt: skip
     return result, rate, ids, foreground

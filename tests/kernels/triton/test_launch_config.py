@@ -85,7 +85,9 @@ def test_every_limit_of_attention_is_listed():
 
 
 def test_the_public_function_reports_the_limits():
-    with pytest.raises(BackendError, match=r"CUDA device; the kernels compute products of fp16 and bf16 only"):
+    with pytest.raises(
+        BackendError, match=r"CUDA device; the attention kernels compute products of fp16 and bf16 only"
+    ):
         attention_map(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), backend="triton")
 
 

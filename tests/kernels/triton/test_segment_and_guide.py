@@ -4,39 +4,83 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scfg_kernels import guide, segment
-from scfg_kernels._triton import KERNELS
+from ptxsim import SimError, simulated
+from ptxsim.tests.mutations import without_masks
+from scfg_kernels import guide, segment, segment_and_guide
+from scfg_kernels.testing import as_layout
 
+from tests.kernels.cases import by_name
 from tests.kernels.triton.simulation import ARCHITECTURES, run
 
-SIZES = [(6, 7), (6, 7), (3, 4)]
+TOKENS = 11
+STRIDED = torch.tensor([7.5, torch.nan, 9.5, torch.nan, 3.0, torch.nan])[::2]
+CASES = {
+    # name: (latent, batch, channels, dtype, layout, guidance scale, token mask, options)
+    "sd15": ((24, 28), 1, 4, torch.float16, "contiguous", 7.5, False, {}),
+    "sliced": ((23, 28), 2, 4, torch.bfloat16, "sliced", torch.tensor([7.5, 4.0]), False, {"rewrite": "unconditional"}),
+    "ragged": ((13, 25), 3, 3, torch.float32, "channels_last", STRIDED, True, {}),
+    "paper": ((13, 25), 1, 4, torch.float32, "contiguous", 5.0, True, {"fidelity": "paper", "blur_sigma": 0.0}),
+    "cells-of-three": ((7, 10), 2, 1, torch.float32, "contiguous", torch.tensor(5.0).expand(2), False, {"cell": 3}),
+}
+
+
+def random_inputs(rng, latent, batch, channels, dtype, layout, masked, cell=4):
+    """Positional arguments but for the scale, and the token mask. Every tensor but a sliced one has exact storage."""
+    h, w = (-(-length // cell) for length in latent)
+    sizes = [(h, w), (h, w), (-(-h // 2), -(-w // 2))]
+    maps = [torch.randn(batch, TOKENS, lh * lw, generator=rng).softmax(1) for lh, lw in sizes]
+    starts = [torch.rand(batch, lh * lw, generator=rng) for lh, lw in sizes]
+    u, c = (torch.randn(batch, channels, *latent, generator=rng).to(dtype) for _ in range(2))
+    mask = torch.rand(batch, TOKENS, generator=rng) < 0.5 if masked else None
+    return (maps, starts, sizes, (h, w), as_layout(u, layout), as_layout(c, layout)), mask
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("rewrite", ["guided", "unconditional"])
-def test_one_launch_gives_what_two_give(rng, arch, rewrite):
-    batch, tokens = 2, 11
-    maps = [torch.randn(batch, tokens, h * w, generator=rng).softmax(1) for h, w in SIZES]
-    starts = [torch.rand(batch, h * w, generator=rng) for h, w in SIZES]
-    u, c = (torch.randn(batch, 4, 23, 28, generator=rng).half() for _ in range(2))
-    scale = torch.tensor([7.5, 4.0])
-    flat = [length for size in SIZES for length in size]
-    (result, rate, ids, foreground), launches = run(
-        arch,
-        lambda: KERNELS["segment_and_guide"](
-            maps, starts, flat, None, u, c, scale, 4, 0.8, 3.0, 15.0, 0.5, "official", rewrite
-        ),
-    )
+@pytest.mark.parametrize(
+    ("latent", "batch", "channels", "dtype", "layout", "scale", "masked", "options"), **by_name(CASES)
+)
+def test_one_launch_gives_what_two_give(rng, arch, latent, batch, channels, dtype, layout, scale, masked, options):
+    inputs, mask = random_inputs(rng, latent, batch, channels, dtype, layout, masked, options.get("cell", 4))
+    call = {**options, "token_mask": mask, "backend": "triton"}
+    (result, rate, ids, foreground), launches = run(arch, lambda: segment_and_guide(*inputs, scale, **call))
     assert len(launches) == 1
 
     def two_launches():
-        regions = segment(maps, starts, SIZES, (6, 7), backend="triton")
-        guided = guide(u, c, *regions, scale, num_tokens=tokens, rewrite=rewrite, backend="triton")
-        return (*guided, *regions)
+        *maps, u, c = inputs
+        sigma = {"blur_sigma": options.get("blur_sigma", 0.5)}
+        regions = segment(*maps, **sigma, token_mask=mask, backend="triton")
+        return (*guide(u, c, *regions, scale, num_tokens=TOKENS, **options, backend="triton"), *regions)
 
     (result2, rate2, ids2, foreground2), launches = run(arch, two_launches)
     assert len(launches) == 2
     assert torch.equal(ids, ids2) and torch.equal(foreground, foreground2)
     # Sums over cells may run in another order in another kernel.
     torch.testing.assert_close(rate, rate2, rtol=1e-6, atol=0)
-    torch.testing.assert_close(result, result2, rtol=2e-3, atol=2e-3)
+    precision = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(result, result2, rtol=precision, atol=precision)
+    assert result.stride() == result2.stride()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_nothing_beside_a_tensor_is_touched(rng, arch, batch):
+    """Without guard zones every tensor ends where its storage ends, so that one byte too far is an error.
+
+    7 x 4 cells in blocks of 64, 11 tokens in blocks of 16 and 325 pixels in blocks of 1024 leave idle lanes
+    everywhere; without the masks of its loads, or of its stores, the program leaves a tensor.
+    """
+    inputs, mask = random_inputs(rng, (13, 25), batch, 4, torch.float32, "contiguous", masked=True)
+    scale = torch.tensor(7.5).expand(batch)  # storage of one element
+
+    def call():
+        return segment_and_guide(*inputs, scale, token_mask=mask, backend="triton")
+
+    with simulated(arch) as simulation:
+        exact = call()
+    guarded, _ = run(arch, call)
+    assert all(torch.equal(x, y) for x, y in zip(exact, guarded, strict=True)), "poison reached a result"
+    mutants = list(without_masks(simulation.launches[0].ptx))
+    assert len(mutants) == 2
+    for mutant in mutants:
+        with simulated(arch, rewrite=lambda _, ptx=mutant.ptx: ptx), pytest.raises(SimError, match="out of bounds"):
+            call()

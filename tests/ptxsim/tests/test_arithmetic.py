@@ -18,7 +18,7 @@ F32 = np.concatenate([RNG.standard_normal(24) * 10, [0.0, -0.0, np.inf, -np.inf,
     np.float32
 )
 G32 = np.concatenate([RNG.standard_normal(24), [1.0, -0.0, 2.0, np.inf, 1.0, 1.0, 3e38, -0.5]]).astype(np.float32)
-NAMES = {"s32": (S32, T32), "s64": (S64, T64)}
+NAMES = {"s16": (S32.astype(np.int16), T32.astype(np.int16)), "s32": (S32, T32), "s64": (S64, T64)}
 
 
 def exact(values: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def truncated(a: int, b: int) -> int:
     return -1 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64"])
 @pytest.mark.parametrize(
     ("opcode", "function"),
     [

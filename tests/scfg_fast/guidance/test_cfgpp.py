@@ -70,6 +70,7 @@ def test_lam_zero_is_unconditional_and_the_last_step_of_lam_one_is_conditional()
     assert step_weight(0.0, 2.0, 1.5) == 0.0
     assert step_weight(1.0, 0.03, 0.0) == 1.0
     assert step_weight(0.6, 0.03, 0.03) == 0.6
+    assert step_weight(0.6, float("inf"), 20.0) == 0.6
 
 
 @pytest.mark.parametrize("steps, ratio", [(10, 2.9), (20, 5.1), (50, 12.0), (100, 23.6)])
@@ -91,7 +92,7 @@ def test_levels_of_ddim_are_those_of_its_own_step() -> None:
 
 
 def test_lam_and_mean_weight_are_inverse() -> None:
-    scheduler = DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     lam = lam_for_mean_weight(7.5, scheduler, 50)
     assert lam == pytest.approx(7.5 / 12.0, abs=0.005)
     assert mean_weight_of(lam, sd_levels(50, set_alpha_to_one=False)) == pytest.approx(7.5)

@@ -101,6 +101,9 @@ def test_a_constant_is_the_guidance_scale() -> None:
 
 def test_a_table_is_resampled_and_a_function_is_called() -> None:
     assert weights(count=5, scale=2.0, shape=[0.0, 1.0], grid="inclusive") == [1.0, 1.25, 1.5, 1.75, 2.0]
+    assert weights(count=4, scale=2.0, shape=[0.0, 1.0]) == [1.0, 1.25, 1.75, 2.0]
+    for grid in ("midpoint", "left", "inclusive"):
+        assert weights(count=4, scale=2.0, shape=[0.0, 1.0, 1.0, 0.0], grid=grid) == [1.0, 2.0, 2.0, 1.0]
     assert weights(count=3, scale=3.0, shape=[0.5]) == [2.0, 2.0, 2.0]
     assert weights(count=2, scale=2.0, shape=lambda tau: math.sqrt(tau)) == [1.5, 1.0 + math.sqrt(0.75)]
 
