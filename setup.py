@@ -12,6 +12,7 @@ TEST = [
     "pytest-benchmark>=4.0",
     "matplotlib>=3.8",
     "torchsde>=0.2.6",
+    "peft>=0.17",
     "psutil>=5.9",
     "sentencepiece>=0.2",  # diffusers hides Kolors without it
     "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of tests/ptxsim
