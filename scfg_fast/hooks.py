@@ -285,7 +285,8 @@ class GuidanceHook:
         if schedule is None:
             return scale
         if self._levels is None:
-            self._levels = _levels_from(context.scheduler, timestep) if schedule.needs_levels else ([], False)
+            found = step_levels(context.scheduler, timestep) if schedule.needs_levels else None
+            self._levels = found or ([], False)
         levels, flow = self._levels
         sigma, next_sigma = levels[self._step] if self._step < len(levels) else (None, None)
         weight = float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, flow)))
@@ -394,15 +395,6 @@ class GuidanceHook:
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs[name]
-
-
-def _levels_from(scheduler: Any, timestep: Any) -> tuple[list[tuple[float, float]], bool]:
-    """Noise levels from the step that starts at `timestep`: img2img begins later, a partial run ends earlier."""
-    levels, flow = step_levels(scheduler) or ([], False)
-    timesteps = scheduler.timesteps.tolist()
-    first = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-    nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - first))
-    return levels[nearest:], flow
 
 
 def batch_must_not_change(denoiser: torch.nn.Module) -> bool:

@@ -74,7 +74,7 @@ class Handle:
         self._captures = CaptureSet()
         self._regions: Regions | None = None
         self._config = SCFGConfig()
-        self.schedule: StepWeight | None = None
+        self._schedule: StepWeight | None = None
         self.on_regions: Callable[[int, Regions], None] | None = None
         self.strict = False
         self.stats = Stats()
@@ -86,6 +86,14 @@ class Handle:
     @config.setter
     def config(self, config: SCFGConfig) -> None:
         self._config = _checked(config)
+
+    @property
+    def schedule(self) -> StepWeight | None:
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: StepWeight | None) -> None:
+        self._schedule = _checked_schedule(schedule)
 
     @property
     def regions(self) -> Regions | None:
@@ -106,7 +114,7 @@ class Handle:
         original = self._original_class.__call__
         overrides = dict(overrides or {})
         enabled = overrides.pop("enabled", True)
-        schedule = overrides.pop("schedule", self.schedule)
+        schedule = _checked_schedule(overrides.pop("schedule", self.schedule))
         config = self.config.replace(**overrides) if overrides else self.config
         if not (self._enabled and enabled):
             self._regions, self.stats = None, Stats()
@@ -184,6 +192,15 @@ def _checked(config: Any) -> SCFGConfig:
     return config
 
 
+def _checked_schedule(schedule: Any) -> StepWeight | None:
+    if schedule is not None and (isinstance(schedule, type) or not isinstance(schedule, StepWeight)):
+        raise TypeError(
+            f"scfg_fast: schedule must be a rule of scfg_fast.guidance or None, got {schedule!r}; write for example "
+            "WeightSchedule('linear')"
+        )
+    return schedule
+
+
 def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Support:
     """Whether `enable(pipe, config)` will work, with every reason if not. Changes nothing.
 
@@ -246,7 +263,7 @@ def enable(
     Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule` or any `SCFGConfig` field
     may be overridden the same way.
     """
-    config = config or SCFGConfig()
+    config, schedule = config or SCFGConfig(), _checked_schedule(schedule)
     support = supports(pipe, config)
     if not support.supported:
         raise UnsupportedPipelineError(f"scfg_fast.enable: {'; '.join(support.reasons)}")

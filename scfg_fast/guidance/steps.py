@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Step:
     flow: bool = False
 
 
+@runtime_checkable
 class StepWeight(Protocol):
     """A rule for the weight w >= 0 of a step: guided = uncond + w (cond - uncond).
 
@@ -53,38 +55,42 @@ class StepWeight(Protocol):
         ...
 
 
-def step_levels(scheduler: Any) -> tuple[list[tuple[float, float]], bool] | None:
+def step_levels(scheduler: Any, start: Any = None) -> tuple[list[tuple[float, float]], bool] | None:
     """(level of the input, level the step leads to) of each step, and whether they are flow times.
 
+    Reads the scheduler's tables back from the device: for once per call, before its first step.
+
     Args:
-        scheduler: a diffusers scheduler whose `set_timesteps` has run. Reads its tables back from the device.
+        scheduler: a diffusers scheduler whose `set_timesteps` has run.
+        start: the timestep that the run begins with, a number or a tensor; img2img begins later than the scheduler.
+            None for the scheduler's first.
 
     Returns:
-        N pairs, or None for a scheduler that publishes neither `sigmas` nor `alphas_cumprod`, or in an unknown layout.
-        The level of pure noise (abar = 0, zero terminal SNR) is inf.
+        One pair per step from `start` on, or None for a scheduler that publishes neither `sigmas` nor `alphas_cumprod`,
+        or in an unknown layout. The level of pure noise (abar = 0, zero terminal SNR) is inf.
     """
     flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
+    timesteps = scheduler.timesteps.tolist()
+    first = 0
+    if start is not None:
+        begin = float(torch.as_tensor(start).flatten()[0])
+        first = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - begin))
     sigmas = getattr(scheduler, "sigmas", None)
-    count = len(scheduler.timesteps)
-    if sigmas is not None and len(sigmas) == count + 1:
-        return list(itertools.pairwise(sigmas.tolist())), flow
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
+        return list(itertools.pairwise(sigmas.tolist()))[first:], flow
     if getattr(scheduler, "alphas_cumprod", None) is None or flow:
         return None
     levels = [_sigma(alpha_bar) for alpha_bar in scheduler.alphas_cumprod.tolist()]
     final = _sigma(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
-    timesteps = [int(t) for t in scheduler.timesteps.tolist()]
+    timesteps = [int(t) for t in timesteps]
     if type(scheduler).__name__.startswith("DDIM"):  # its step goes to t - T // N, wherever the next timestep lies
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         following = [t - stride for t in timesteps]
     else:
         following = [*timesteps[1:], -1]
-    return [(levels[t], levels[n] if n >= 0 else final) for t, n in zip(timesteps, following, strict=True)], flow
+    pairs = [(levels[t], levels[n] if n >= 0 else final) for t, n in zip(timesteps, following, strict=True)]
+    return pairs[first:], flow
 
 
 def _sigma(alpha_bar: float) -> float:
     return ((1.0 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0.0 else math.inf
-
-
-def mean_weight(rule: StepWeight, steps: Sequence[Step]) -> float:
-    """Mean weight over the steps of a call, the dose that comparisons must match."""
-    return sum(rule.weight(step) for step in steps) / len(steps)

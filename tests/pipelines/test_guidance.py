@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -294,6 +295,19 @@ def test_where_the_identity_does_not_hold_cfgpp_is_refused(scheduler, options, m
     with pytest.raises(ValueError, match=message):
         run(pipe, **options)
     assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+@pytest.mark.parametrize("schedule", ["linear", 0.6, WeightSchedule])
+def test_a_schedule_of_another_type_is_refused_where_it_is_given(schedule) -> None:
+    pipe = tiny_sd_pipeline()
+    with pytest.raises(TypeError, match="schedule must be a rule"):
+        scfg_fast.enable(pipe, schedule=schedule)
+    assert "scfg_kwargs" not in str(inspect.signature(type(pipe).__call__)), "half enabled"
+    handle = scfg_fast.enable(pipe)
+    with pytest.raises(TypeError, match="schedule must be a rule"):
+        handle.schedule = schedule
+    with pytest.raises(TypeError, match="schedule must be a rule"):
+        run(pipe, scfg_kwargs={"schedule": schedule})
 
 
 def test_per_call_and_disabled() -> None:
