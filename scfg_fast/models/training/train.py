@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from scfg_fast.models.training.tokenizer import load_tokenizer
 HELD_OUT = 256
 """The last rows of every cache are never trained on."""
 
+TIMESTEP_LOGIT = (0.3, 1.2)
+"""Mean and standard deviation of logit(t / 1000) under ``timesteps="logit-normal"``."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -57,6 +60,10 @@ class TrainConfig:
         ema: decay of the moving average of the weights.
         token_weight: weight of the token loss.
         caption_dropout: share of captions replaced by the empty one, which guidance needs.
+        timesteps: "uniform", or "logit-normal": more of the steps at which shapes are decided and fewer of both ends,
+            the logit-normal density of Esser et al. 2024 (arXiv:2403.03206, section 3.1) with :data:`TIMESTEP_LOGIT`.
+        focus: words; a scene whose caption holds one of them is drawn ``focus_weight`` times as often as another.
+        focus_weight: see ``focus``.
         seed: of initial weights, batches, noise and dropout.
     """
 
@@ -67,6 +74,9 @@ class TrainConfig:
     ema: float = 0.995
     token_weight: float = 0.1
     caption_dropout: float = 0.1
+    timesteps: str = "uniform"
+    focus: tuple[str, ...] = ()
+    focus_weight: float = 3.0
     seed: int = 0
 
 
@@ -79,6 +89,10 @@ class Trainer:
         empty: the token ids of the empty caption.
         config: see :class:`TrainConfig`.
         rank, ranks: this process and their number.
+        focus: the token ids of ``config.focus``.
+
+    Raises:
+        ValueError: for an unknown ``optimizer`` or ``timesteps``.
     """
 
     def __init__(
@@ -89,10 +103,14 @@ class Trainer:
         config: TrainConfig,
         rank: int = 0,
         ranks: int = 1,
+        focus: tuple[int, ...] = (),
     ) -> None:
+        if config.timesteps not in ("uniform", "logit-normal"):
+            raise ValueError(f"timesteps must be 'uniform' or 'logit-normal', not {config.timesteps!r}")
         self.unet, self.text_encoder, self.config = unet, text_encoder, config
         self.rank, self.ranks = rank, ranks
         self._empty = torch.tensor(empty)
+        self._focus = np.array(focus)
         self._recorder = CrossAttentionRecorder()
         self._recorder.install(unet)
         self._alphas = build_scheduler().alphas_cumprod
@@ -129,14 +147,17 @@ class Trainer:
         """
         config = self.config
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + self.step) * 64 + self.rank)
-        rows = torch.randint(len(cache) - HELD_OUT, (config.batch,), generator=generator)
-        batch = cache.batch(rows.numpy())
+        batch = cache.batch(self._draw_rows(cache, generator))
         dropped = torch.rand(config.batch, generator=generator) < config.caption_dropout
         tokens = torch.where(dropped[:, None], self._empty, batch["tokens"])
         # Stratified steps: the batch covers the whole range evenly, which takes variance out of the loss.
         strata = (torch.arange(config.batch) * self.ranks + self.rank) / (config.batch * self.ranks)
         jitter = torch.rand(config.batch, generator=generator) / (config.batch * self.ranks)
-        steps = ((strata + jitter) * 1000).long().clamp(max=999)
+        time = strata + jitter
+        if config.timesteps == "logit-normal":
+            mean, deviation = TIMESTEP_LOGIT
+            time = torch.sigmoid(mean + deviation * torch.special.ndtri(time))
+        steps = (time * 1000).long().clamp(max=999)
         noise = torch.randn(batch["latents"].shape, generator=generator)
         loss, attention = self._losses(batch, tokens, ~dropped, steps, noise)
         (loss + config.token_weight * attention).backward()
@@ -154,6 +175,17 @@ class Trainer:
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self._parameters], 1.0 - decay)
         return {"loss": mean_loss, "token": token, "gradient_norm": norm.item(), "lr": rate, "extra": means}
+
+    def _draw_rows(self, cache: LatentCache, generator: torch.Generator) -> np.ndarray:
+        """Rows of the next batch, with replacement. Under ``focus``, scenes without its words are thinned out."""
+        config = self.config
+        candidates = math.ceil(8 * config.focus_weight) * config.batch if len(self._focus) else config.batch
+        rows = torch.randint(len(cache) - HELD_OUT, (candidates,), generator=generator).numpy()
+        if not len(self._focus):
+            return rows
+        wanted = np.isin(cache.tokens[rows], self._focus).any(1)
+        kept = wanted | (torch.rand(candidates, generator=generator).numpy() < 1.0 / config.focus_weight)
+        return np.concatenate([rows[kept], rows[~kept]])[: config.batch]
 
     def _losses(
         self,
@@ -267,8 +299,11 @@ def _train(rank: int, ranks: int, args: argparse.Namespace, config: TrainConfig)
     cache = open_cache(args.data, args.layout)
     tokenizer = load_tokenizer(Path(args.data) / "tokenizer")
     torch.manual_seed(config.seed)
+    focus = tuple(cast(list[int], tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in config.focus])))
+    if tokenizer.unk_token_id in focus:
+        raise ValueError(f"--focus takes words of the vocabulary, not {' '.join(config.focus)}")
     trainer = Trainer(
-        build_unet(), build_text_encoder(tokenizer), encode_captions(tokenizer, [""])[0], config, rank, ranks
+        build_unet(), build_text_encoder(tokenizer), encode_captions(tokenizer, [""])[0], config, rank, ranks, focus
     )
     progress: dict[str, dict[str, float]] = {}
     if args.resume:
@@ -356,6 +391,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up for a new layout")
     parser.add_argument("--ema", type=float, default=defaults.ema)
     parser.add_argument("--token-weight", type=float, default=defaults.token_weight)
+    parser.add_argument("--timesteps", choices=("uniform", "logit-normal"), default=defaults.timesteps)
+    parser.add_argument("--focus", nargs="+", default=[], metavar="WORD", help="words whose scenes come more often")
+    parser.add_argument("--focus-weight", type=float, default=defaults.focus_weight, help="this many times as often")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args(argv)
     config = TrainConfig(
@@ -365,6 +403,9 @@ def main(argv: list[str] | None = None) -> None:
         warmup=args.warmup,
         ema=args.ema,
         token_weight=args.token_weight,
+        timesteps=args.timesteps,
+        focus=tuple(args.focus),
+        focus_weight=args.focus_weight,
         seed=args.seed,
     )
     launch(_train, args.ranks, args, config)

@@ -29,12 +29,11 @@ def cache(renderer, tokenizer):
     return LatentCache(latents, np.array(ids, np.int16)[rows % 2], masks[rows % 2], np.array(slots)[rows % 2], 1.0)
 
 
-def _trainer(tokenizer, **config):
+def _trainer(tokenizer, focus=(), **config):
     torch.manual_seed(0)
     empty = encode_captions(tokenizer, [""])[0]
-    return Trainer(
-        build_unet((8, 8, 16, 16)), build_text_encoder(tokenizer, layers=1), empty, TrainConfig(batch=2, **config)
-    )
+    unet, text_encoder = build_unet((8, 8, 16, 16)), build_text_encoder(tokenizer, layers=1)
+    return Trainer(unet, text_encoder, empty, TrainConfig(batch=2, **config), focus=focus)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -129,3 +128,32 @@ def test_a_failed_write_leaves_the_old_artefact(tmp_path):
         folder.mkdir()
         (folder / "weights").write_text("new")
     assert (target / "weights").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_focus_draws_scenes_of_its_words_that_many_times_as_often(tokenizer, cache):
+    scenes_differ = cache.tokens[0] != cache.tokens[1]
+    word = int(cache.tokens[0][scenes_differ][0])
+    assert word not in cache.tokens[1]
+    trainer = _trainer(tokenizer, focus=(word,), focus_weight=4.0)
+    generator = torch.Generator().manual_seed(0)
+    rows = np.concatenate([trainer._draw_rows(cache, generator) for _ in range(600)])
+    assert rows.max() < len(cache) - HELD_OUT
+    assert np.mean(rows % 2 == 0) == pytest.approx(0.8, abs=0.04)
+
+
+def test_logit_normal_timesteps_leave_the_ends_thin(tokenizer, cache, monkeypatch):
+    trainer, seen = _trainer(tokenizer, timesteps="logit-normal"), []
+    inner = trainer._losses
+    monkeypatch.setattr(trainer, "_losses", lambda b, t, c, steps, n: seen.append(steps) or inner(b, t, c, steps, n))
+    for _ in range(40):
+        trainer.update(cache)
+    steps = torch.cat(seen).double()
+    assert steps.min() >= 0 and steps.max() <= 999
+    # sigmoid(0.3) = 0.574 is the median; the outer tenths hold 1.8 % and 5.7 % of the mass.
+    assert steps.median() == pytest.approx(574, abs=60)
+    assert (steps < 100).double().mean() < 0.05
+
+
+def test_an_unknown_distribution_of_timesteps_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'uniform' or 'logit-normal', not 'cosine'"):
+        _trainer(tokenizer, timesteps="cosine")
