@@ -35,7 +35,7 @@ setup(
     ],
     # kernels/ is a source root, like src/: it must never become an importable package itself (see docs/design.md).
     package_dir={"scfg_fast": "scfg_fast", "scfg_kernels": "kernels/scfg_kernels"},
-    package_data={"scfg_fast.models": ["scenes256/*", "scenes256/*/*"]},
+    package_data={"scfg_fast.models": ["scenes256/*", "scenes256/*/*", "classifier/*"]},
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42",

@@ -24,7 +24,9 @@ from scfg_kernels.attention_map import _attention_map
 from scfg_kernels.complete import _complete
 from scfg_kernels.cross_attention_map import _cross_attention_map
 from scfg_kernels.guide import _guide
+from scfg_kernels.guide_pixels import _guide_pixels
 from scfg_kernels.segment import _segment
+from scfg_kernels.segment_and_guide import _segment_and_guide
 from scfg_kernels.self_attention_map import _self_attention_map
 from torch._C import DispatchKey
 from torch.profiler import ProfilerActivity, profile
@@ -42,6 +44,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         "complete": _complete,
         "segment": _segment,
         "guide": _guide,
+        "guide_pixels": _guide_pixels,
+        "segment_and_guide": _segment_and_guide,
     }.items()
 }
 

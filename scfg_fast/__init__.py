@@ -18,6 +18,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .config import SCFGConfig
     from .hooks import SCFGError, SCFGWarning, Stats
+    from .inversion import invert
     from .models import bundled_model_path
     from .patch import Handle, Support, UnsupportedPipelineError, disable, disabled, enable, supports
     from .regions import Regions
@@ -35,6 +36,7 @@ _HOME = {
     "disable": "patch",
     "disabled": "patch",
     "enable": "patch",
+    "invert": "inversion",
     "supports": "patch",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "disable",
     "disabled",
     "enable",
+    "invert",
     "supports",
 ]
 

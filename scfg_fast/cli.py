@@ -40,12 +40,12 @@ BUNDLED = "bundled"
 BUNDLED_DEFAULTS = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 GUIDANCE_NAMES = {"scfg": "S-CFG", "cfg": "CFG"}
-RATE_METHODS = ("cfg", "scfg", "paper")
+RATE_METHODS = ("cfg", "scfg", "paper", "pixels")
 WEIGHT_METHODS = (
     "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "clamp-linear", "clamp-cosine", "power-cosine",
     "interval", "cfgpp",
 )  # fmt: skip
-METHODS = (*RATE_METHODS, *WEIGHT_METHODS)
+METHODS = (*RATE_METHODS, *WEIGHT_METHODS, "characteristic")
 
 _EXAMPLES = """examples:
   scfg-fast generate "a red apple left of a blue car"
@@ -729,31 +729,35 @@ def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 1
 
 
 def _method(text: str) -> tuple[str, ...]:
-    """A column of `compare`: one or two of `METHODS`, joined by +."""
+    """A column of `compare`: some of `METHODS`, joined by +, at most one of a kind."""
     parts = tuple(text.lower().split("+"))
     unknown = [part for part in parts if part not in METHODS]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use {', '.join(METHODS)}")
-    rates = [part for part in parts if part in RATE_METHODS]
-    if len(rates) > 1 or len(parts) - len(rates) > 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: at most one of {', '.join(RATE_METHODS)} and one of {', '.join(WEIGHT_METHODS)}"
-        )
+    for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
+        if sum(part in kind for part in parts) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: at most one of {', '.join(kind)}")
     return parts
 
 
 def _set_method(session: Session, handle: Any, parts: tuple[str, ...], values: dict[str, Any], config: Any) -> str:
     """Configure the pipeline for one column; returns its caption."""
-    from .config import PAPER, SCFGConfig
-    from .guidance import CFGPlusPlus, WeightSchedule
+    from .config import PAPER, PIXELS, SCFGConfig
+    from .guidance import CFGPlusPlus, CharacteristicGuidance, WeightSchedule
     from .guidance.cfgpp import lam_for_mean_weight
 
     names = []
-    handle.config, handle.schedule = SCFGConfig(rates="none"), None
+    handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
     for part in parts:
         if part in ("scfg", "paper"):
             handle.config = config if part == "scfg" else config.replace(**PAPER)
             names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))
+        elif part == "pixels":
+            handle.config = config.replace(**PIXELS)
+            names.append("per pixel")
+        elif part == "characteristic":
+            handle.characteristic = CharacteristicGuidance()
+            names.append("characteristic")
         elif part == "cfgpp":
             # The strength whose mean weight over these steps is the guidance scale: columns of equal dose.
             scale, steps = values["guidance_scale"], values["num_inference_steps"]
@@ -792,7 +796,7 @@ def _compare(args: argparse.Namespace) -> int:
         steps.clear()
         for parts in methods:
             label = _set_method(session, handle, parts, values, config)
-            if handle.config.rates != "none":
+            if handle.config.rates == "regions":
                 steps.clear()
             if args.methods:  # first calls load and compile: not what is timed
                 kept = list(steps)
@@ -806,7 +810,7 @@ def _compare(args: argparse.Namespace) -> int:
             captions[-1].append(
                 f"{label}: mean {handle.stats.mean_weight:.1f}, {took:.1f} s" if args.methods else label
             )
-            if steps and handle.config.rates != "none":
+            if steps and handle.config.rates == "regions":
                 regions_of = image
         if steps:
             middle = steps[len(steps) // 2].cpu()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 CONFIG_NAME = "scfg_config.json"
-_RATES = ("regions", "none")
+_RATES = ("regions", "pixels", "none")
 _FIDELITIES = ("official", "paper")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
@@ -19,14 +19,17 @@ _BACKENDS = ("auto", "triton", "torch")
 PAPER: dict[str, Any] = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
 """What the published equations change; see `SCFGConfig.paper`."""
 
+PIXELS: dict[str, Any] = dict(rates="pixels", rate_min=5.0 / 7.5, rate_max=12.0 / 7.5)
+"""The per-pixel rule with the published range; see `SCFGConfig.pixels`."""
+
 
 @dataclass(frozen=True)
 class SCFGConfig:
     """Parameters of semantic-aware classifier-free guidance. Immutable; use `replace` for a changed copy.
 
     Args:
-        rates: `"regions"` for S-CFG, or `"none"` for one weight over the whole image: nothing is captured, and a
-            schedule alone is at work.
+        rates: `"regions"` for S-CFG; `"pixels"` for the attention-free rule (see `pixels`); or `"none"` for one weight
+            over the whole image. Only `"regions"` captures anything.
         fidelity: `"official"` reproduces the published code, `"paper"` the published equations (see `paper`).
         cell: latent pixels per side of one cell of the region mask (R in the code).
         levels: downsampling factors of the attention layers to capture, or `"auto"`: `cell` and `2 * cell`, as far as
@@ -36,10 +39,10 @@ class SCFGConfig:
         powers: R of the completion, (S + (R-1) S S)/R in `"official"`, mean of S^1..S^R in `"paper"`.
         blur_sigma: 3x3 smoothing of the maps and of the rate; acts as sigma * sqrt(2), as the published code does. 0
             for none.
-        rate_min: lower clamp of a region's rate; None for no bound.
-        rate_max: upper clamp of a region's rate; None for no bound.
-        max_scale: upper bound of rate * guidance_scale, applied last, so it wins over `rate_min`; None for no bound. At
-            a guidance_scale of max_scale / rate_min or more every rate is max_scale / guidance_scale.
+        rate_min: lower clamp of a region's rate; None for no bound. With `"pixels"`, the rate of the strongest pixel.
+        rate_max: upper clamp of a region's rate; None for no bound. With `"pixels"`, the rate of the weakest pixel.
+        max_scale: upper bound of a region's rate * guidance_scale, applied last, so it wins over `rate_min`; None for
+            no bound. At a guidance_scale of max_scale / rate_min or more every rate is max_scale / guidance_scale.
         start: fraction of the steps after which S-CFG begins; before it, plain guidance.
         stop: fraction of the steps at which it ends.
         reuse_every: find the regions at every n-th guided step and reuse them in between; the rates follow every step.
@@ -114,6 +117,8 @@ class SCFGConfig:
                 yield f"{name} must be a number of at least 0, or None for no bound, got {value!r}"
         if _is_number(self.rate_min) and _is_number(self.rate_max) and self.rate_min > self.rate_max:
             yield f"rate_min must not exceed rate_max, got {self.rate_min} and {self.rate_max}"
+        if self.rates == "pixels" and None in (self.rate_min, self.rate_max):
+            yield "rates='pixels' needs both rate_min and rate_max, the ends of its range"
         if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start <= self.stop <= 1.0):
             yield f"start and stop must satisfy 0 <= start <= stop <= 1, got {self.start!r} and {self.stop!r}"
 
@@ -133,6 +138,16 @@ class SCFGConfig:
         those of the code.
         """
         return cls(**{**PAPER, **overrides})
+
+    @classmethod
+    def pixels(cls, **overrides: Any) -> SCFGConfig:
+        """The attention-free per-pixel rule of SAMG (arXiv 2604.26503), with `overrides`.
+
+        The rate falls linearly with the energy of the guidance, mean over channels of (cond - uncond)^2, normalised to
+        [0, 1] in each image: `rate_max` where it is least, `rate_min` where it is greatest. The range is the published
+        one, scales 5 to 12 at a guidance_scale of 7.5 (SD 1.5 and SDXL).
+        """
+        return cls(**{**PIXELS, **overrides})
 
     def replace(self, **changes: Any) -> SCFGConfig:
         """A copy with `changes`. Raises ValueError for a name that is not a parameter."""

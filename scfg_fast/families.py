@@ -8,6 +8,7 @@ guidance), and in what an empty negative prompt becomes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import SCFGConfig
+from .guidance.characteristic import CharacteristicGuidance
+from .guidance.loss import LossGuidance
+from .guidance.predictions import PREDICTION_TYPES
 from .guidance.steps import StepWeight
 from .hooks import CallContext
 
@@ -91,7 +95,12 @@ def tokenizer_of(pipe: DiffusionPipeline) -> Any:
 
 
 def read_call(
-    pipe: Any, arguments: dict[str, Any], config: SCFGConfig, schedule: StepWeight | None = None
+    pipe: Any,
+    arguments: dict[str, Any],
+    config: SCFGConfig,
+    schedule: StepWeight | None = None,
+    characteristic: CharacteristicGuidance | None = None,
+    loss: LossGuidance | None = None,
 ) -> CallContext | None:
     """What the hooks must know about one call.
 
@@ -100,13 +109,14 @@ def read_call(
         arguments: of its `__call__`, bound, with defaults.
         config: the configuration of this call.
         schedule: weight of each step, or None for `guidance_scale`.
+        characteristic, loss: settings of Characteristic Guidance and of loss guidance, or None.
 
     Returns:
         The context, or None if the call names no prompt (the pipeline's own check will say so).
 
     Raises:
         ValueError: `tokens="words"` without the prompt's text or without a tokenizer; or the schedule does not work
-            with this scheduler or with `eta`.
+            with this scheduler or with `eta`; or methods are combined that do not go together.
     """
     prompt = arguments.get("prompt")
     embeds: Any = arguments.get("prompt_embeds")
@@ -120,6 +130,7 @@ def read_call(
         return None
     if schedule is not None:
         schedule.check(pipe.scheduler, eta=float(arguments.get("eta") or 0.0))
+    _check_corrections(pipe, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or 1
     samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
     mask = None
@@ -144,7 +155,86 @@ def read_call(
         token_mask=mask,
         schedule=schedule,
         scheduler=pipe.scheduler,
+        characteristic=characteristic,
+        loss=loss,
+        decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
     )
+
+
+def _check_corrections(
+    pipe: Any,
+    arguments: dict[str, Any],
+    schedule: StepWeight | None,
+    characteristic: CharacteristicGuidance | None,
+    loss: LossGuidance | None,
+) -> None:
+    """Refuse what Characteristic Guidance, loss guidance and CFG++ in multistep solvers do not go with."""
+    scheduler = pipe.scheduler
+    name = type(scheduler).__name__
+    renoises = bool(getattr(schedule, "renoises", lambda _: False)(scheduler))
+    wanted = [
+        what
+        for what, there in (
+            ("Characteristic Guidance", characteristic is not None),
+            ("loss guidance", loss is not None),
+            (f"CFG++ in {name}", renoises),
+        )
+        if there
+    ]
+    if not wanted:
+        return
+    reasons = []
+    what = " and ".join(wanted)
+    if characteristic is not None and (loss is not None or renoises):
+        reasons.append("an implicit solution has no gradient and no unconditional part here; use one at a time")
+    if float(arguments.get("pag_scale") or 0.0) > 0.0:
+        reasons.append("perturbed-attention guidance adds a third prediction; set pag_scale=0")
+    if "FlowMatch" in name or name.startswith("EDM") or scheduler.config.get("use_flow_sigmas", False):
+        reasons.append(f"{name} is not a variance-preserving or -exploding scheduler; use DDIMScheduler, for example")
+    elif scheduler.config.get("prediction_type") not in PREDICTION_TYPES:
+        reasons.append(f"{name} predicts {scheduler.config.get('prediction_type')!r}, known are {PREDICTION_TYPES}")
+    if loss is not None and getattr(scheduler, "order", 1) > 1:
+        reasons.append(f"{name} takes two stages per step and would discard the correction; use DDIMScheduler")
+    if loss is not None and _weights_move(pipe.unet):
+        reasons.append(
+            "the denoiser is offloaded layer by layer, and its backward pass needs all weights; use "
+            "enable_model_cpu_offload()"
+        )
+    vae = getattr(pipe, "vae", None)
+    if loss is not None and loss.space == "pixels":
+        if vae is None:
+            reasons.append("the pipeline has no vae to decode with; use space='latents'")
+        elif getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
+            reasons.append("this vae overflows in fp16; use space='latents' or a vae made for fp16")
+    if reasons:
+        raise ValueError(f"scfg_fast: {what}: {'; '.join(reasons)}")
+
+
+def _weights_move(denoiser: torch.nn.Module) -> bool:
+    """Whether layers of the denoiser leave the device after their forward pass (sequential or group offloading)."""
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and "group_offloading" in registry.hooks:
+            return True
+        if module is not denoiser and getattr(vars(module).get("_hf_hook"), "offload", False):
+            return True
+    return False
+
+
+def _decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x0 in latents [B, C, H, W] -> pictures [B, 3, 8H, 8W] in about [0, 1], unclamped and differentiable."""
+    vae = pipe.vae
+    mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        scaled = latents / vae.config.scaling_factor
+        if mean is not None and deviation is not None:
+            shape = (1, -1, 1, 1)
+            scaled = scaled * scaled.new_tensor(deviation).view(shape) + scaled.new_tensor(mean).view(shape)
+        scaled = scaled + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2.0 + 0.5
+
+    return decode
 
 
 def _guidance_rescale(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> float:

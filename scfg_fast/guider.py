@@ -22,12 +22,13 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.models import UNet2DConditionModel
 
 from .capture import StepMaps
 from .config import SCFGConfig
-from .hooks import RegionFinder, SCFGWarning, Segments, Stats
+from .guidance.steps import in_part
+from .hooks import RegionFinder, SCFGWarning, Segments, Stats, guide_by_pixel
 from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .processors import BatchLayout
 from .regions import Regions
@@ -149,28 +150,28 @@ class SCFGGuidance(ClassifierFreeGuidance):
         plain = config.rates == "none" or not self._is_cfg_enabled() or not self._in_window()
         if plain or pred_uncond is None:
             return super().forward(pred_cond, pred_uncond)
-        step_maps = self._take_maps(maps, pred_cond) if maps else None
-        if step_maps is None and self._finder.segments is None:
-            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
         dtype = torch.promote_types(pred_cond.dtype, torch.float32)
         weight = torch.full((), self.guidance_scale, dtype=dtype, device=pred_cond.device)
-        pred, rate = self._finder.guide(step_maps, pred_uncond, pred_cond, weight, "guided")
-        token_index, foreground, _ = cast(Segments, self._finder.segments)
-        self.regions = Regions(self._step, token_index, foreground, rate)
+        if config.rates == "pixels":
+            pred, _ = guide_by_pixel(config, pred_uncond, pred_cond, weight, rescale=self.guidance_rescale)
+        else:
+            step_maps = self._take_maps(maps, pred_cond) if maps else None
+            if step_maps is None and self._finder.segments is None:
+                raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+            pred, rate = self._finder.guide(step_maps, pred_uncond, pred_cond, weight, "guided", self.guidance_rescale)
+            token_index, foreground, _ = cast(Segments, self._finder.segments)
+            self.regions = Regions(self._step, token_index, foreground, rate)
         self._guided_steps += 1
         self.stats.steps_applied += 1
         self.stats.weights.append(float(self.guidance_scale))
-        if self.guidance_rescale > 0.0:
-            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _in_window(self) -> bool:
-        config, count = self.scfg_config, self._num_inference_steps or 1
-        return config.start * count - 1e-6 <= (self._step or 0) < config.stop * count - 1e-6
+        return in_part(self._step or 0, self._num_inference_steps or 1, self.scfg_config.start, self.scfg_config.stop)
 
     def _needs_maps(self) -> bool:
         """Whether this step needs maps."""
-        if not self._is_cfg_enabled() or not self._in_window() or self.scfg_config.rates == "none":
+        if not self._is_cfg_enabled() or not self._in_window() or self.scfg_config.rates != "regions":
             return False
         return self._finder.segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
 

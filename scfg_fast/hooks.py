@@ -11,6 +11,9 @@ of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read aga
 needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
 output object, untouched. No value is read back from the device in a step: all decisions rest on shapes and Python
 numbers. (A schedule that needs noise levels has the scheduler's tables read once, before the first step.)
+
+Characteristic Guidance solves for its prediction here, by further calls of the denoiser. What must see the sample too,
+loss guidance and CFG++ in a multistep solver, happens around the scheduler's step (`around_step`).
 """
 
 from __future__ import annotations
@@ -23,22 +26,20 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from scfg_kernels import guide, segment_and_guide
+from scfg_kernels import guide, guide_pixels, segment_and_guide
 
 from .capture import BlockInfo, CompletedMaps, StepMaps, collect
 from .config import SCFGConfig
-from .guidance.steps import Step, StepWeight, step_levels
+from .corrections import Convergence, Corrections, StepInputs, argument, second_half
+from .guidance.characteristic import CharacteristicGuidance
+from .guidance.loss import LossGuidance
+from .guidance.steps import Step, StepWeight, in_part, step_levels
 from .install import IN_USE, CapturedBlock
 from .processors import BatchLayout
 from .regions import Regions
 
 # Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
 MIN_SCALE_OF_REWRITE = 1.05
-
-
-def _whole(steps: float) -> int:
-    """The whole number of steps in a fraction of all: 0.57 * 100 is 56.99999999999999, and means 57."""
-    return int(steps + 1e-6)
 
 
 class SCFGWarning(UserWarning):
@@ -61,7 +62,10 @@ class Stats:
         steps_applied: denoising steps guided by S-CFG.
         steps_skipped: reason -> number of steps that were left to plain guidance.
         weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
-        samples: samples that the denoiser computed; a step whose weight is 1 needs half.
+        samples: samples that the denoiser computed; a step whose weight is 1 needs half, Characteristic and loss
+            guidance need more. A backward pass is not counted.
+        characteristic: one entry per step that Characteristic Guidance was solved in.
+        losses: [B] tensors, the loss at every evaluation of loss guidance in order; see `loss_curve`.
     """
 
     layers: tuple[str, ...] = ()
@@ -71,6 +75,13 @@ class Stats:
     steps_skipped: dict[str, int] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
     samples: int = 0
+    characteristic: list[Convergence] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def loss_curve(self) -> list[list[float]]:
+        """`losses` on the host: one list per evaluation with a number per image."""
+        return [loss.tolist() for loss in self.losses]
 
     @property
     def mean_weight(self) -> float:
@@ -94,6 +105,9 @@ class CallContext:
         token_mask: [samples, T] bool, which tokens may own regions, or None.
         schedule: rule for the weight of each step, or None for guidance_scale.
         scheduler: the pipeline's, whose noise levels the schedule may ask for.
+        characteristic: settings of Characteristic Guidance, or None.
+        loss: settings of loss guidance, or None.
+        decode: x0 [B, C, H, W] fp32 in latents -> pictures [B, 3, 8H, 8W] in about [0, 1]; for a loss in pixels.
     """
 
     samples: int
@@ -105,6 +119,9 @@ class CallContext:
     token_mask: torch.Tensor | None = None
     schedule: StepWeight | None = None
     scheduler: Any = None
+    characteristic: CharacteristicGuidance | None = None
+    loss: LossGuidance | None = None
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
@@ -145,13 +162,20 @@ class RegionFinder:
         return maps, maps.missing
 
     def guide(
-        self, maps: StepMaps | None, uncond: torch.Tensor, cond: torch.Tensor, weight: torch.Tensor, rewrite: str
+        self,
+        maps: StepMaps | None,
+        uncond: torch.Tensor,
+        cond: torch.Tensor,
+        weight: torch.Tensor,
+        rewrite: str,
+        rescale: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(result, rate) of `scfg_kernels.guide`, with regions from these maps or, without any, the regions before."""
         config = self._config
         options: dict[str, Any] = dict(
             cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
-            blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, backend=config.backend,
+            blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, rescale=rescale,
+            backend=config.backend,
         )  # fmt: skip
         if maps is not None:
             result, rate, token_index, foreground = segment_and_guide(
@@ -162,6 +186,21 @@ class RegionFinder:
             return result, rate
         token_index, foreground, num_tokens = cast(Segments, self.segments)
         return guide(uncond, cond, token_index, foreground, weight, num_tokens=num_tokens, **options)
+
+
+def guide_by_pixel(
+    config: SCFGConfig,
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    weight: torch.Tensor,
+    rewrite: str = "guided",
+    rescale: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, rate) of `scfg_kernels.guide_pixels` for `rates="pixels"`."""
+    low, high = cast(float, config.rate_min), cast(float, config.rate_max)
+    return guide_pixels(
+        uncond, cond, weight, rate_min=low, rate_max=high, rewrite=rewrite, rescale=rescale, backend=config.backend
+    )
 
 
 class GuidanceHook:
@@ -191,6 +230,10 @@ class GuidanceHook:
         self._half = False  # whether the conditional half alone was computed
         self._weight = 1.0
         self._levels: tuple[list[tuple[float, float]], bool] | None = None
+        self._sigmas: tuple[float, float] | None = None  # before and after this step, where something asks
+        self._flow = False
+        self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
+        self.corrections = Corrections(context, blocks, stats)
         self._finder = RegionFinder(config, context.token_mask)
         self._latent_size: tuple[int, int] = (0, 0)
         self._scale: tuple[float, torch.Tensor] | None = None
@@ -224,15 +267,18 @@ class GuidanceHook:
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
             raise RuntimeError(IN_USE)
-        sample = _argument(args, kwargs, 0, "sample")
+        if self.corrections.inside:
+            return None
+        sample = argument(args, kwargs, 0, "sample")
         self._step += 1
+        self._read_levels(argument(args, kwargs, 1, "timestep"))
         self._latent_size = tuple(sample.shape[-2:])
         self._blocked = self._reason_to_stay_out(sample)
         scale = self.context.guidance_scale()
-        self._weight = scale if self._blocked else self._step_weight(scale, _argument(args, kwargs, 1, "timestep"))
+        self._weight = scale if self._blocked else self._step_weight(scale)
         self._skip = self._blocked or self._reason_to_skip_regions()
         due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
-        self._capturing = self._skip is None and due
+        self._capturing = self._skip is None and due and self.config.rates == "regions"
         layout = BatchLayout(self.context.groups(), self.context.foreground)
         for block in self.blocks:
             block.own.active = block.cross.active = self._capturing
@@ -241,7 +287,7 @@ class GuidanceHook:
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
         self.stats.samples += sample.shape[0] // (2 if self._half else 1)
         if self._half:
-            return _second_half(args, sample.shape[0]), _second_half(kwargs, sample.shape[0])
+            return second_half(args, sample.shape[0]), second_half(kwargs, sample.shape[0])
         return None
 
     def _reason_to_stay_out(self, sample: torch.Tensor) -> str | None:
@@ -251,7 +297,7 @@ class GuidanceHook:
         """
         scale = self.context.guidance_scale()
         if not scale > 1.0:
-            if self._step > 0:
+            if self._step > 0 or self.context.loss is not None:
                 return "guidance is off"
             return self._complain("guidance is off: there is nothing to scale. Pass guidance_scale > 1.")
         groups = self.context.groups()
@@ -272,24 +318,29 @@ class GuidanceHook:
         config = self.config
         if config.rates == "none":
             return "rates='none'"
-        first, end = (_whole(fraction * self.context.num_steps()) for fraction in (config.start, config.stop))
-        if not first <= self._step < end:
+        if not in_part(self._step, self.context.num_steps(), config.start, config.stop):
             return f"outside start={config.start:g}, stop={config.stop:g}"
         if self._weight == 1.0:
             return "the schedule's weight is 1, the conditional prediction"
         return None
 
-    def _step_weight(self, scale: float, timestep: Any) -> float:
+    def _read_levels(self, timestep: Any) -> None:
+        """Noise levels of this step, if anything needs them; the scheduler's tables are read at the first."""
+        context = self.context
+        if self._levels is None:
+            scheduled = context.schedule is not None and context.schedule.needs_levels
+            needed = scheduled or self.corrections.needs_levels
+            self._levels = (step_levels(context.scheduler, timestep) if needed else None) or ([], False)
+        levels, self._flow = self._levels
+        self._sigmas = levels[self._step] if self._step < len(levels) else None
+
+    def _step_weight(self, scale: float) -> float:
         """The weight of this step, from the schedule if there is one."""
         schedule, context = self.context.schedule, self.context
         if schedule is None:
             return scale
-        if self._levels is None:
-            found = step_levels(context.scheduler, timestep) if schedule.needs_levels else None
-            self._levels = found or ([], False)
-        levels, flow = self._levels
-        sigma, next_sigma = levels[self._step] if self._step < len(levels) else (None, None)
-        weight = float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, flow)))
+        sigma, next_sigma = self._sigmas or (None, None)
+        weight = float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, self._flow)))
         if not 0.0 <= weight < float("inf"):
             raise ValueError(
                 f"scfg_fast: the schedule gives step {self._step} of {context.num_steps()} the weight {weight:g}; "
@@ -304,6 +355,7 @@ class GuidanceHook:
             self._blocked is None
             and self._weight == 1.0
             and self.context.groups() == 2
+            and not self.corrections.renoises
             and getattr(self.context.schedule, "half_batch", True)
             and not self._fixed_batch
             and not kwargs.get("cross_attention_kwargs")
@@ -323,28 +375,47 @@ class GuidanceHook:
         return message
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
+        corrections = self.corrections
+        if corrections.inside:
+            return None
         maps = self._take_maps() if self._capturing else None
-        if self._skip is None and maps is None and self._finder.segments is None:
+        if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
+        prediction = output[0]
+        self._rate = None
+        corrections.step = self._describe(module, args, kwargs, prediction) if corrections.needs_levels else None
+        shifted = self._is_to_be_shifted()
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
-            if self._blocked or (self._weight == self.context.guidance_scale() and not self._half):
+            if self._blocked or (self._weight == self.context.guidance_scale() and not self._half and not shifted):
                 return None
-        prediction = output[0]
-        if self._half:
-            rewritten = torch.cat([prediction, prediction])
-        elif self._skip is None:
-            rewritten = self._guide(prediction, maps)
-        else:
-            rewritten = self._weigh(prediction)
+        rewritten = torch.cat([prediction, prediction]) if self._half else self._rewrite(prediction, maps, shifted)
         if self._skip is None:
             self._guided_steps += 1
             self.stats.steps_applied += 1
-            if self.on_regions is not None:
-                self.on_regions(self._step, cast(Regions, self.regions))
+            if self.on_regions is not None and self.regions is not None:
+                self.on_regions(self._step, self.regions)
         if isinstance(output, tuple):
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})
+
+    def _describe(
+        self, module: torch.nn.Module, args: tuple, kwargs: dict, prediction: torch.Tensor
+    ) -> StepInputs | None:
+        """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
+        groups = 1 if self._blocked or self._half else 2
+        if self._sigmas is None or prediction.shape[0] != groups * self.context.samples:
+            return None
+        uncond = prediction.chunk(2)[0] if groups == 2 and self.corrections.renoises else None
+        rescale = 0.0 if self._blocked else self.context.guidance_rescale()
+        return StepInputs(self._step, module, args, kwargs, self._sigmas, self._weight, groups == 2, rescale, uncond)
+
+    def _is_to_be_shifted(self) -> bool:
+        """Whether Characteristic Guidance acts in this step: where there is guidance that could be exaggerated."""
+        settings, state = self.context.characteristic, self.corrections.step
+        if settings is None or state is None or not state.guided or self._weight == 1.0:
+            return False
+        return in_part(self._step, self.context.num_steps(), settings.start, settings.stop)
 
     def _take_maps(self) -> StepMaps | None:
         """What the layers left in this step."""
@@ -355,28 +426,38 @@ class GuidanceHook:
             self._complain(f"layers {missing} left no usable attention map.", "The other layers are used.")
         return maps
 
-    def _guide(self, prediction: torch.Tensor, maps: StepMaps | None) -> torch.Tensor:
-        """[u; t] or [u; t; perturbed] -> what to return in its place, same shape and dtype. Records the regions."""
+    def _rewrite(self, prediction: torch.Tensor, maps: StepMaps | None, shifted: bool) -> torch.Tensor:
+        """[u; t] or [u; t; perturbed] -> what to return in its place, same shape and dtype."""
         uncond, cond, *others = prediction.chunk(self.context.groups())
+        has_rates = self._skip is None and not shifted
         reread = self._cond_is_read_again()
         own_weight = self._weight == self.context.guidance_scale()
-        rewrite = "unconditional" if reread and own_weight else "guided"
-        result, rate = self._finder.guide(maps, uncond, cond, self._weight_tensor(cond), rewrite)
-        token_index, foreground, _ = cast(Segments, self._finder.segments)
-        self.regions = Regions(self._step, token_index, foreground, rate)
-        if reread and not own_weight:
+        rewrite = "unconditional" if reread and own_weight and has_rates else "guided"
+        result = self._combine(uncond, cond, maps, rewrite)
+        if self._rate is not None and self.corrections.step is not None:
+            self.corrections.step.weight = self._weight * self._rate
+        if shifted:
+            result = self.corrections.characteristic(result, uncond, cond)
+        if reread and rewrite == "guided":
             result = self._behind(result, cond)
         return torch.cat([result, cond if reread else result, *others])
 
-    def _weigh(self, prediction: torch.Tensor) -> torch.Tensor:
-        """The same with one weight for the whole image."""
-        uncond, cond, *others = prediction.chunk(self.context.groups())
-        dtype = torch.promote_types(cond.dtype, torch.float32)
-        result = torch.lerp(uncond.to(dtype), cond.to(dtype), self._weight).to(cond.dtype)
-        reread = self._cond_is_read_again()
-        if reread:
-            result = self._behind(result, cond)
-        return torch.cat([result, cond if reread else result, *others])
+    def _combine(self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str) -> torch.Tensor:
+        """The guided prediction, or what must stand in for u. Records the rates and the regions."""
+        config = self.config
+        if self._skip is not None and self._weight == self.context.guidance_scale():
+            return uncond + self._weight * (cond - uncond)  # the pipeline's own line, bit by bit
+        if self._skip is not None:
+            dtype = torch.promote_types(cond.dtype, torch.float32)
+            return torch.lerp(uncond.to(dtype), cond.to(dtype), self._weight).to(cond.dtype)
+        weight = self._weight_tensor(cond)
+        if config.rates == "pixels":
+            result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite)
+            return result
+        result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite)
+        token_index, foreground, _ = cast(Segments, self._finder.segments)
+        self.regions = Regions(self._step, token_index, foreground, self._rate)
+        return result
 
     def _behind(self, guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """The u' from which the pipeline's own line makes `guided`: u' + s (t - u') = guided."""
@@ -391,10 +472,6 @@ class GuidanceHook:
             dtype = torch.promote_types(like.dtype, torch.float32)
             self._scale = (weight, torch.full((), weight, dtype=dtype, device=like.device))
         return self._scale[1]
-
-
-def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
-    return args[position] if len(args) > position else kwargs[name]
 
 
 def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
@@ -413,14 +490,3 @@ def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
         if "forward" in state and registry is None and "_hf_hook" not in state:
             return True
     return False
-
-
-def _second_half(value: Any, batch: int) -> Any:
-    """`value` with the last half of every tensor of `batch` rows in it, through tuples, lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        return value[batch // 2 :] if value.dim() > 0 and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {key: _second_half(item, batch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_second_half(item, batch) for item in value)
-    return value

@@ -53,7 +53,7 @@ class CaptureSet:
         Raises:
             ValueError: the model has none of the layers that `config` names.
         """
-        if config.rates == "none":
+        if config.rates != "regions":
             return []
         modules: dict[str, Any] = dict((info.name, (info, module)) for info, module in find_blocks(unet))
         chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]

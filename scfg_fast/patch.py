@@ -14,7 +14,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
@@ -23,11 +23,14 @@ from scfg_kernels import available_backends
 from .capture import choose_layers
 from .config import SCFGConfig
 from .families import FAMILIES, family_of, read_call
+from .guidance.characteristic import CharacteristicGuidance
+from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
 from .hooks import GuidanceHook, Stats
 from .install import CaptureSet, claimed, installed, unwrap
 from .processors import find_blocks
 from .regions import Regions
+from .stepping import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 
@@ -62,6 +65,8 @@ class Handle:
     Attributes:
         config: the configuration of the next call; assign another `SCFGConfig` to change it.
         schedule: a `scfg_fast.guidance` rule for the weight of each step, or None for the pipeline's guidance_scale.
+        characteristic: settings of Characteristic Guidance, or None.
+        loss: settings of loss guidance, or None.
         on_regions: called as `on_regions(step, regions)` after every guided step, or None.
         strict: raise instead of warning where S-CFG must leave a step to plain guidance.
         stats: `Stats` of the last call.
@@ -75,6 +80,8 @@ class Handle:
         self._regions: Regions | None = None
         self._config = SCFGConfig()
         self._schedule: StepWeight | None = None
+        self._characteristic: CharacteristicGuidance | None = None
+        self._loss: LossGuidance | None = None
         self.on_regions: Callable[[int, Regions], None] | None = None
         self.strict = False
         self.stats = Stats()
@@ -96,6 +103,22 @@ class Handle:
         self._schedule = _checked_schedule(schedule)
 
     @property
+    def characteristic(self) -> CharacteristicGuidance | None:
+        return self._characteristic
+
+    @characteristic.setter
+    def characteristic(self, settings: CharacteristicGuidance | None) -> None:
+        self._characteristic = _checked_settings("characteristic", settings, CharacteristicGuidance)
+
+    @property
+    def loss(self) -> LossGuidance | None:
+        return self._loss
+
+    @loss.setter
+    def loss(self, settings: LossGuidance | None) -> None:
+        self._loss = _checked_settings("loss", settings, LossGuidance)
+
+    @property
     def regions(self) -> Regions | None:
         """A copy of the regions of the last guided step, or None before the first."""
         return None if self._regions is None else self._regions.clone()
@@ -115,6 +138,10 @@ class Handle:
         overrides = dict(overrides or {})
         enabled = overrides.pop("enabled", True)
         schedule = _checked_schedule(overrides.pop("schedule", self.schedule))
+        characteristic = _checked_settings(
+            "characteristic", overrides.pop("characteristic", self.characteristic), CharacteristicGuidance
+        )
+        loss = _checked_settings("loss", overrides.pop("loss", self.loss), LossGuidance)
         config = self.config.replace(**overrides) if overrides else self.config
         if not (self._enabled and enabled):
             self._regions, self.stats = None, Stats()
@@ -124,7 +151,7 @@ class Handle:
         except TypeError:
             return original(pipe, *args, **kwargs)  # raises the pipeline's own error about its arguments
         bound.apply_defaults()
-        context = read_call(pipe, bound.arguments, config, schedule)
+        context = read_call(pipe, bound.arguments, config, schedule, characteristic, loss)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
         unet = unwrap(pipe.unet)
@@ -132,12 +159,13 @@ class Handle:
             blocks = self._captures.blocks(unet, config)
             self._regions, self.stats = None, Stats(tuple(block.info.name for block in blocks), _backends(pipe, config))
             hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
-            with installed(unet, blocks):
-                try:
-                    hook.install(pipe.unet)
-                    return original(pipe, *args, **kwargs)
-                finally:
-                    hook.remove()
+            with contextlib.ExitStack() as undo:
+                undo.enter_context(installed(unet, blocks))
+                undo.callback(hook.remove)
+                hook.install(pipe.unet)
+                if hook.corrections.around_scheduler:
+                    undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
+                return original(pipe, *args, **kwargs)
 
     def _publish(self, step: int, regions: Regions) -> None:
         self._regions = regions
@@ -201,6 +229,15 @@ def _checked_schedule(schedule: Any) -> StepWeight | None:
     return schedule
 
 
+_Settings = TypeVar("_Settings")
+
+
+def _checked_settings(name: str, settings: Any, kind: type[_Settings]) -> _Settings | None:
+    if settings is not None and not isinstance(settings, kind):
+        raise TypeError(f"scfg_fast: {name} must be a {kind.__name__} or None, got {settings!r}")
+    return settings
+
+
 def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Support:
     """Whether `enable(pipe, config)` will work, with every reason if not. Changes nothing.
 
@@ -222,7 +259,7 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         reasons.append("the UNet is distilled (time_cond_proj_dim): it runs without classifier-free guidance")
     layers: list[str] = []
     try:
-        if config.rates != "none":
+        if config.rates == "regions":
             layers = [info.name for info in choose_layers([info for info, _ in find_blocks(unet)], config)]
     except ValueError as error:
         reasons.append(str(error))
@@ -240,6 +277,8 @@ def enable(
     config: SCFGConfig | None = None,
     *,
     schedule: StepWeight | None = None,
+    characteristic: CharacteristicGuidance | None = None,
+    loss: LossGuidance | None = None,
     on_regions: Callable[[int, Regions], None] | None = None,
     strict: bool = False,
 ) -> Handle:
@@ -251,6 +290,8 @@ def enable(
         schedule: weight of each step in the place of guidance_scale, for example
             `scfg_fast.guidance.WeightSchedule("linear")` or `CFGPlusPlus(0.6)`. Composes with S-CFG; with
             `SCFGConfig(rates="none")` it works alone.
+        characteristic: `scfg_fast.guidance.CharacteristicGuidance(...)`, or None. Takes further evaluations.
+        loss: `scfg_fast.guidance.LossGuidance(loss_fn, ...)`, or None. Takes a further evaluation and its gradient.
         on_regions: called as `on_regions(step, regions)` after every guided step.
         strict: raise `SCFGError` instead of warning when a step or a layer must be left to plain guidance.
 
@@ -260,10 +301,12 @@ def enable(
     Raises:
         UnsupportedPipelineError: the pipeline cannot run S-CFG; lists every reason.
 
-    Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule` or any `SCFGConfig` field
-    may be overridden the same way.
+    Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule`, `characteristic`, `loss` or
+    any `SCFGConfig` field may be overridden the same way.
     """
     config, schedule = config or SCFGConfig(), _checked_schedule(schedule)
+    characteristic = _checked_settings("characteristic", characteristic, CharacteristicGuidance)
+    loss = _checked_settings("loss", loss, LossGuidance)
     support = supports(pipe, config)
     if not support.supported:
         raise UnsupportedPipelineError(f"scfg_fast.enable: {'; '.join(support.reasons)}")
@@ -273,7 +316,8 @@ def enable(
         original: type = type(pipe)
         pipe.__class__ = _intercepted(original)
         _HANDLES[pipe] = handle
-    handle.config, handle.schedule, handle.on_regions, handle.strict = config, schedule, on_regions, strict
+    handle.config, handle.schedule, handle.characteristic, handle.loss = config, schedule, characteristic, loss
+    handle.on_regions, handle.strict = on_regions, strict
     return handle
 
 

@@ -9,9 +9,10 @@ This package knows tensors, not models: it needs torch alone. One denoising step
     guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
 
 `attention_map` is the map alone, for layers whose output another implementation has computed already;
-`segment_and_guide` is the last two lines in one operator. Every operator has one public function that checks its
-arguments and chooses a backend, one torch implementation (the reference, the CPU path and the fallback), and is
-registered as a `torch.library` custom op, so `torch.compile(fullgraph=True)` sees one node.
+`segment_and_guide` is the last two lines in one operator; `guide_pixels` is another rule of guidance, which needs the
+two predictions alone. Every operator has one public function that checks its arguments and chooses a backend, one torch
+implementation (the reference, the CPU path and the fallback), and is registered as a `torch.library` custom op, so
+`torch.compile(fullgraph=True)` sees one node.
 """
 
 from ._launch import BackendError, available_backends, choose_backend
@@ -19,6 +20,7 @@ from .attention_map import attention_map
 from .complete import complete
 from .cross_attention_map import cross_attention_map
 from .guide import guide
+from .guide_pixels import guide_pixels
 from .segment import segment, smooth
 from .segment_and_guide import segment_and_guide
 from .self_attention_map import self_attention_map
@@ -31,6 +33,7 @@ __all__ = [
     "complete",
     "cross_attention_map",
     "guide",
+    "guide_pixels",
     "segment",
     "segment_and_guide",
     "self_attention_map",

@@ -78,6 +78,10 @@ def check_fidelity(reasons: Reasons, fidelity: str) -> None:
     reasons.unless(fidelity in FIDELITIES, f"fidelity={fidelity!r} is unknown; use 'official' or 'paper'")
 
 
+def check_cell(reasons: Reasons, cell: int) -> bool:
+    return reasons.unless(cell >= 1, f"cell must be at least 1, got {cell}")
+
+
 def check_smoothing(reasons: Reasons, blur_sigma: float) -> None:
     reasons.unless(blur_sigma >= 0.0, f"blur_sigma must not be negative, got {blur_sigma}")
 
@@ -132,18 +136,20 @@ def check_predictions(
     uncond: torch.Tensor,
     cond: torch.Tensor,
     guidance_scale: float | torch.Tensor,
-    cell: int,
     rate_min: float | None,
     rate_max: float | None,
-    fidelity: str,
     rewrite: str,
+    rescale: float,
 ) -> bool:
-    """Predictions [B, C, H, W], their scale and the options of the rate; whether `cell_grid` is defined for them.
+    """Predictions [B, C, H, W], their scale and the options of the result; whether they have four dimensions.
 
     Devices are not compared.
     """
-    check_fidelity(reasons, fidelity)
     reasons.unless(rewrite in REWRITES, f"rewrite={rewrite!r} is unknown; use 'guided' or 'unconditional'")
+    if not 0.0 <= rescale <= 1.0:  # asked first: Dynamo cannot format a number that changes from call to call
+        reasons.unless(False, f"rescale must lie in 0..1, got {rescale}")
+    plain = rescale == 0.0 or rewrite != "unconditional"
+    reasons.unless(plain, "rescale needs rewrite='guided': what it scales is the guided prediction")
     low, high = rate_bounds(rate_min, rate_max)
     reasons.unless(low <= high, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
     reasons.unless(cond.dtype in FLOATING, f"predictions must be floating point, got {cond.dtype}")
@@ -152,15 +158,14 @@ def check_predictions(
         same, f"uncond {uncond.dtype} {tuple(uncond.shape)} and cond {cond.dtype} {tuple(cond.shape)} must match"
     )
     shaped = reasons.unless(cond.dim() == 4, f"predictions must be [B, C, H, W], got {tuple(cond.shape)}")
-    gridded = reasons.unless(cell >= 1, f"cell must be at least 1, got {cell}") and shaped
     if isinstance(guidance_scale, torch.Tensor):
         if shaped:
             batch = cond.shape[0]
             fits = guidance_scale.numel() in (1, batch)
             reasons.unless(fits, f"guidance_scale must be a number, [] or [{batch}]")
-        return gridded
+        return shaped
     reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
     if rewrite == "unconditional":
         needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"
         reasons.unless(guidance_scale > 1, needed)
-    return gridded
+    return shaped

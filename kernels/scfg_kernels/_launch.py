@@ -26,6 +26,7 @@ OPS = (
     "segment",
     "guide",
     "segment_and_guide",
+    "guide_pixels",
 )
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -296,4 +297,30 @@ def guide_limits(cond: torch.Tensor, cells: int) -> list[str]:
     reasons = dtype_limits("guide", cond.dtype)
     if cells > MAX_CELLS:
         reasons.append(f"{cells} cells exceed {MAX_CELLS}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class PixelConfig(LaunchConfig):
+    """Tile of `guide_pixels`, one program per sample: pixels at a time."""
+
+    block_p: int
+
+
+MAX_PIXELS = 16384
+"""Pixels (128x128 latents) up to which one program per sample is fast enough, as for `MAX_CELLS`."""
+
+
+def pixel_config(pixels: int) -> PixelConfig:
+    """Tile of `guide_pixels`: eight pixels per thread are 16 bytes of half precision."""
+    block_p = min(4096, max(256, next_power_of_2(pixels)))
+    return PixelConfig(num_warps=block_p // 256, num_stages=1, block_p=block_p)
+
+
+def pixel_limits(cond: torch.Tensor) -> list[str]:
+    """Every reason why the per-pixel guidance kernel cannot take these predictions; empty if it can."""
+    reasons = dtype_limits("guide_pixels", cond.dtype)
+    pixels = cond.shape[2] * cond.shape[3]
+    if pixels > MAX_PIXELS:
+        reasons.append(f"{pixels} pixels exceed {MAX_PIXELS}")
     return reasons

@@ -23,6 +23,14 @@ Two outputs are possible, chosen by `rewrite`:
 inputs), rounded once to the dtype of the prediction. An empty foreground gives rate 0 before the clamps in `"official"`
 (as the published code does) and rate 1 in `"paper"`, which has no clamps to catch it. Bytes that must move: uncond and
 cond once, guided and rate once.
+
+phi = rescale > 0, for "guided" alone, brings the spread of the guided prediction f back towards that of cond ("Common
+Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891 section 3.4; diffusers' `guidance_rescale`):
+
+    f' = f ( phi std(cond) / std(f) + 1 - phi )                        std of a sample over C, H and W
+
+with f before its rounding. Whether a std divides by n or, as published, by n - 1 cancels. Where std(f) = 0, f' = f: a
+constant, or a single element, has no spread to scale. The rate is that before rescaling.
 """
 
 from __future__ import annotations
@@ -33,7 +41,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._checks import Reasons, cell_grid, check_predictions, check_smoothing, rate_bounds
+from ._checks import (
+    Reasons,
+    cell_grid,
+    check_cell,
+    check_fidelity,
+    check_predictions,
+    check_smoothing,
+    rate_bounds,
+)
 from ._launch import choose_backend, guide_limits
 from ._triton import KERNELS
 from .segment import EPSILON, smooth
@@ -59,6 +75,31 @@ def scale_tensor(guidance_scale: float | torch.Tensor, cond: torch.Tensor) -> to
     return torch.full((), float(guidance_scale), dtype=dtype, device=cond.device)
 
 
+def combine(
+    u: torch.Tensor,
+    d: torch.Tensor,
+    cond: torch.Tensor,
+    rate: torch.Tensor,
+    scale: torch.Tensor,
+    rewrite: str,
+    rescale: float,
+) -> torch.Tensor:
+    """The result, like `cond`, from uncond and d in the dtype of the arithmetic; rate [B, 1, H, W], scale [B or 1]."""
+    scale = scale.reshape(-1, 1, 1, 1)
+    weight = scale * rate if rewrite == "guided" else -scale / (scale - 1.0) * (rate - 1.0)
+    result = u + weight * d
+    if rescale > 0.0 and cond.numel() > 0:
+        result = result * _rescale_factor(result, cond.to(result.dtype), rescale)
+    return torch.empty_like(cond).copy_(result)
+
+
+def _rescale_factor(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
+    """phi std(cond) / std(guided) + 1 - phi per sample, [B, 1, 1, 1]; 1 where `guided` has no spread."""
+    # Divided by n, not n - 1, which cancels: the spread of a single element is then 0 and not NaN.
+    spread, target = (x.std((1, 2, 3), correction=0, keepdim=True) for x in (guided, cond))
+    return torch.where(spread == 0.0, 1.0, rescale * (target / spread) + (1.0 - rescale))
+
+
 @torch.library.custom_op("scfg_kernels::guide", mutates_args=())
 def _guide(
     uncond: torch.Tensor,
@@ -75,15 +116,16 @@ def _guide(
     fidelity: str,
     rewrite: str,
     backend: str,
+    rescale: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["guide"](
             uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite,
+            blur_sigma, fidelity, rewrite, rescale,
         )  # fmt: skip
     return guide_torch(
         uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-        blur_sigma, fidelity, rewrite,
+        blur_sigma, fidelity, rewrite, rescale,
     )  # fmt: skip
 
 
@@ -101,6 +143,7 @@ def guide_torch(
     blur_sigma: float,
     fidelity: str,
     rewrite: str,
+    rescale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(cond.dtype, torch.float32)
     batch, _, height, width = cond.shape
@@ -126,11 +169,7 @@ def guide_torch(
     h, w = token_index.shape[1:]
     rate = region_rate.gather(1, ids).view(batch, 1, h, 1, w, 1).expand(-1, -1, -1, cell, -1, cell)
     rate = smooth(rate.reshape(batch, 1, h * cell, w * cell)[..., :height, :width], blur_sigma)
-
-    scale = scale.view(-1, 1, 1, 1)
-    weight = scale * rate if rewrite == "guided" else -scale / (scale - 1.0) * (rate - 1.0)
-    result = u + weight * d
-    return torch.empty_like(cond).copy_(result), rate.contiguous()
+    return combine(u, d, cond, rate, scale, rewrite, rescale), rate.contiguous()
 
 
 @_guide.register_fake
@@ -149,6 +188,7 @@ def _(
     fidelity: str,
     rewrite: str,
     backend: str,
+    rescale: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
@@ -170,6 +210,7 @@ def guide(
     blur_sigma: float = 0.5,
     fidelity: str = "official",
     rewrite: str = "guided",
+    rescale: float = 0.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale the guidance of every region to the foreground's level and combine.
@@ -187,6 +228,7 @@ def guide(
         blur_sigma: smoothing of the rate map, in latent pixels; 0 for none.
         fidelity: `"official"` or `"paper"`; they differ here only for an empty foreground.
         rewrite: `"guided"` or `"unconditional"`, see the module's formulas.
+        rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
@@ -200,7 +242,9 @@ def guide(
     reasons = Reasons("guide")
     reasons.unless(num_tokens >= 1, f"num_tokens must be at least 1, got {num_tokens}")
     check_smoothing(reasons, blur_sigma)
-    if check_predictions(reasons, uncond, cond, guidance_scale, cell, rate_min, rate_max, fidelity, rewrite):
+    check_fidelity(reasons, fidelity)
+    shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
+    if check_cell(reasons, cell) and shaped:
         grid = cell_grid(cond, cell)
         fits = tuple(token_index.shape) == grid and tuple(foreground.shape) == grid
         shapes = f"{tuple(token_index.shape)} and {tuple(foreground.shape)}"
@@ -216,5 +260,5 @@ def guide(
     chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, h * w))
     return _guide(
         uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
-        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
+        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale),
     )  # fmt: skip

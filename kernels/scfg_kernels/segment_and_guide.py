@@ -14,7 +14,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import Reasons, cell_grid, check_maps, check_predictions, check_smoothing, rate_bounds
+from ._checks import (
+    Reasons,
+    cell_grid,
+    check_cell,
+    check_fidelity,
+    check_maps,
+    check_predictions,
+    check_smoothing,
+    rate_bounds,
+)
 from ._launch import choose_backend, guide_limits, outside_autocast, segment_limits
 from ._triton import KERNELS
 from .guide import guide_torch, scale_tensor
@@ -38,18 +47,19 @@ def _segment_and_guide(
     fidelity: str,
     rewrite: str,
     backend: str,
+    rescale: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["segment_and_guide"](
             tokens, start, sizes, token_mask, uncond, cond, guidance_scale, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite,
+            blur_sigma, fidelity, rewrite, rescale,
         )  # fmt: skip
     _, h, w = cell_grid(cond, cell)
     with outside_autocast(cond.device):
         ids, foreground = segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
         result, rate = guide_torch(
             uncond, cond, ids, foreground, guidance_scale, tokens[0].shape[1], cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite,
+            blur_sigma, fidelity, rewrite, rescale,
         )  # fmt: skip
     return result, rate, ids, foreground
 
@@ -71,6 +81,7 @@ def _(
     fidelity: str,
     rewrite: str,
     backend: str,
+    rescale: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     grid = cell_grid(cond, cell)
@@ -95,6 +106,7 @@ def segment_and_guide(
     blur_sigma: float = 0.5,
     fidelity: str = "official",
     rewrite: str = "guided",
+    rescale: float = 0.0,
     token_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,6 +126,7 @@ def segment_and_guide(
         blur_sigma: smoothing of the maps, in cells, and of the rate map, in latent pixels; 0 for none.
         fidelity: `"official"` or `"paper"`; they differ here only for an empty foreground.
         rewrite: `"guided"` or `"unconditional"`, see the formulas of `guide`.
+        rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         token_mask: [B, T] bool, which tokens may own a region; None means all.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
@@ -128,7 +141,9 @@ def segment_and_guide(
     reasons = Reasons("segment_and_guide")
     check_smoothing(reasons, blur_sigma)
     check_maps(reasons, tokens, start, sizes, size, token_mask)
-    if check_predictions(reasons, uncond, cond, guidance_scale, cell, rate_min, rate_max, fidelity, rewrite):
+    check_fidelity(reasons, fidelity)
+    shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
+    if check_cell(reasons, cell) and shaped:
         batch, *cells = cell_grid(cond, cell)
         reasons.unless(list(size) == cells, f"size must be {tuple(cells)}, the grid of the predictions, got {size}")
         if len(tokens) > 0 and tokens[0].dim() == 3:
@@ -145,4 +160,5 @@ def segment_and_guide(
     return _segment_and_guide(
         list(tokens), list(start), [length for pair in sizes for length in pair], token_mask, uncond, cond,
         scale_tensor(guidance_scale, cond), cell, low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
+        float(rescale),
     )  # fmt: skip

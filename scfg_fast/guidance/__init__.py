@@ -1,14 +1,28 @@
-"""The guidance family around S-CFG: when to guide how much (schedules), and how to renoise (CFG++).
+"""The guidance family around S-CFG: when to guide how much (schedules), how to renoise (CFG++), how to mix the two
+predictions without error (Characteristic Guidance), and what to want beyond the prompt (loss guidance).
 
-Every member is a *step weight*: at step i of a call it gives one number, the weight of the conditional direction, which
-takes the place of `guidance_scale` in that step. So members compose with S-CFG's regions by multiplication, cost
-nothing, and need no change to the scheduler.
+Schedules and CFG++ are *step weights*: at step i of a call they give one number, the weight of the conditional
+direction, which takes the place of `guidance_scale` in that step. They compose with S-CFG's regions by multiplication
+and cost nothing. The other two evaluate the denoiser again.
 """
 
 from __future__ import annotations
 
+from .augment import Augment
 from .cfgpp import CFGPlusPlus
+from .characteristic import CharacteristicGuidance
+from .loss import LossGuidance
 from .schedules import SHAPES, WeightSchedule
 from .steps import Step, StepWeight, step_levels
 
-__all__ = ["SHAPES", "CFGPlusPlus", "Step", "StepWeight", "WeightSchedule", "step_levels"]
+__all__ = [
+    "SHAPES",
+    "Augment",
+    "CFGPlusPlus",
+    "CharacteristicGuidance",
+    "LossGuidance",
+    "Step",
+    "StepWeight",
+    "WeightSchedule",
+    "step_levels",
+]

@@ -10,8 +10,17 @@ exactly: the guided denoised sample moves by lam (D_c - D_u) and the renoising b
 omega = lam. So the scheduler stays as it is. Many steps mean small gaps and a large omega: **lam must be chosen for the
 number of steps** (`mean_weight_of`, `lam_for_mean_weight`).
 
+A multistep solver also extrapolates from earlier steps, and what it must extrapolate is the unconditional prediction
+alone: then guidance that stays the same from step to step adds nothing to the extrapolation, and the solver agrees with
+its own first-order form. (Two published forms of DPM-Solver++ 2M with CFG++ disagree on this; the other one mixes
+guided and unconditional in the difference and guides by up to lam (D_c - D_u) / 2r too much.) That form is
+
+    x' = step(x, eps_u) + alpha' lam (D_c - D_u)        alpha' = sqrt(abar')
+
+with the scheduler's own step, so it needs no solver of its own either.
+
 Source: Chung et al., "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", ICLR 2025 (arXiv
-2406.08070), equations 9 to 13; the identity is ours.
+2406.08070), equations 9 to 13; the identity and the form for multistep solvers are ours.
 """
 
 from __future__ import annotations
@@ -22,8 +31,11 @@ from typing import Any
 
 from .steps import Step, step_levels
 
-SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+SCHEDULERS = ("DDIMScheduler", "DDIMExactInverseScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 """First-order schedulers, for which the identity is exact."""
+
+MULTISTEP_SCHEDULERS = ("DPMSolverMultistepScheduler",)
+"""Schedulers whose step is taken with the unconditional prediction, and the guided difference added to its result."""
 
 
 def step_weight(lam: float, sigma: float, next_sigma: float, *, flow: bool = False) -> float:
@@ -41,7 +53,7 @@ def step_weight(lam: float, sigma: float, next_sigma: float, *, flow: bool = Fal
 
 @dataclass(frozen=True)
 class CFGPlusPlus:
-    """Renoise with the unconditional prediction, in an unmodified DDIM or Euler scheduler.
+    """Renoise with the unconditional prediction, in an unmodified DDIM, Euler or DPM-Solver++ scheduler.
 
     `guidance_scale` only turns guidance on (any value above 1) and bounds the rates of S-CFG; the strength is `lam`.
 
@@ -60,15 +72,20 @@ class CFGPlusPlus:
             raise ValueError(f"CFGPlusPlus: lam must not be negative, got {self.lam}")
 
     def check(self, scheduler: Any, eta: float = 0.0) -> None:
-        """Raise ValueError for a scheduler whose step is not first order, or adds noise of its own (`eta`)."""
+        """Raise ValueError for a scheduler without a consistent form of CFG++, or with noise of its own (`eta`)."""
         if eta > 0.0:
             raise ValueError(f"CFGPlusPlus: the identity holds for deterministic steps, got eta={eta:g}; leave it at 0")
         name = type(scheduler).__name__
         advice = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
-        if name not in SCHEDULERS:
+        if name not in SCHEDULERS and not self.renoises(scheduler):
             raise ValueError(
-                f"CFGPlusPlus: {name} is not a first-order scheduler, so the step weight is not CFG++ there. Use one "
-                f"of {', '.join(SCHEDULERS)}: {advice}"
+                f"CFGPlusPlus: {name} is neither a first-order nor a known multistep scheduler, so CFG++ is not "
+                f"defined there. Use one of {', '.join((*SCHEDULERS, *MULTISTEP_SCHEDULERS))}: {advice}"
+            )
+        if self.renoises(scheduler) and scheduler.config.algorithm_type != "dpmsolver++":
+            raise ValueError(
+                f"CFGPlusPlus: {name} with algorithm_type={scheduler.config.algorithm_type!r} adds noise of its own or "
+                "extrapolates the noise; use algorithm_type='dpmsolver++'"
             )
         if scheduler.config.get("clip_sample", False) or scheduler.config.get("thresholding", False):
             raise ValueError(
@@ -76,8 +93,12 @@ class CFGPlusPlus:
                 f"not CFG++ there: {advice}"
             )
 
+    def renoises(self, scheduler: Any) -> bool:
+        """Whether the scheduler's step must be taken with the unconditional prediction; for others the weight does."""
+        return type(scheduler).__name__ in MULTISTEP_SCHEDULERS
+
     def weight(self, step: Step) -> float:
-        """omega_t of the step.
+        """omega_t of the step; in a multistep scheduler, the weight of its first-order form.
 
         Raises:
             ValueError: the scheduler publishes no noise levels.

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .steps import Step
+from .steps import Step, in_part
 
 SHAPES = (
     "constant", "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "clamp-linear", "clamp-cosine",
@@ -169,7 +169,7 @@ class WeightSchedule:
                     "WeightSchedule: this scheduler publishes no noise levels; give the interval in progress"
                 )
             return low <= step.sigma <= high
-        return low * step.count - 1e-6 <= step.index < high * step.count - 1e-6
+        return in_part(step.index, step.count, low, high)
 
 
 def mean_factor(shape: str, *, floor: float = 0.0, power: float = 1.0, samples: int = 4096) -> float:

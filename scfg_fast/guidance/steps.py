@@ -10,6 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 
+def whole_steps(fraction: float, count: int) -> int:
+    """The whole number of steps in a fraction of all: 0.57 * 100 is 56.99999999999999, and means 57."""
+    return int(fraction * count + 1e-6)
+
+
+def in_part(index: int, count: int, start: float, stop: float) -> bool:
+    """Whether step `index` (from 0) of `count` lies in the part of the run from fraction `start` to `stop`."""
+    return whole_steps(start, count) <= index < whole_steps(stop, count)
+
+
 @dataclass(frozen=True)
 class Step:
     """One denoising step, in host numbers.

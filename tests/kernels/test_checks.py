@@ -224,6 +224,12 @@ class TestGuide:
             pytest.param(
                 {"guidance_scale": -2.0}, ["guidance_scale must not be negative, got -2.0"], id="negative-scale",
             ),
+            pytest.param({"rescale": -0.1}, ["rescale must lie in 0..1, got -0.1"], id="negative-rescale"),
+            pytest.param({"rescale": float("nan")}, ["rescale must lie in 0..1, got nan"], id="rescale-nan"),
+            pytest.param(
+                {"rescale": 1.5, "rewrite": "unconditional"},
+                ["rescale must lie in 0..1, got 1.5", "rescale needs rewrite='guided'"], id="rescale-rewritten",
+            ),
         ],
     )  # fmt: skip
     def test_reasons(self, change, reasons):

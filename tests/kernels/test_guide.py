@@ -188,6 +188,88 @@ class TestRewrite:
         assert torch.equal(result, uncond + 7.5 * (cond - uncond))
 
 
+class TestRescale:
+    """f' = f (phi std(cond) / std(f) + 1 - phi); the literal reference is diffusers' `rescale_noise_cfg`."""
+
+    def both(self, rng, phi, dtype=torch.float32, layout="contiguous", **options):
+        """Predictions, and the results with and without rescaling."""
+        uncond, cond = (as_layout(x, layout) for x in predictions(rng, 33, 21, batch=3, dtype=dtype))
+        ids, foreground = regions(rng, 33, 21, 4, batch=3)
+        arguments = (uncond, cond, ids, foreground, 7.5)
+        return cond, *(guide(*arguments, num_tokens=TOKENS, rescale=x, **options) for x in (phi, 0.0))
+
+    @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
+    def test_fp64_equals_the_reference(self, rng, phi):
+        cond, (result, rate), (plain, plain_rate) = self.both(rng, phi, torch.float64)
+        torch.testing.assert_close(result, official.rescaled(plain, cond, phi), rtol=1e-12, atol=1e-12)
+        assert torch.equal(rate, plain_rate), "the rate is that before rescaling"
+
+    @pytest.mark.parametrize("phi", [0.3, 1.0])
+    @pytest.mark.parametrize("dtype", **by_name(DTYPES))
+    def test_is_as_accurate_as_the_literal_reference(self, rng, dtype, phi):
+        uncond, cond = predictions(rng, 65, 97, dtype=dtype)
+        ids, foreground = regions(rng, 65, 97, 4)
+        result, _ = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS, rescale=phi)
+        assert result.dtype == dtype
+        truth, _ = reference(uncond, cond, ids, foreground, 7.5, dtype=torch.float64)
+        naive, _ = reference(uncond, cond, ids, foreground, 7.5)
+        truth, naive = official.rescaled(truth, cond.double(), phi), official.rescaled(naive, cond, phi)
+        assert_as_accurate_as(result, naive, truth)
+
+    def test_zero_is_the_plain_combination_bit_for_bit(self, rng):
+        uncond, cond = predictions(rng, 33, 21)
+        ids, foreground = regions(rng, 33, 21, 4)
+        result, rate = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS, rescale=0.0)
+        assert torch.equal(result, uncond + 7.5 * rate * (cond - uncond))
+
+    def test_one_gives_every_sample_the_spread_of_cond(self, rng):
+        cond, (result, _), (plain, _) = self.both(rng, 1.0)
+        spread, expected, before = (x.std((1, 2, 3)) for x in (result, cond, plain))
+        torch.testing.assert_close(spread, expected, rtol=1e-6, atol=0)
+        assert (before > 2 * expected).all(), "the case must need rescaling"
+
+    @pytest.mark.parametrize("layout", ["sliced", "strided", "expanded", "channels_last"])
+    def test_any_layout_gives_the_contiguous_result(self, rng, layout):
+        uncond, cond = (as_layout(x, layout) for x in predictions(rng, 33, 21))
+        ids, foreground = regions(rng, 33, 21, 4)
+        result, _ = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS, rescale=0.7)
+        plain = uncond.contiguous(), cond.contiguous()
+        expected, _ = guide(*plain, ids, foreground, 7.5, num_tokens=TOKENS, rescale=0.7)
+        assert result.stride() == torch.empty_like(cond).stride()
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+    def test_every_sample_has_its_own_factor(self, rng):
+        uncond, cond = predictions(rng, 33, 21, batch=3)
+        ids, foreground = regions(rng, 33, 21, 4, batch=3)
+        cond[1] *= 5.0
+
+        def run(samples):
+            arguments = (x[samples] for x in (uncond, cond, ids, foreground))
+            return guide(*arguments, 7.5, num_tokens=TOKENS, rescale=0.7)[0]
+
+        together = run([0, 1, 2])
+        assert torch.equal(together, torch.cat([run([sample]) for sample in range(3)]))
+        uncond[2] = torch.inf
+        assert torch.equal(run([0, 1, 2])[:2], together[:2])
+
+    @pytest.mark.parametrize("phi", [0.7, 1.0])
+    @pytest.mark.parametrize("shape", [(2, 4, 9, 7), (2, 1, 1, 1)], ids=["constant", "one-element"])
+    def test_what_has_no_spread_stays_as_it_is(self, shape, phi):
+        uncond, cond = torch.full(shape, 0.3), torch.full(shape, 1.7)
+        _, foreground = regions(torch.Generator().manual_seed(0), *shape[2:], 4)
+        arguments = (uncond, cond, torch.zeros_like(foreground, dtype=torch.int64), foreground, 7.5)
+        result, rate = guide(*arguments, num_tokens=2, rescale=phi, rate_min=1.0, rate_max=1.0)
+        assert torch.equal(result, uncond + 7.5 * rate * (cond - uncond)) and result.isfinite().all()
+
+    def test_a_constant_cond_leaves_what_the_mixture_keeps(self, rng):
+        uncond, _ = predictions(rng, 16, 16)
+        cond = torch.full_like(uncond, 1.7)
+        ids, foreground = regions(rng, 16, 16, 4)
+        plain, _ = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS)
+        result, _ = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS, rescale=0.75)
+        assert torch.equal(result, 0.25 * plain)
+
+
 class TestEmptyRegions:
     def test_an_empty_foreground_gives_the_lower_clamp(self, rng):
         uncond, cond = predictions(rng, 16, 16)
@@ -314,14 +396,18 @@ def test_masks_are_never_upsampled_to_the_latent(rng):
     recorder.assert_none_larger_than(max(cond.numel(), TOKENS * ids.numel()))
 
 
-@pytest.mark.parametrize("rewrite", ["guided", "unconditional"])
+@pytest.mark.parametrize(
+    ("rewrite", "rescale"),
+    [("guided", 0.0), ("guided", 0.7), ("unconditional", 0.0)],
+    ids=["guided", "rescaled", "uncond"],
+)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "channels_last"])
 @pytest.mark.parametrize("dtype", **by_name({"fp32": torch.float32, "fp16": torch.float16}))
-def test_opcheck(rng, dtype, layout, rewrite):
+def test_opcheck(rng, dtype, layout, rewrite, rescale):
     uncond, cond = (as_layout(x, layout) for x in predictions(rng, 9, 7, dtype=dtype))
     ids, foreground = regions(rng, 9, 7, 4, tokens=5)
     arguments = (uncond, cond, ids, foreground, torch.tensor([3.0, 7.5]), 5, 4, 0.8, 3.0, 15.0, 0.5)
-    torch.library.opcheck(torch.ops.scfg_kernels.guide.default, (*arguments, "official", rewrite, "torch"))
+    torch.library.opcheck(torch.ops.scfg_kernels.guide.default, (*arguments, "official", rewrite, "torch", rescale))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
@@ -333,13 +419,14 @@ def test_opcheck_where_results_could_alias(rng, cell, sigma):
     torch.library.opcheck(torch.ops.scfg_kernels.guide.default, (*arguments, "paper", "guided", "torch"))
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
 @pytest.mark.parametrize("scale", [7.5, torch.tensor([3.0, 7.5])], ids=["number", "per-sample"])
-def test_compiles_as_one_graph(rng, scale):
+def test_compiles_as_one_graph(rng, scale, rescale):
     uncond, cond = (as_layout(x, "channels_last") for x in predictions(rng, 16, 12))
     ids, foreground = regions(rng, 16, 12, 4)
     compiled = torch.compile(guide, fullgraph=True, backend="aot_eager")
-    results = compiled(uncond, cond, ids, foreground, scale, num_tokens=TOKENS)
-    expected = guide(uncond, cond, ids, foreground, scale, num_tokens=TOKENS)
+    results = compiled(uncond, cond, ids, foreground, scale, num_tokens=TOKENS, rescale=rescale)
+    expected = guide(uncond, cond, ids, foreground, scale, num_tokens=TOKENS, rescale=rescale)
     assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(results, expected, strict=True))
 
 

@@ -27,6 +27,7 @@ def call(op: str, rng: torch.Generator, backend: str):
             {"num_tokens": 5},
         ),
         "segment_and_guide": lambda: (([c.mT.contiguous()], [c[..., 0]], [(4, 4)], (4, 4), *predictions, 7.5), {}),
+        "guide_pixels": lambda: ((*predictions, 7.5), {}),
     }
     positional, options = arguments[op]()
     return getattr(scfg_kernels, op)(*positional, **options, backend=backend)

@@ -88,6 +88,15 @@ def test_options_reach_both(rng, options):
     assert not torch.equal(rate, segment_and_guide(*inputs, 7.5)[1]), "the option must matter"
 
 
+@pytest.mark.parametrize("dtype", **by_name(DTYPES))
+def test_rescale_reaches_the_prediction_alone(rng, dtype):
+    inputs = random_inputs(rng, 13, 25, dtype=dtype)
+    assert_same(inputs, rescale=0.7)
+    rescaled, plain = segment_and_guide(*inputs, 7.5, rescale=0.7), segment_and_guide(*inputs, 7.5)
+    assert not torch.equal(rescaled[0], plain[0]), "the option must matter"
+    assert all(torch.equal(x, y) for x, y in zip(rescaled[1:], plain[1:], strict=True))
+
+
 @pytest.mark.parametrize("layout", ["sliced", "strided", "expanded", "channels_last"])
 def test_any_layout_of_the_predictions(rng, layout):
     *maps, uncond, cond = random_inputs(rng, 13, 25)
@@ -177,6 +186,10 @@ class TestChecks:
             pytest.param({"guidance_scale": torch.ones(3)}, "a number, [] or [2]", id="scales"),
             pytest.param({"guidance_scale": -1.0}, "guidance_scale must not be negative, got -1.0", id="negative"),
             pytest.param({"rewrite": "both"}, "rewrite='both' is unknown", id="rewrite"),
+            pytest.param({"rescale": 2.0}, "rescale must lie in 0..1, got 2.0", id="rescale"),
+            pytest.param(
+                {"rescale": 0.7, "rewrite": "unconditional"}, "rescale needs rewrite='guided'", id="rescale-rewritten"
+            ),
             pytest.param({"backend": "cuda"}, "backend='cuda' is unknown", id="backend"),
             pytest.param({"uncond": torch.zeros(2, 4, 13, 25, device="meta")}, "got cpu and meta", id="predictions"),
             pytest.param({"guidance_scale": torch.ones(2, device="meta")}, "got cpu and meta", id="scale"),
@@ -201,12 +214,16 @@ class TestChecks:
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
 @pytest.mark.parametrize("cell", [1, 4])
 @pytest.mark.parametrize("masked", [False, True], ids=["all-tokens", "token-mask"])
-@pytest.mark.parametrize("rewrite", ["guided", "unconditional"])
-def test_opcheck(rng, rewrite, masked, cell, sigma):
+@pytest.mark.parametrize(
+    ("rewrite", "rescale"),
+    [("guided", 0.0), ("guided", 0.7), ("unconditional", 0.0)],
+    ids=["guided", "rescaled", "uncond"],
+)
+def test_opcheck(rng, rewrite, rescale, masked, cell, sigma):
     tokens, start, sizes, _, uncond, cond = random_inputs(rng, 9, 7, cell)
     flat = [length for pair in sizes for length in pair]
     arguments = (tokens, start, flat, random_mask(rng) if masked else None, uncond.half(), cond.half())
-    options = (torch.tensor([3.0, 7.5]), cell, 0.8, 3.0, math.inf, sigma, "official", rewrite, "torch")
+    options = (torch.tensor([3.0, 7.5]), cell, 0.8, 3.0, math.inf, sigma, "official", rewrite, "torch", rescale)
     torch.library.opcheck(torch.ops.scfg_kernels.segment_and_guide.default, (*arguments, *options))
 
 

@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    UniPCMultistepScheduler,
 )
 
 import scfg_fast
@@ -283,8 +284,17 @@ class ClippingDDIM:
         return DDIMScheduler.from_config(config, clip_sample=True)
 
 
+class SDESolver:
+    """DPM-Solver++ with noise of its own."""
+
+    @staticmethod
+    def from_config(config):
+        return DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")
+
+
 @pytest.mark.parametrize("scheduler, options, message", [
-    (DPMSolverMultistepScheduler, {}, "DPMSolverMultistepScheduler is not a first-order scheduler"),
+    (UniPCMultistepScheduler, {}, "UniPCMultistepScheduler is neither a first-order nor a known multistep scheduler"),
+    (SDESolver, {}, "algorithm_type='sde-dpmsolver\\+\\+' adds noise"),
     (DDIMScheduler, {"eta": 0.5}, "eta=0.5"), (ClippingDDIM, {}, "clips the denoised sample"),
 ])  # fmt: skip
 def test_where_the_identity_does_not_hold_cfgpp_is_refused(scheduler, options, message: str) -> None:

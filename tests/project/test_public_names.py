@@ -11,13 +11,16 @@ import scfg_fast.guidance
 
 PACKAGE = [
     "Handle", "Regions", "SCFGConfig", "SCFGError", "SCFGWarning", "Stats", "Support", "UnsupportedPipelineError",
-    "__version__", "bundled_model_path", "disable", "disabled", "enable", "supports",
+    "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports",
 ]  # fmt: skip
 KERNELS = [
     "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "cross_attention_map", "guide",
-    "segment", "segment_and_guide", "self_attention_map", "smooth",
+    "guide_pixels", "segment", "segment_and_guide", "self_attention_map", "smooth",
 ]  # fmt: skip
-GUIDANCE = ["CFGPlusPlus", "SHAPES", "Step", "StepWeight", "WeightSchedule", "step_levels"]
+GUIDANCE = [
+    "Augment", "CFGPlusPlus", "CharacteristicGuidance", "LossGuidance", "SHAPES", "Step", "StepWeight",
+    "WeightSchedule", "step_levels",
+]  # fmt: skip
 
 
 def test_public_names_of_the_package() -> None:
@@ -48,6 +51,10 @@ def test_signatures_of_the_operators() -> None:
     signature = inspect.signature(scfg_kernels.self_attention_map)
     assert list(signature.parameters) == ["q", "k", "v", "scale", "backend"]
     assert signature == inspect.signature(scfg_kernels.cross_attention_map)
-    for name in ("self_attention_map", "attention_map", "complete", "segment", "guide", "segment_and_guide"):
+    guides = ("guide", "segment_and_guide", "guide_pixels")
+    for name in ("self_attention_map", "attention_map", "complete", "segment", *guides):
         backend = inspect.signature(getattr(scfg_kernels, name)).parameters["backend"]
         assert (backend.default, backend.kind) == ("auto", inspect.Parameter.KEYWORD_ONLY)
+    for name in guides:
+        rescale = inspect.signature(getattr(scfg_kernels, name)).parameters["rescale"]
+        assert (rescale.default, rescale.kind) == (0.0, inspect.Parameter.KEYWORD_ONLY)

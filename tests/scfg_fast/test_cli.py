@@ -138,7 +138,7 @@ def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Pat
 
 @pytest.mark.parametrize("method, message", [
     ("magic", "'magic' is unknown; use cfg, scfg"), ("scfg+paper", "at most one of cfg, scfg, paper"),
-    ("linear+sine", "and one of linear"),
+    ("linear+sine", "at most one of linear"),
 ])  # fmt: skip
 def test_methods_that_make_no_sense(run: Run, method: str, message: str) -> None:
     result = run("generate", PROMPT, "--guidance", method)

@@ -24,4 +24,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "segment": _launcher("segment"),
     "guide": _launcher("guide"),
     "segment_and_guide": _launcher("segment_and_guide"),
+    "guide_pixels": _launcher("guide_pixels"),
 }

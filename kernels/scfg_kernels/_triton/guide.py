@@ -4,10 +4,12 @@ r"""Region rates and the guided prediction, one program per sample.
     rate_i    = min( clamp( mean_F n / (mean_i n + 1e-8), rate_min, rate_max ), max_scale / g )
     rate[x]   = G rate_id(x)
     result[x] = u + weight d,     weight = g rate,  or  -g / (g - 1) (rate - 1)  for the rewritten unconditional half
+    result    = f (phi std(cond) / std(f) + 1 - phi)  with f = u + weight d, if it is rescaled
 
 Cells are reduced by region with a masked sum over [tokens, cells] in a fixed order: no atomics. The rates of the cells
 go through memory (4 S bytes) because G needs neighbours. Products and sums are not fused, so that a rate of 1 gives the
-bits of plain guidance. Bytes: uncond and cond twice (the second time from cache), result and rate once.
+bits of plain guidance. Spreads are Welford's, per lane and then merged: exactly 0 for a constant. Bytes: uncond and
+cond twice (three times if rescaled; from cache but for the first), result and rate once.
 """
 
 from __future__ import annotations
@@ -25,13 +27,102 @@ from .segment import smoothed
 
 
 @triton.jit
+def combined(uncond, cond, weight, mask):
+    """cond, and uncond + weight d, of one channel at these pointers, in fp32."""
+    u = tl.load(uncond, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cond, mask=mask, other=0.0).to(tl.float32)
+    return c, u + weight * (c - u)
+
+
+@triton.jit
+def store_combined(
+    uncond, cond, result, weight, factor, y, x, mask, channels,
+    u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
+    RESCALE: tl.constexpr,
+):  # fmt: skip
+    """All channels of the pixels (y, x) of a sample; `factor` counts only if RESCALE."""
+    for channel in tl.range(0, channels):
+        _, guided = combined(
+            uncond + channel * u_stride_c + y * u_stride_y + x * u_stride_x,
+            cond + channel * c_stride_c + y * c_stride_y + x * c_stride_x,
+            weight, mask,
+        )  # fmt: skip
+        if RESCALE:
+            guided *= factor
+        target = result + channel * r_stride_c + y * r_stride_y + x * r_stride_x
+        tl.store(target, guided.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _with_sample(mean, squares, value, count, mask):
+    """Welford's step: mean, and squares about it, with the `count`-th value."""
+    before = tl.where(mask, value - mean, 0.0)
+    mean += tl.div_rn(before, count)
+    return mean, squares + before * (value - mean)
+
+
+@triton.jit
+def _squares_of_all(mean, squares, count):
+    """Squares about the mean of all lanes, from those about the mean of each."""
+    # Sums alone: they commute to the bit, so every thread of a reduction has one result. From the lowest mean, so that
+    # those of a constant differ by exactly 0.
+    apart = mean - tl.min(tl.where(count > 0.0, mean, float("inf")), 0)
+    apart -= tl.div_rn(tl.sum(count * apart, 0), tl.sum(count, 0))
+    return tl.sum(squares + count * apart * apart, 0)
+
+
+@triton.jit
+def store_rescaled(
+    uncond, cond, rates, result, scale, rescale, channels,
+    u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
+    H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The rescaled prediction of a sample from its rates [H, W] in memory."""
+    count = tl.zeros([BLOCK_P], tl.float32)
+    mean_c = tl.zeros([BLOCK_P], tl.float32)
+    squares_c = tl.zeros([BLOCK_P], tl.float32)
+    mean_f = tl.zeros([BLOCK_P], tl.float32)
+    squares_f = tl.zeros([BLOCK_P], tl.float32)
+    for first in tl.range(0, H * W, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        inside = pixel < H * W
+        y = pixel // W
+        x = pixel % W
+        weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
+        for channel in tl.range(0, channels):
+            c, f = combined(
+                uncond + channel * u_stride_c + y * u_stride_y + x * u_stride_x,
+                cond + channel * c_stride_c + y * c_stride_y + x * c_stride_x,
+                weight, inside,
+            )  # fmt: skip
+            count += tl.where(inside, 1.0, 0.0)
+            number = tl.maximum(count, 1.0)
+            mean_c, squares_c = _with_sample(mean_c, squares_c, c, number, inside)
+            mean_f, squares_f = _with_sample(mean_f, squares_f, f, number, inside)
+    spread = _squares_of_all(mean_f, squares_f, count)
+    ratio = tl.sqrt_rn(tl.div_rn(_squares_of_all(mean_c, squares_c, count), spread))
+    factor = tl.where(spread == 0.0, 1.0, rescale * ratio + (1.0 - rescale))
+
+    for first in tl.range(0, H * W, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        inside = pixel < H * W
+        weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
+        store_combined(
+            uncond, cond, result, weight, factor, pixel // W, pixel % W, inside, channels,
+            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
+            True,
+        )  # fmt: skip
+
+
+@triton.jit
 def guide_cells(
     uncond, cond, guidance_scale, result, rate_out, cell_rates, ids, foreground, sample, tokens, channels, edge,
-    rate_min, rate_max, max_scale, scale_stride,
+    rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Everything after the argmax; ids int32 and foreground int1 [BLOCK_S]; `cell_rates` is scratch [S]."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
@@ -39,6 +130,7 @@ def guide_cells(
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
+    rate_out += sample * (H * W)
     scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
 
     cell = tl.arange(0, BLOCK_S)
@@ -84,25 +176,33 @@ def guide_cells(
         y = pixel // W
         x = pixel % W
         rate = smoothed(cell_rates, y, x, edge, inside, CELL, GRID_W, H, W)
-        tl.store(rate_out + sample * (H * W) + pixel, rate, mask=inside)
-        weight = tl.div_rn(-scale, scale - 1.0) * (rate - 1.0) if UNCONDITIONAL else scale * rate
-        for channel in tl.range(0, channels):
-            u = tl.load(uncond + channel * u_stride_c + y * u_stride_y + x * u_stride_x, mask=inside, other=0.0)
-            c = tl.load(cond + channel * c_stride_c + y * c_stride_y + x * c_stride_x, mask=inside, other=0.0)
-            u = u.to(tl.float32)
-            guided = u + weight * (c.to(tl.float32) - u)
-            target = result + channel * r_stride_c + y * r_stride_y + x * r_stride_x
-            tl.store(target, guided.to(result.dtype.element_ty), mask=inside)
+        tl.store(rate_out + pixel, rate, mask=inside)
+        if not RESCALE:
+            weight = tl.div_rn(-scale, scale - 1.0) * (rate - 1.0) if UNCONDITIONAL else scale * rate
+            store_combined(
+                uncond, cond, result, weight, 1.0, y, x, inside, channels,
+                u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
+                r_stride_c, r_stride_y, r_stride_x, False,
+            )  # fmt: skip
+    if RESCALE:
+        tl.debug_barrier()  # the rates that other threads wrote
+        store_rescaled(
+            uncond, cond, rate_out, result, scale, rescale, channels,
+            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
+            H, W, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit
 def guide_kernel(
     uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, cell_rates, tokens, channels, edge,
-    rate_min, rate_max, max_scale, scale_stride, i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
+    rate_min, rate_max, max_scale, rescale, scale_stride,
+    i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     CELLS: tl.constexpr = GRID_W * ((H + CELL - 1) // CELL)
@@ -115,10 +215,10 @@ def guide_kernel(
     foreground = tl.load(at, mask=cell < CELLS, other=0).to(tl.int1)
     guide_cells(
         uncond, cond, guidance_scale, result, rate_out, cell_rates + sample * CELLS, ids.to(tl.int32), foreground,
-        sample, tokens, channels, edge, rate_min, rate_max, max_scale, scale_stride,
+        sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, BLOCK_T, BLOCK_S, BLOCK_P,
+        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, BLOCK_T, BLOCK_S, BLOCK_P,
     )  # fmt: skip
 
 
@@ -129,7 +229,7 @@ def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def prediction_constants(
-    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, config: SegmentConfig
+    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, config: SegmentConfig
 ) -> dict[str, Any]:
     """Constants of `guide_cells`, and the launch options."""
     return {
@@ -139,6 +239,7 @@ def prediction_constants(
         "BLOCK_CELL": triton.next_power_of_2(cell),
         "PAPER": fidelity == "paper",
         "UNCONDITIONAL": rewrite == "unconditional",
+        "RESCALE": rescale > 0.0,
         "BLOCK_T": config.block_t,
         "BLOCK_S": config.block_s,
         "BLOCK_P": config.block_p,
@@ -162,6 +263,7 @@ def launch(
     blur_sigma: float,
     fidelity: str,
     rewrite: str,
+    rescale: float,
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
@@ -176,8 +278,8 @@ def launch(
     with device_guard(cond.device):
         guide_kernel[(batch,)](
             uncond, cond, token_index, foreground, scale, result, rate, cell_rates, num_tokens, channels,
-            kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, scale_stride,
+            kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
             *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-            **prediction_constants(cond, cell, fidelity, rewrite, config),
+            **prediction_constants(cond, cell, fidelity, rewrite, rescale, config),
         )  # fmt: skip
     return result, rate

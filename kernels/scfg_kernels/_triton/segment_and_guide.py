@@ -22,12 +22,13 @@ from .segment import empty_regions, map_constants, segment_cells
 @triton.jit
 def segment_and_guide_kernel(
     maps, starts, token_mask, scores, ids_out, foreground_out, uncond, cond, guidance_scale, result, rate_out,
-    tokens, channels, edge, rate_min, rate_max, max_scale, scale_stride,
+    tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     LAYERS: tl.constexpr, SIZES: tl.constexpr, MASKED: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
@@ -44,10 +45,10 @@ def segment_and_guide_kernel(
     cell_rates = scores + (tokens + 1) * (GRID_H * GRID_W)  # a row of its own: others still read their scores
     guide_cells(
         uncond, cond, guidance_scale, result, rate_out, cell_rates, ids, foreground, sample, tokens, channels, edge,
-        rate_min, rate_max, max_scale, scale_stride,
+        rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, BLOCK_T, BLOCK_S, BLOCK_P,
+        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, BLOCK_T, BLOCK_S, BLOCK_P,
     )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def launch(
     blur_sigma: float,
     fidelity: str,
     rewrite: str,
+    rescale: float,
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prediction, rate, ids and foreground; `config` overrides the choice."""
@@ -78,11 +80,12 @@ def launch(
     scores = torch.empty((batch, count + 2, h * w), dtype=torch.float32, device=cond.device)
     scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(h * w)
+    constants = prediction_constants(cond, cell, fidelity, rewrite, rescale, config)
+    constants |= map_constants(sizes, token_mask, config)
     with device_guard(cond.device):
         segment_and_guide_kernel[(batch,)](
             tuple(tokens), tuple(start), token_mask, scores, ids, foreground, uncond, cond, scale, result, rate,
-            count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, scale_stride,
-            *uncond.stride(), *cond.stride(), *result.stride(),
-            **(map_constants(sizes, token_mask, config) | prediction_constants(cond, cell, fidelity, rewrite, config)),
+            count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
+            *uncond.stride(), *cond.stride(), *result.stride(), **constants,
         )  # fmt: skip
     return result, rate, ids, foreground

@@ -14,6 +14,8 @@ from scfg_kernels._launch import (
     complete_config,
     complete_limits,
     guide_limits,
+    pixel_config,
+    pixel_limits,
     segment_config,
     segment_limits,
     two_widths,
@@ -71,6 +73,15 @@ def test_segment_holds_all_cells(cells):
     assert config.block_t * config.block_s <= 32 * 32 * config.num_warps, "at most 32 scores per thread"
 
 
+@pytest.mark.parametrize("pixels", [1, 63, 256, 300, 4096, 4097, 16384])
+def test_pixels_are_eight_a_thread(pixels):
+    config = pixel_config(pixels)
+    assert config.block_p == 8 * 32 * config.num_warps
+    assert config.num_warps <= 16, "more than 512 threads leave each too few registers"
+    assert config.block_p <= max(256, 2 * pixels - 1), "no block without a pixel"
+    assert config.block_p >= min(pixels, 4096)
+
+
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         segment_config(64).block_t = 1
@@ -107,3 +118,9 @@ def test_limits_of_the_other_operators():
     assert segment_limits([x], [x[:, 0]], None, 4) == []
     assert len(segment_limits([x.double().mT] * 17, [x[:, 0]] * 17, None, 5000)) == 4
     assert guide_limits(x, 4) == [] and len(guide_limits(x.double(), 5000)) == 2
+    x = torch.zeros(1, 1, 128, 128)
+    assert pixel_limits(x) == []
+    assert pixel_limits(x.double().expand(2, 3, 128, 128)) == [
+        "the kernel computes in fp32, fp64 needs the torch implementation"
+    ]
+    assert pixel_limits(torch.zeros(1, 1, 128, 129)) == ["16512 pixels exceed 16384"]

@@ -20,6 +20,7 @@ CASES = {
     "sliced": ((23, 28), 2, 4, torch.bfloat16, "sliced", torch.tensor([7.5, 4.0]), False, {"rewrite": "unconditional"}),
     "ragged": ((13, 25), 3, 3, torch.float32, "channels_last", STRIDED, True, {}),
     "paper": ((13, 25), 1, 4, torch.float32, "contiguous", 5.0, True, {"fidelity": "paper", "blur_sigma": 0.0}),
+    "rescaled": ((13, 25), 2, 4, torch.float16, "contiguous", torch.tensor([7.5, 4.0]), False, {"rescale": 0.7}),
     "cells-of-three": ((7, 10), 2, 1, torch.float32, "contiguous", torch.tensor(5.0).expand(2), False, {"cell": 3}),
 }
 

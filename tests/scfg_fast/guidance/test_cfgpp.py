@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from scfg_fast.guidance import CFGPlusPlus, step_levels
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight, mean_weight_of, step_weight
@@ -107,7 +107,7 @@ def test_euler_levels_are_the_schedulers_sigmas() -> None:
 
 
 def test_other_schedulers_are_refused_by_name_with_those_that_work() -> None:
-    with pytest.raises(ValueError, match=r"DPMSolverMultistepScheduler .* DDIMScheduler, EulerDiscreteScheduler"):
-        CFGPlusPlus().check(DPMSolverMultistepScheduler())
+    with pytest.raises(ValueError, match=r"UniPCMultistepScheduler .* DDIMScheduler, .*DPMSolverMultistepScheduler"):
+        CFGPlusPlus().check(UniPCMultistepScheduler())
     with pytest.raises(ValueError, match="lam must not be negative"):
         CFGPlusPlus(lam=-0.1)

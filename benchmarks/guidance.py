@@ -1,0 +1,250 @@
+"""What each guidance method does to the bundled model's pictures, at what cost.
+
+    python -m benchmarks.guidance methods|loss|characteristic [--pictures N] [--steps 10 25] [--judge FOLDER]
+
+`methods`: all 40 nouns, one picture each from the same noise, every method at the same mean weight. `loss`: loss
+guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a corner.
+`characteristic`: residuals of the fixed point over its iterations.
+
+Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
+`python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
+bundled one, so that only another says whether it drew the noun or an adversarial pattern; both are reported.
+
+Writes `benchmarks/results/guidance-TASK.csv` and `.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import scfg_fast
+from scfg_fast import SCFGConfig
+from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from scfg_fast.models.classifier import NOUNS, SceneClassifier, bundled_classifier
+from scfg_fast.models.training.judge import load_judge
+from scfg_fast.models.training.scenes import with_article
+
+from .report import RESULTS, ROOT, Report
+
+BACKGROUNDS = ("blue", "green", "yellow", "pink", "white", "orange", "purple", "gray")
+PLAIN = SCFGConfig(rates="none")
+SCALE = 5.0
+WANTED = ("star", "heart", "penguin", "carrot", "house", "bus", "sunflower", "balloon")
+"""Nouns that loss guidance is asked to draw."""
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method's pictures [N, 3, H, W] in [0, 1] and what they cost."""
+
+    pictures: torch.Tensor
+    seconds: float
+    samples: int
+    mean_weight: float
+
+
+def caption(noun: str, number: int) -> str:
+    """A prompt as the model knows them, on a background by turns."""
+    background = with_article(f"{BACKGROUNDS[number % len(BACKGROUNDS)]} background")
+    return f"{with_article(noun)} on {background}"
+
+
+def open_pipeline() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(scfg_fast.bundled_model_path(), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: Any, handle: Any, prompts: Sequence[str], steps: int, scale: float, first_seed: int = 0) -> Scored:
+    """Pictures of prompts, each with the noise of its own seed."""
+    parts, samples, weights = [], 0, []
+    started = time.perf_counter()
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
+        parts.append(
+            pipe(part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="pt").images
+        )
+        samples += handle.stats.samples
+        weights.append(handle.stats.mean_weight)
+    return Scored(torch.cat(parts), time.perf_counter() - started, samples, sum(weights) / len(weights))
+
+
+def colourfulness(pictures: torch.Tensor) -> float:
+    """Mean over pixels of (max - min) / max of the channels: the saturation of HSV."""
+    high, low = pictures.amax(1), pictures.amin(1)
+    return float(((high - low) / high.clamp(min=1e-6)).mean())
+
+
+def sheet(rows: Sequence[torch.Tensor], path: Path) -> None:
+    """Rows of pictures [N, 3, H, W] as one PNG, at half size."""
+    grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    image = Image.fromarray((grid.clamp(0, 1) * 255.0).round().byte().permute(1, 2, 0).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(path)
+
+
+def methods(report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path) -> None:
+    """Every method that needs no loss, at the same mean weight."""
+    pipe = open_pipeline()
+    handle = scfg_fast.enable(pipe, PLAIN)
+    nouns = list(itertools.islice(itertools.cycle(NOUNS), pictures))
+    prompts = [caption(noun, i) for i, noun in enumerate(nouns)]
+    for steps in step_counts:
+        lam = lam_for_mean_weight(SCALE, pipe.scheduler, steps)
+        interval = WeightSchedule(interval=(0.2, 0.8))
+        variants: dict[str, dict[str, Any]] = {
+            "cfg": {},
+            "scfg": dict(config=SCFGConfig()),
+            "pixels": dict(config=SCFGConfig.pixels()),
+            "linear": dict(schedule=WeightSchedule("linear")),
+            "clamp-linear": dict(schedule=WeightSchedule("clamp-linear", floor=2.0)),
+            "interval": dict(schedule=interval),
+            "cfgpp": dict(schedule=CFGPlusPlus(lam)),
+            "scfg+linear": dict(config=SCFGConfig(), schedule=WeightSchedule("linear")),
+            "characteristic": dict(characteristic=CharacteristicGuidance()),
+        }
+        rows = []
+        for name, options in variants.items():
+            scfg_fast.enable(pipe, **({"config": PLAIN} | options))
+            done = sample(pipe, handle, prompts, steps, SCALE)
+            found = [judge.found(done.pictures[i : i + 1], noun).item() for i, noun in enumerate(nouns)]
+            case = dict(case=f"methods/{name}/steps{steps}", op="methods", sizes=f"steps{steps}", batch=BATCH)
+            for metric, unit, value in (
+                ("found", "share", sum(found) / len(found)),
+                ("saturation", "share", colourfulness(done.pictures)),
+                ("mean_weight", "1", done.mean_weight),
+                ("samples_per_picture", "1", done.samples / len(prompts)),
+                ("seconds_per_picture", "s", done.seconds / len(prompts)),
+            ):
+                report.add(**case, provider=name, metric=metric, unit=unit, number=float(value))
+            print(f"{steps} {name}: found {sum(found)}/{len(found)}, {done.seconds / len(prompts):.2f} s", flush=True)
+            rows.append(done.pictures[:8])
+        sheet(rows, image.with_name(f"{image.stem}-steps{steps}{image.suffix}"))
+
+
+def loss_variants(loss_fn: Any) -> dict[str, LossGuidance | None]:
+    """None, the plain gradient, and one thing added at a time."""
+    normal: dict[str, Any] = dict(rule="freedom", scale=0.15)
+    return {
+        "none": None,
+        "gradient": LossGuidance(loss_fn, rule="gradient", scale=2.0),
+        "polyak": LossGuidance(loss_fn, rule="polyak", scale=0.01),
+        "freedom": LossGuidance(loss_fn, **normal),
+        "freedom+augment": LossGuidance(loss_fn, **normal, augment=Augment(copies=4)),
+        "freedom+travel": LossGuidance(loss_fn, **normal, repeats=2),
+        "freedom+augment+travel": LossGuidance(loss_fn, **normal, augment=Augment(copies=4), repeats=2),
+    }
+
+
+def loss(report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path) -> None:
+    """Make the object be X; and put it here."""
+    pipe, guide = open_pipeline(), bundled_classifier()
+    handle = scfg_fast.enable(pipe, PLAIN)
+    each = max(1, pictures // len(WANTED))
+    corner = torch.zeros(16, 16, dtype=torch.bool)
+    corner[1:9, 1:9] = True
+    for task, steps in itertools.product(("presence", "place"), step_counts):
+        rows = []
+        for name in loss_variants(guide.presence_loss(WANTED[0])):
+            done, found, seen, placed, final = [], [], [], [], []
+            for index, noun in enumerate(WANTED):
+                text = "toy" if task == "presence" else noun
+                prompts = [caption(text, index + i) for i in range(each)]
+                loss_fn = guide.presence_loss(noun) if task == "presence" else guide.place_loss(noun, corner)
+                handle.loss = loss_variants(loss_fn)[name]
+                done.append(sample(pipe, handle, prompts, steps, 3.0, first_seed=100 * index))
+                found.append(judge.found(done[-1].pictures, noun).float())
+                seen.append(guide.found(done[-1].pictures, noun).float())
+                cells = judge.logits(done[-1].pictures).argmax(1) == 1 + NOUNS.index(noun)
+                placed.append((cells & corner).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1))
+                with torch.no_grad():
+                    final.append(loss_fn(done[-1].pictures))
+            count = each * len(WANTED)
+            seconds, samples = sum(part.seconds for part in done), sum(part.samples for part in done)
+            case = dict(case=f"{task}/{name}/steps{steps}", op=task, sizes=f"steps{steps}", batch=min(BATCH, each))
+            for metric, unit, value in (
+                ("found", "share", torch.cat(found).mean()),
+                ("found_by_guide", "share", torch.cat(seen).mean()),
+                ("in_place", "share", torch.cat(placed).mean()),
+                ("final_loss", "nat", torch.cat(final).mean()),
+                ("samples_per_picture", "1", samples / count),
+                ("seconds_per_picture", "s", seconds / count),
+            ):
+                report.add(**case, provider=name, metric=metric, unit=unit, number=float(value))
+            print(f"{task} {steps} {name}: " + ", ".join(f"{row.metric} {row.value:.3f}" for row in report.rows[-6:]),
+                  flush=True)  # fmt: skip
+            rows.append(torch.cat([part.pictures[:1] for part in done]))
+        sheet(rows, image.with_name(f"{image.stem}-{task}-steps{steps}{image.suffix}"))
+
+
+def characteristic(
+    report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path
+) -> None:
+    """Residuals over the iterations at a low and a high weight, with and without the projection."""
+    pipe = open_pipeline()
+    handle = scfg_fast.enable(pipe, PLAIN)
+    prompts = [caption(noun, i) for i, noun in enumerate(WANTED)][:pictures]
+    settings = {
+        "ridge": CharacteristicGuidance(max_iterations=20),
+        "identity": CharacteristicGuidance(projection="identity", max_iterations=20),
+    }
+    for (name, chosen), scale, steps in itertools.product(settings.items(), (SCALE, 15.0), step_counts):
+        handle.characteristic = chosen
+        done = sample(pipe, handle, prompts, steps, scale)
+        curves = handle.stats.characteristic
+        case = dict(case=f"characteristic/{name}/g{scale:g}/steps{steps}", op="characteristic", sizes=f"steps{steps}")
+        used = torch.stack([curve.iterations for curve in curves]).float()
+        agreed = torch.stack([curve.converged for curve in curves]).float()
+        for metric, unit, value in (
+            ("iterations", "1", used.mean()),
+            ("converged", "share", agreed.mean()),
+            ("samples_per_picture", "1", done.samples / len(prompts)),
+            ("saturation", "share", colourfulness(done.pictures)),
+        ):
+            report.add(**case, batch=len(prompts), provider=name, metric=metric, unit=unit, number=float(value))
+        report.details[case["case"]] = [
+            {"step": curve.step, "residuals": curve.residuals.tolist(), "converged": curve.converged.tolist()}
+            for curve in curves
+        ]
+        print(f"{case['case']}: {used.mean():.1f} iterations, {agreed.mean():.2f} converged", flush=True)
+
+
+TASKS = {"methods": methods, "loss": loss, "characteristic": characteristic}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--pictures", type=int, default=40, help="per method")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps, one or several counts")
+    parser.add_argument("--judge", help="folder with another judge; default: the bundled classifier")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="without ending; default: benchmarks/results/guidance-TASK")
+    parser.add_argument("--image", type=Path, help="contact sheets; default: docs/img/guidance-TASK.png")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    judge = bundled_classifier() if arguments.judge is None else SceneClassifier(load_judge(arguments.judge))
+    report = Report({name: str(value) for name, value in vars(arguments).items()})
+    image = arguments.image or ROOT / "docs" / "img" / f"guidance-{arguments.task}.png"
+    TASKS[arguments.task](report, judge, arguments.pictures, arguments.steps, image)
+    for path in report.write(arguments.out or RESULTS / f"guidance-{arguments.task}", finished=True):
+        print(f"wrote {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""The per-pixel guidance kernel, executed: rate and result against torch in the same dtype and an fp64 truth."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from ptxsim import SimError, simulated
+from ptxsim.tests.mutations import without_masks
+from scfg_kernels import guide_pixels
+from scfg_kernels._launch import PixelConfig
+from scfg_kernels._triton import KERNELS
+from scfg_kernels.testing import as_layout, assert_as_accurate_as
+
+from tests.kernels.cases import by_name
+from tests.kernels.triton.simulation import ARCHITECTURES, PoisonedMemory, run
+
+STRIDED = torch.tensor([7.5, torch.nan, 3.0, torch.nan, 5.0, torch.nan])[::2]
+CASES = {
+    # name: (shape [B, C, H, W], dtype, layout, guidance scale, options)
+    "sd15": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {}),
+    "ragged-sliced": ((2, 4, 13, 18), torch.bfloat16, "sliced", torch.tensor([7.5, 3.0]), {}),
+    "channels-last": ((3, 16, 8, 12), torch.float32, "channels_last", STRIDED, {"rate_min": 0.4, "rate_max": 1.0}),
+    "unconditional": ((1, 4, 8, 8), torch.float16, "contiguous", 7.5, {"rewrite": "unconditional"}),
+    "one-channel": ((2, 1, 7, 9), torch.float32, "strided", torch.tensor(7.5).expand(2), {}),
+    "several-blocks": ((1, 3, 65, 67), torch.float32, "contiguous", 7.5, {}),
+    "rescaled": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
+    "rescaled-several-blocks": ((1, 3, 65, 67), torch.float32, "contiguous", 7.5, {"rescale": 1.0}),
+}
+
+
+def random_inputs(rng, shape, dtype=torch.float32, layout="contiguous"):
+    """Two predictions whose difference varies in strength over the picture."""
+    u = torch.randn(shape, generator=rng)
+    strength = torch.randn(shape[0], 1, *shape[2:], generator=rng).exp()
+    c = (u + strength * torch.randn(shape, generator=rng)).to(dtype)
+    return as_layout(u.to(dtype), layout), as_layout(c, layout)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("shape", "dtype", "layout", "scale", "options"), **by_name(CASES))
+def test_guided_prediction(rng, arch, shape, dtype, layout, scale, options):
+    u, c = random_inputs(rng, shape, dtype, layout)
+    actual, launches = run(arch, lambda: guide_pixels(u, c, scale, **options, backend="triton"))
+    naive = guide_pixels(u, c, scale, **options)
+    truth = guide_pixels(u.double(), c.double(), scale, **options)
+    assert len(launches) == 1
+    for name, x, y, z in zip(("result", "rate"), actual, naive, truth, strict=True):
+        assert (x.dtype, x.stride()) == (y.dtype, y.stride())
+        assert_as_accurate_as(x, y, z, name=name)
+
+
+@pytest.mark.parametrize(("rewrite", "rescale"), [("guided", 0.0), ("guided", 0.7), ("unconditional", 0.0)])
+def test_fewer_pixels_at_a_time_give_the_same(rng, rewrite, rescale):
+    u, c = random_inputs(rng, (2, 4, 13, 25))
+    scale, options = torch.tensor([7.5, 3.0]), (0.5, 1.5, rewrite, rescale)
+    expected = guide_pixels(u, c, scale, rate_min=0.5, rate_max=1.5, rewrite=rewrite, rescale=rescale)
+    for config in (PixelConfig(4, 1, block_p=128), PixelConfig(1, 2, block_p=256), PixelConfig(8, 1, block_p=1024)):
+        call = functools.partial(KERNELS["guide_pixels"], u, c, scale, *options, config)
+        (result, rate), _ = run(80, call)
+        torch.testing.assert_close(rate, expected[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(result, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_both_bounds_are_met_to_the_bit_and_no_guidance_is_the_upper_one(rng):
+    u, c = random_inputs(rng, (2, 4, 13, 18))
+    c[1] = u[1]
+    (result, rate), _ = run(80, lambda: guide_pixels(u, c, 7.5, rate_min=0.7, rate_max=1.6, backend="triton"))
+    energy = (c[0] - u[0]).square().mean(0).flatten()
+    rates = rate[0].flatten()
+    assert rates[energy.argmin()] == rates.max() == torch.tensor(1.6)
+    assert rates[energy.argmax()] == rates.min() == torch.tensor(0.7)
+    assert torch.equal(rate[1], torch.full_like(rate[1], 1.6)) and torch.equal(result[1], u[1])
+
+
+def test_a_rate_of_one_has_the_bits_of_plain_guidance(rng):
+    u, c = random_inputs(rng, (1, 4, 13, 18))
+    options = {"rate_min": 1.0, "rate_max": 1.0, "backend": "triton"}
+    (result, rate), _ = run(80, lambda: guide_pixels(u, c, 7.5, **options))
+    assert torch.equal(rate, torch.ones_like(rate)) and torch.equal(result, u + 7.5 * (c - u))
+    (same, _), _ = run(80, lambda: guide_pixels(u, c, 7.5, **options, rewrite="unconditional"))
+    assert torch.equal(same, u)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 13, 18), (1, 1, 1, 1)], ids=["constant", "one-element"])
+def test_what_has_no_spread_is_not_rescaled(shape):
+    u, c = torch.full(shape, 0.3), torch.full(shape, 1.7)
+    call = functools.partial(guide_pixels, u, c, 5.0, rate_max=1.5, rescale=0.7, backend="triton")
+    (result, rate), _ = run(80, call)
+    assert torch.equal(rate, torch.full_like(rate, 1.5)) and torch.equal(result, u + 5.0 * 1.5 * (c - u))
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_the_order_of_the_warps_changes_nothing(rng, rescale):
+    """Energies and rates may go from thread to thread through memory, which starts as NaN here."""
+    u, c = random_inputs(rng, (1, 4, 24, 28), torch.float16)
+    results = []
+    for order in ("lockstep", "forward", "backward"):
+        with simulated(80, order=order), PoisonedMemory():
+            results.append(guide_pixels(u, c, 7.5, rescale=rescale, backend="triton"))
+    assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
+
+
+def test_bytes_and_no_atomics(rng):
+    u, c = random_inputs(rng, (1, 4, 16, 24), torch.float16)
+    for rescale, times in ((0.0, 2), (0.7, 3)):
+        call = functools.partial(guide_pixels, u, c, 7.5, rescale=rescale, backend="triton")
+        _, (launch,) = run(80, call)
+        traffic = launch.counters.traffic
+        assert traffic["uncond"].load_bytes == traffic["cond"].load_bytes == times * 2 * u.numel()
+        assert traffic["result"].store_bytes == 2 * u.numel() and traffic["rate_out"].store_bytes == u.numel()
+        assert launch.counters.atomics == 0
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_nothing_beside_a_tensor_is_touched(rng, rescale):
+    """Without guard zones every tensor ends where its storage ends; without its masks the program leaves one."""
+    u, c = random_inputs(rng, (3, 4, 13, 25))
+    scale = torch.tensor(7.5).expand(3)  # storage of one element
+    call = functools.partial(guide_pixels, u, c, scale, rescale=rescale, backend="triton")
+    with simulated(80) as simulation:
+        exact = call()
+    guarded, _ = run(80, call)
+    assert all(torch.equal(x, y) for x, y in zip(exact, guarded, strict=True)), "poison reached a result"
+    mutants = list(without_masks(simulation.launches[0].ptx))
+    assert len(mutants) == 2
+    for mutant in mutants:
+        with simulated(80, rewrite=lambda _, ptx=mutant.ptx: ptx), pytest.raises(SimError, match="out of bounds"):
+            call()

@@ -1,0 +1,627 @@
+"""Characteristic guidance: exact on Gaussians in float64, and every sample by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scfg_fast.guidance.characteristic import CharacteristicGuidance, Shift, Solution, _Space, solve
+
+EXACT = CharacteristicGuidance(projection="identity", memory=4, tolerance=1e-14)
+"""Enough memory for the Gaussians below, whose largest dimension is 4."""
+PROJECTIONS = [
+    CharacteristicGuidance(projection="identity", memory=5),
+    CharacteristicGuidance(),
+    CharacteristicGuidance(bases=2, memory=5),
+]
+by_projection = pytest.mark.parametrize("settings", PROJECTIONS, ids=["identity", "image", "channel"])
+
+
+class Gaussians:
+    """p_c and p_u, Gaussians over the last axis of [B, 1, 1, d], and the product p_c^(1 + omega) p_u^(-omega)."""
+
+    def __init__(self, size: int, omega: float, alpha_bar: float, *, seed: int = 0, same: bool = False) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        self.one = torch.eye(size, dtype=torch.float64)
+        self.omega, self.alpha_bar, self.scale = omega, alpha_bar, math.sqrt(1.0 - alpha_bar)
+
+        def covariance(least: float) -> Tensor:
+            root = torch.randn(size, size, generator=rng, dtype=torch.float64)
+            return 0.3 * root @ root.T / size + least * self.one
+
+        self.cov_c, self.cov_u = covariance(0.3), covariance(1.5)
+        if same:
+            self.cov_u = self.cov_c
+        self.mean_c, self.mean_u = torch.randn(2, size, generator=rng, dtype=torch.float64)
+        self.x = 1.5 * torch.randn(3, 1, 1, size, generator=rng, dtype=torch.float64)
+
+    def slope(self, covariance: Tensor) -> Tensor:
+        """K of eps(x) = K (x - sqrt(abar) mean)."""
+        return self.scale * torch.linalg.inv(self.alpha_bar * covariance + (1.0 - self.alpha_bar) * self.one)
+
+    def eps(self, covariance: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+        slope = self.slope(covariance)
+        shifted = x - math.sqrt(self.alpha_bar) * mean
+        return torch.stack([(slope @ row.flatten()).reshape(row.shape) for row in shifted])
+
+    def predict(self, x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        return self.eps(self.cov_u, self.mean_u, x2), self.eps(self.cov_c, self.mean_c, x1)
+
+    def exact(self) -> Tensor:
+        """Noise prediction of the product density, diffused."""
+        precision_c, precision_u = torch.linalg.inv(self.cov_c), torch.linalg.inv(self.cov_u)
+        precision = (1.0 + self.omega) * precision_c - self.omega * precision_u
+        assert float(torch.linalg.eigvalsh(precision).min()) > 0.0
+        covariance = torch.linalg.inv(precision)
+        natural = (1.0 + self.omega) * precision_c @ self.mean_c - self.omega * precision_u @ self.mean_u
+        return self.eps(covariance, covariance @ natural, self.x)
+
+    def jacobian(self) -> Tensor:
+        """Of the plain iteration dx <- sqrt(1 - abar) (eps_u(x2) - eps_c(x1))."""
+        return self.scale * ((1.0 + self.omega) * self.slope(self.cov_u) - self.omega * self.slope(self.cov_c))
+
+    def closed_form(self) -> Tensor:
+        """dx of the linear fixed point."""
+        uncond, cond = self.predict(self.x, self.x)
+        inverse = torch.linalg.inv(self.one - self.jacobian())
+        return self.scale * (uncond - cond) @ inverse.T
+
+    def solve(self, settings: CharacteristicGuidance) -> Solution:
+        uncond, cond = self.predict(self.x, self.x)
+        return solve(self.predict, self.x, uncond, cond, 1.0 + self.omega, self.alpha_bar, settings)
+
+    def plain(self) -> Tensor:
+        uncond, cond = self.predict(self.x, self.x)
+        return uncond + (1.0 + self.omega) * (cond - uncond)
+
+
+GAUSSIANS = pytest.mark.parametrize("size, omega, alpha_bar", [
+    (1, 2.0, 0.05), (2, 9.0, 0.9), (3, 4.0, 0.5), (4, 9.0, 0.3), (3, 2.0, 0.7),
+])  # fmt: skip
+
+
+class Pictures:
+    """A nonlinear denoiser for [B, 4, 8, 8] whose every operation is rounded the same in a batch of any size.
+
+    The conditional density is narrow with a bend and a mean that changes over the picture, the unconditional one broad.
+    """
+
+    def __init__(self, alpha_bar: float = 0.5, batch: int = 3, dtype: torch.dtype = torch.float64) -> None:
+        rng = torch.Generator().manual_seed(5)
+        draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
+        self.alpha_bar, self.mean, self.x = alpha_bar, draw(4, 8, 8), draw(batch, 4, 8, 8)
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.poison: int | None = None
+
+    def predict(self, x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.append((x2, x1))
+        uncond, cond = self.unshifted(x2, x1)
+        if self.poison is not None:
+            cond[self.poison, 0, 0, 0] = math.nan
+        return uncond, cond
+
+    def unshifted(self, x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        a, noise = self.alpha_bar, 1.0 - self.alpha_bar
+        bent = x1 - math.sqrt(a) * self.mean
+        bent = bent + 0.3 * bent / (1.0 + bent * bent).sqrt()
+        return math.sqrt(noise) / (1.5 * a + noise) * x2, math.sqrt(noise) / (0.7 * a + noise) * bent
+
+    def solve(self, settings: CharacteristicGuidance, weight: float | Tensor = 6.0, **options) -> Solution:
+        self.calls.clear()
+        uncond, cond = self.unshifted(self.x, self.x)
+        return solve(self.predict, self.x, uncond, cond, weight, self.alpha_bar, settings, **options)
+
+    def plain(self, weight: float | Tensor = 6.0) -> Tensor:
+        uncond, cond = self.unshifted(self.x, self.x)
+        return uncond + weight * (cond - uncond)
+
+    def only(self, sample: int) -> Pictures:
+        other = Pictures(self.alpha_bar, 1, self.x.dtype)
+        other.x, other.mean = self.x[sample : sample + 1].clone(), self.mean
+        return other
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def tight(settings: CharacteristicGuidance, **changes) -> CharacteristicGuidance:
+    return dataclasses.replace(settings, **{"tolerance": 1e-13, "anneal": 1.0, **changes})
+
+
+def assert_same(one: Solution, other: Solution) -> None:
+    """Bit for bit, up to the length of the residuals."""
+    for name in ("guided", "converged", "iterations"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.shift.dx, other.shift.dx)
+    length = min(len(one.residuals), len(other.residuals))
+    assert torch.equal(one.residuals[:length], other.residuals[:length])
+
+
+# What it solves.
+
+
+@GAUSSIANS
+def test_it_is_exact_for_gaussians(size: int, omega: float, alpha_bar: float) -> None:
+    """The noise prediction of the diffused product density, where plain guidance errs; covariances do not commute."""
+    case = Gaussians(size, omega, alpha_bar)
+    found = case.solve(EXACT)
+    assert bool(found.converged.all()) and largest(case.plain() - case.exact()) > 0.06
+    assert largest(found.guided - case.exact()) <= 3e-13
+    assert largest(found.shift.dx - case.closed_form()) <= 3e-13
+    if size > 1:
+        assert largest(case.cov_c @ case.cov_u - case.cov_u @ case.cov_c) > 1e-3
+
+
+@GAUSSIANS
+def test_a_full_basis_without_regularisation_is_the_identity(size: int, omega: float, alpha_bar: float) -> None:
+    case = Gaussians(size, omega, alpha_bar)
+    ridge = CharacteristicGuidance(bases=size, regularization=0.0, anneal=1.0, memory=4, tolerance=1e-14)
+    found = case.solve(ridge)
+    assert bool(found.converged.all()) and largest(found.guided - case.exact()) <= 3e-13
+
+
+def test_the_default_memory_solves_them_too() -> None:
+    """Two differences for four unknowns: more evaluations, same answer."""
+    case = Gaussians(4, 9.0, 0.3)
+    short, long = case.solve(dataclasses.replace(EXACT, memory=2, max_iterations=200)), case.solve(EXACT)
+    assert bool(short.converged.all()) and largest(short.guided - case.exact()) <= 3e-13
+    assert int(long.iterations.max()) == 5 < int(short.iterations.min())
+
+
+def test_equal_covariances_need_a_shift_but_change_nothing() -> None:
+    case = Gaussians(3, 9.0, 0.6, same=True)
+    found = case.solve(EXACT)
+    assert bool(found.converged.all()) and largest(found.shift.dx) > 0.1
+    assert largest(found.guided - case.plain()) < 5e-14 and largest(case.plain() - case.exact()) < 5e-14
+
+
+def test_plain_iteration_diverges_where_anderson_converges() -> None:
+    """omega 9, abar 0.9: |J| = 1.42. Plain iteration falls back to plain guidance, bit by bit."""
+    case = Gaussians(4, 9.0, 0.9)
+    case.cov_c = torch.diag(torch.tensor([0.302, 0.35, 0.5, 0.7], dtype=torch.float64))
+    case.cov_u = case.one.clone()
+    assert float(torch.linalg.eigvals(case.jacobian()).abs().max()) == pytest.approx(1.42, abs=0.005)
+    picard, anderson = case.solve(dataclasses.replace(EXACT, memory=0)), case.solve(EXACT)
+    assert not picard.converged.any() and bool(anderson.converged.all())
+    assert torch.equal(picard.guided, case.plain()) and largest(picard.shift.dx) == 0.0
+    assert (picard.residuals[-1] > 1e3 * picard.residuals[0]).all()
+    assert largest(anderson.guided - case.exact()) <= 3e-13 < 0.06 < largest(case.plain() - case.exact())
+
+
+@by_projection
+def test_weight_one_is_the_conditional_prediction(settings: CharacteristicGuidance) -> None:
+    case = Pictures()
+    found = case.solve(tight(settings), weight=1.0)
+    assert bool(found.converged.all()) and largest(found.shift.dx) > 1e-2
+    assert largest(found.guided - case.unshifted(case.x, case.x)[1]) < 1e-14
+
+
+@by_projection
+def test_equal_predictions_need_no_shift(settings: CharacteristicGuidance) -> None:
+    """dx = 0 is a fixed point, whatever reg: no evaluation, from a warm start neither."""
+    case = Pictures()
+    eps = case.unshifted(case.x, case.x)[0]
+    for previous in (None, Shift(torch.ones_like(case.x), 0.4)):
+        found = solve(case.predict, case.x, eps, eps, 6.0, 0.5, settings, previous)
+        assert bool(found.converged.all()) and not case.calls and not found.iterations.any()
+        assert torch.equal(found.guided, eps) and largest(found.shift.dx) == 0.0 == largest(found.residuals)
+
+
+@pytest.mark.parametrize("settings", PROJECTIONS[:2], ids=["identity", "image"])
+def test_a_constant_difference_is_solved_in_one_evaluation(settings: CharacteristicGuidance) -> None:
+    """dx = sqrt(1 - abar) k, and plain guidance comes out."""
+    case = Pictures()
+    base, k = case.unshifted(case.x, case.x)[0], case.mean[None].expand(3, 4, 8, 8)
+    settings = dataclasses.replace(settings, regularization=0.0)
+    found = solve(lambda x2, x1: (base + k, base), case.x, base + k, base, 6.0, 0.5, settings)
+    assert found.iterations.tolist() == [1, 1, 1] and bool(found.converged.all())
+    assert largest(found.shift.dx - math.sqrt(0.5) * k) < 1e-14
+    assert largest(found.guided - (base - 5.0 * k)) < 1e-13
+
+
+def test_a_weight_map_is_a_weight_per_pixel() -> None:
+    """Independent pixels: each has the exact prediction of its own omega, and its inputs still mix to x."""
+    case = Pictures()
+    a, noise = case.alpha_bar, 1.0 - case.alpha_bar
+    weight = torch.linspace(1.0, 10.0, 3 * 64, dtype=torch.float64).reshape(3, 1, 8, 8)
+    precision = weight / 0.4 - (weight - 1.0) / 1.5
+    mean = weight / 0.4 * case.mean / precision
+    eps = lambda variance, mean, x: math.sqrt(noise) * (x - math.sqrt(a) * mean) / (a * variance + noise)  # noqa: E731
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def predict(x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append((x2, x1))
+        return eps(1.5, 0.0, x2), eps(0.4, case.mean, x1)
+
+    settings = CharacteristicGuidance(projection="identity", memory=12, tolerance=1e-14)
+    found = solve(predict, case.x, *predict(case.x, case.x), weight, a, settings)
+    assert bool(found.converged.all())
+    assert largest(found.guided - eps(1.0 / precision, mean, case.x)) <= 3e-13
+    assert all(largest(weight * x1 - (weight - 1.0) * x2 - case.x) < 5e-14 for x2, x1 in calls)
+
+
+@by_projection
+def test_the_inputs_mix_to_the_sample(settings: CharacteristicGuidance) -> None:
+    """(1 + omega) x1 - omega x2 = x, and x2 - x1 = dx, in every evaluation."""
+    case = Pictures()
+    found = case.solve(settings)
+    assert case.calls and all(largest(6.0 * x1 - 5.0 * x2 - case.x) < 2e-14 for x2, x1 in case.calls)
+    x2, x1 = case.calls[-1]
+    last = found.iterations == len(case.calls)
+    assert last.any() and largest((x2 - x1 - found.shift.dx)[last]) < 1e-14
+
+
+@by_projection
+def test_the_result_is_the_accepted_evaluation(settings: CharacteristicGuidance) -> None:
+    case = Pictures()
+    found = case.solve(settings)
+    again = case.unshifted(case.x + 6.0 * found.shift.dx, case.x + 5.0 * found.shift.dx)
+    assert bool(found.converged.all()) and torch.equal(found.guided, again[0] + 6.0 * (again[1] - again[0]))
+    assert largest(found.guided - case.plain()) > 0.01
+
+
+# The projection and its regularisation.
+
+
+def projector(settings: CharacteristicGuidance, direction: Tensor) -> Tensor:
+    """A A^T of the first sample, [CHW, CHW]."""
+    space = _Space.of(direction, settings)
+    count = direction[0].numel()
+    units = torch.eye(count, dtype=direction.dtype)
+    columns = [space.field(space.coordinates(u.reshape(direction[:1].shape).expand_as(direction)))[0] for u in units]
+    return torch.stack([column.flatten() for column in columns], dim=1)
+
+
+@pytest.mark.parametrize("bases, rank", [(0, 1), (1, 3), (2, 6), (5, 15), (16, 48)])
+def test_the_projector_is_orthogonal_and_keeps_its_direction(bases: int, rank: int, rng: torch.Generator) -> None:
+    direction = torch.randn(2, 3, 4, 4, generator=rng, dtype=torch.float64)
+    matrix = projector(CharacteristicGuidance(bases=bases), direction)
+    assert largest(matrix - matrix.T) < 1e-15 and largest(matrix @ matrix - matrix) < 2e-15
+    assert float(matrix.trace()) == pytest.approx(rank)
+    assert largest(matrix @ direction[0].flatten() - direction[0].flatten()) < 2e-15
+    if rank == 48:
+        assert largest(matrix - torch.eye(48, dtype=torch.float64)) < 1e-15
+
+
+def test_pieces_are_split_at_the_quantiles_of_a_channel(rng: torch.Generator) -> None:
+    direction = torch.randn(2, 3, 4, 4, generator=rng, dtype=torch.float64)
+    basis = _Space.of(direction, CharacteristicGuidance(bases=4)).basis
+    assert basis is not None and basis.shape == (2, 3, 4, 16)
+    rows = direction.reshape(2, 3, 1, 16)
+    assert ((basis != 0.0).sum(-1) == 4).all() and ((basis != 0.0).sum(-2) == 1).all()
+    assert largest(basis.square().sum(-1) - 1.0) < 1e-15
+    low = torch.where(basis != 0.0, rows, math.inf).amin(-1)
+    high = torch.where(basis != 0.0, rows, -math.inf).amax(-1)
+    assert (high[..., :-1] < low[..., 1:]).all()
+
+
+@pytest.mark.parametrize("bases", [0, 1, 3])
+def test_channels_without_a_direction_stay_put(bases: int) -> None:
+    """Zero and constant channels: no NaN, no direction, or one."""
+    case = Pictures()
+    k = torch.zeros(3, 4, 8, 8, dtype=torch.float64)
+    k[:, 1], k[:, 2] = case.mean[1], 0.25
+    base = case.unshifted(case.x, case.x)[0]
+    settings = CharacteristicGuidance(bases=bases, regularization=0.0)
+    found = solve(lambda x2, x1: (base + k, base), case.x, base + k, base, 6.0, 0.5, settings)
+    assert bool(found.converged.all()) and largest(found.shift.dx - math.sqrt(0.5) * k) < 1e-14
+
+
+def test_a_ridge_shrinks_the_projection() -> None:
+    """A constant difference: dx = sqrt(1 - abar) k / (1 + reg); a large reg is plain guidance."""
+    case = Pictures()
+    base, k = case.unshifted(case.x, case.x)[0], case.mean[None].expand(3, 4, 8, 8)
+    for reg in (0.0, 1.0, 7.0):
+        settings = CharacteristicGuidance(regularization=reg, anneal=1.0, tolerance=1e-14)
+        found = solve(lambda x2, x1: (base + k, base), case.x, base + k, base, 6.0, 0.5, settings)
+        assert bool(found.converged.all())
+        assert largest(found.shift.dx - math.sqrt(0.5) * k / (1.0 + reg)) < 1e-13
+    found = case.solve(CharacteristicGuidance(regularization=1e9))
+    assert bool(found.converged.all()) and largest(found.guided - case.plain()) < 1e-6
+
+
+def test_regularisation_falls_along_the_run() -> None:
+    settings = CharacteristicGuidance(regularization=3.0, regularization_range=2.0)
+    target = lambda level: settings.target_regularization(level, 0.01)  # noqa: E731
+    assert [target(0.01), target(0.04), target(1.0)] == pytest.approx([3.0, 1.5, 0.3])
+    assert target(0.0) == target(0.005) == 3.0 == settings.target_regularization(0.7)
+    assert settings.target_regularization(0.5, 0.0) == 0.0
+    assert CharacteristicGuidance(projection="identity").target_regularization(0.1, 0.01) == 0.0
+
+
+def test_the_levels_reach_the_regularisation() -> None:
+    case = Pictures()
+    late = case.solve(tight(PROJECTIONS[1]), first_alpha_bar=0.05)
+    assert_same(late, case.solve(tight(PROJECTIONS[1], regularization=0.05 / 0.5)))
+    early = case.solve(tight(PROJECTIONS[1]))
+    assert bool((early.converged & late.converged).all())
+    assert float(early.shift.dx.norm()) < 0.9 * float(late.shift.dx.norm())
+
+
+@pytest.mark.parametrize("bases", [0, 2])
+def test_annealing_costs_evaluations_and_changes_nothing_else(bases: int) -> None:
+    case = Pictures()
+    settings = CharacteristicGuidance(bases=bases, anneal=0.4, memory=5, tolerance=1e-10)
+    slow, direct = case.solve(settings), case.solve(dataclasses.replace(settings, anneal=1.0))
+    assert bool((slow.converged & direct.converged).all())
+    assert largest(slow.shift.dx - direct.shift.dx) < 1e-8
+    assert (slow.iterations >= 2 * direct.iterations).all()
+
+
+# The iteration.
+
+
+@by_projection
+def test_residuals_pass_the_test_and_then_stay(settings: CharacteristicGuidance) -> None:
+    case = Pictures()
+    found = case.solve(settings)
+    assert bool(found.converged.all()) and len(found.residuals) == int(found.iterations.max()) + 1
+    for sample, last in enumerate(found.iterations.tolist()):
+        course = found.residuals[:, sample]
+        assert (course[:last] >= settings.tolerance).all() and (course[last:] == course[last]).all()
+        assert float(course[last]) < settings.tolerance
+
+
+def test_the_residual_is_a_root_mean_square_per_sample() -> None:
+    case = Pictures()
+    uncond, cond = case.unshifted(case.x, case.x)
+    expected = ((uncond - cond) * math.sqrt(0.5)).square().mean(dim=(1, 2, 3)).sqrt()
+    assert case.solve(PROJECTIONS[0]).residuals[0].allclose(expected, rtol=1e-13)
+    assert case.solve(PROJECTIONS[1]).residuals[0].allclose(expected / 2.0, rtol=1e-13)
+
+
+@by_projection
+def test_evaluations_are_counted_as_documented(settings: CharacteristicGuidance) -> None:
+    case = Pictures()
+    found = case.solve(settings)
+    assert len(case.calls) == int(found.iterations.max()) == len(found.residuals) - 1
+    found = case.solve(dataclasses.replace(settings, early_stop=False, max_iterations=30))
+    assert len(case.calls) == 30 == len(found.residuals) - 1
+    found = case.solve(dataclasses.replace(settings, max_iterations=1))
+    assert len(case.calls) == 1 and found.iterations.tolist() == [1, 1, 1]
+
+
+@by_projection
+@pytest.mark.parametrize("failing", [False, True], ids=["done", "out of iterations"])
+def test_early_stop_reads_the_host_and_changes_no_bit(settings: CharacteristicGuidance, failing: bool) -> None:
+    case = Pictures()
+    settings = dataclasses.replace(settings, max_iterations=2 if failing else 30)
+    with HostReads() as reads:
+        stopped = case.solve(settings)
+    assert reads.count == (2 if failing else len(stopped.residuals))
+    with HostReads() as reads:
+        free = case.solve(dataclasses.replace(settings, early_stop=False))
+    assert reads.count == 0 and bool(free.converged.all()) is not failing
+    assert_same(stopped, free)
+
+
+def test_dependent_differences_are_left_out() -> None:
+    """A linear problem with one direction: every further difference is a multiple of the first."""
+    case = Gaussians(1, 9.0, 0.3)
+    for memory in (1, 5, 20):
+        found = case.solve(dataclasses.replace(EXACT, memory=memory, tolerance=1e-18, max_iterations=30))
+        assert bool(found.residuals.isfinite().all()) and float(found.residuals[-1].max()) < 1e-13
+
+
+def test_damping_reaches_the_same_point() -> None:
+    case = Pictures()
+    settings = CharacteristicGuidance(projection="identity", memory=5, tolerance=1e-12)
+    damped, plain = case.solve(dataclasses.replace(settings, step_size=0.5)), case.solve(settings)
+    assert bool((damped.converged & plain.converged).all())
+    assert largest(damped.guided - plain.guided) < 1e-10
+    whole = case.calls[0][0] - case.x
+    case.solve(dataclasses.replace(settings, step_size=0.5))
+    assert largest((case.calls[0][0] - case.x) - 0.5 * whole) < 1e-14
+
+
+def test_the_warm_start_is_scaled_by_the_ratio_of_squared_sigmas() -> None:
+    shift = Shift(torch.ones(1, 1, 2, 2, dtype=torch.float64), 0.2)
+    sigma2 = lambda level: (1.0 - level) / level  # noqa: E731
+    assert largest(shift.at(0.5) - sigma2(0.5) / sigma2(0.2)) < 1e-15
+    assert torch.equal(shift.at(0.2), shift.dx) and largest(shift.at(0.5) - 0.25) < 1e-15
+    assert largest(shift.at(0.0)) == 0.0 == largest(shift.at(1.0))
+    assert largest(Shift(shift.dx, 0.0).at(0.5)) == 0.0 == largest(Shift(shift.dx, 1.0).at(0.5))
+
+
+@by_projection
+def test_a_warm_start_saves_evaluations(settings: CharacteristicGuidance) -> None:
+    """From the solution itself one evaluation is left, from that of a neighbouring level fewer than from nothing."""
+    case, before = Pictures(0.5), Pictures(0.499)
+    settings = tight(settings, tolerance=1e-5)
+    cold, early = case.solve(settings), before.solve(settings)
+    warm = case.solve(settings, previous=early.shift)
+    assert bool((cold.converged & early.converged & warm.converged).all())
+    assert int(warm.iterations.sum()) < int(cold.iterations.sum())
+    assert largest(warm.guided - cold.guided) < 1e-2
+    assert case.solve(tight(settings, tolerance=2e-5), previous=cold.shift).iterations.tolist() == [1, 1, 1]
+    assert_same(case.solve(dataclasses.replace(settings, reuse=0.0), previous=early.shift), cold)
+
+
+def test_a_warm_start_is_the_reused_part_of_the_scaled_shift() -> None:
+    case = Pictures()
+    previous = Shift(0.1 * case.mean.expand(3, 4, 8, 8), 0.4)
+    case.solve(CharacteristicGuidance(projection="identity", reuse=0.5), previous=previous)
+    x2, x1 = case.calls[0]
+    assert largest(x2 - x1 - 0.5 * previous.at(0.5)) < 1e-14
+
+
+# Every sample by itself.
+
+
+@by_projection
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_batch_is_its_samples(settings: CharacteristicGuidance, dtype: torch.dtype) -> None:
+    case = Pictures(dtype=dtype)
+    weight = torch.linspace(2.0, 8.0, 3 * 64, dtype=dtype).reshape(3, 1, 8, 8)
+    previous = Shift(case.solve(settings, weight).shift.dx, 0.48)
+    batch = case.solve(settings, weight, previous=previous)
+    assert bool(batch.converged.all()) and len(set(batch.iterations.tolist())) > (settings.bases == 2)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = case.only(i).solve(settings, weight[row], previous=Shift(previous.dx[row], 0.48))
+        length = len(alone.residuals)
+        assert torch.equal(alone.guided, batch.guided[row]) and torch.equal(alone.shift.dx, batch.shift.dx[row])
+        assert torch.equal(alone.residuals, batch.residuals[:length, row])
+        assert alone.iterations[0] == batch.iterations[i]
+
+
+@by_projection
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_mate_that_is_not_finite_spoils_nothing(settings: CharacteristicGuidance, early_stop: bool) -> None:
+    """It ends at its first NaN, is evaluated at the sample from then on, and falls back."""
+    case = Pictures()
+    settings = dataclasses.replace(settings, early_stop=early_stop, max_iterations=30)
+    good = case.solve(settings)
+    case.poison = 1
+    found = case.solve(settings)
+    assert found.converged.tolist() == [True, False, True] and int(found.iterations[1]) == 1
+    assert torch.equal(found.guided[1], case.plain()[1]) and largest(found.shift.dx[1]) == 0.0
+    assert all(torch.equal(x[1], case.x[1]) for call in case.calls[1:] for x in call)
+    assert found.residuals[1:, 1].isnan().all()
+    for i in (0, 2):
+        assert torch.equal(found.guided[i], good.guided[i]) and torch.equal(found.shift.dx[i], good.shift.dx[i])
+        assert torch.equal(found.residuals[:, i], good.residuals[: len(found.residuals), i])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_given_predictions_that_are_not_finite(value: float) -> None:
+    case = Pictures()
+    uncond, cond = case.unshifted(case.x, case.x)
+    cond[2, 0, 3, 3] = value
+    for settings in PROJECTIONS:
+        found = solve(case.predict, case.x, uncond, cond, 6.0, 0.5, settings)
+        assert found.converged.tolist() == [True, True, False] and int(found.iterations[2]) == 0
+        assert torch.equal(found.guided[:2], case.solve(settings).guided[:2])
+
+
+def test_a_sample_that_does_not_converge_gets_plain_guidance() -> None:
+    """Too few evaluations for some: their guided prediction has the plain formula's bits, the others keep theirs."""
+    case = Pictures()
+    case.x[0] *= 20.0
+    settings = CharacteristicGuidance(projection="identity", memory=2, max_iterations=60)
+    full = case.solve(settings)
+    fewest, most = int(full.iterations.min()), int(full.iterations.max())
+    assert bool(full.converged.all()) and fewest < most
+    found = case.solve(dataclasses.replace(settings, max_iterations=fewest))
+    assert 0 < int(found.converged.sum()) < 3
+    for i, done in enumerate(found.converged.tolist()):
+        assert torch.equal(found.guided[i], full.guided[i] if done else case.plain()[i])
+        assert torch.equal(found.shift.dx[i], full.shift.dx[i] if done else torch.zeros_like(case.x[i]))
+        assert int(found.iterations[i]) == fewest
+
+
+def test_samples_diverge_by_themselves() -> None:
+    """Plain iteration where one sample of the batch has |J| above 1 and the others below: up to infinity and back."""
+    slope = torch.tensor([0.5, -4.0, -0.5], dtype=torch.float64)[:, None, None, None]
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    predict: Callable = lambda x2, x1: (1.0 + slope * (x2 - x1), torch.zeros_like(x1))  # noqa: E731
+    settings = CharacteristicGuidance(projection="identity", memory=0, max_iterations=400)
+    given = (torch.ones_like(x), torch.zeros_like(x))
+    found = solve(predict, x, *given, 3.0, 0.0, settings)
+    assert found.converged.tolist() == [True, False, True] and 50 < int(found.iterations[1]) < 400
+    assert not bool(found.residuals[-1, 1].isfinite()) and float(found.guided[1].max()) == 1.0 - 3.0
+    assert largest(found.shift.dx[[0, 2]] - 1.0 / (1.0 - slope[[0, 2]])) < 1e-3
+
+
+# Dtypes, layouts, arguments.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_solves_in_float32(dtype: torch.dtype) -> None:
+    """The model sees the sample's dtype; one direction per image averages its rounding out."""
+    case, single = Pictures(dtype=dtype), Pictures(dtype=torch.float32)
+    single.x, single.mean = case.x.float(), case.mean.float()
+    settings = CharacteristicGuidance(tolerance=1e-3)
+    found, reference = case.solve(settings), single.solve(settings)
+    assert bool(found.converged.all()) and found.guided.dtype == dtype
+    assert found.shift.dx.dtype == torch.float32 == found.residuals.dtype
+    assert all(x.dtype == dtype for call in case.calls for x in call)
+    assert largest(found.shift.dx - reference.shift.dx) < 0.02
+    plain = case.solve(dataclasses.replace(settings, max_iterations=1, tolerance=1e-12)).guided
+    uncond, cond = case.unshifted(case.x, case.x)
+    assert torch.equal(plain, (uncond.float() + 6.0 * (cond.float() - uncond.float())).to(dtype))
+
+
+def test_channels_last_and_a_weight_of_no_dimension() -> None:
+    case = Pictures()
+    expected = case.solve(PROJECTIONS[2])
+    case.x = case.x.to(memory_format=torch.channels_last)
+    found = case.solve(PROJECTIONS[2], torch.tensor(6.0, dtype=torch.float32))
+    assert torch.equal(found.iterations, expected.iterations)
+    assert largest(found.guided - expected.guided) < 1e-13 > largest(found.shift.dx - expected.shift.dx)
+
+
+def test_levels_at_the_ends_of_the_range() -> None:
+    """No noise left: no shift. Pure noise, from a zero-terminal-SNR schedule: an ordinary step."""
+    clean, noise = Pictures(1.0), Pictures(0.0)
+    assert not clean.solve(PROJECTIONS[0], previous=Shift(torch.ones_like(clean.x), 0.9)).iterations.any()
+    found = noise.solve(PROJECTIONS[1], first_alpha_bar=0.0)
+    assert bool(found.converged.all()) and bool(found.guided.isfinite().all())
+
+
+BAD = {
+    "projection": "pixel", "bases": -1, "regularization": -0.5, "regularization_range": 0.0, "anneal": 1.5,
+    "tolerance": 0.0, "max_iterations": 0, "memory": 1.5, "step_size": -1.0, "reuse": float("nan"), "start": 0.9,
+    "stop": 0.1, "early_stop": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_bad_setting_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^CharacteristicGuidance: .*{name}"):
+        CharacteristicGuidance(**{name: BAD[name]} if name not in ("start", "stop") else {"start": 0.9, "stop": 0.1})
+
+
+def test_every_bad_setting_is_listed_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        CharacteristicGuidance(**BAD)
+    assert all(name in str(caught.value) for name in BAD)
+    with pytest.raises(ValueError, match=r"projection='pixel' is unknown, use one of \('ridge', 'identity'\)$"):
+        CharacteristicGuidance(projection="pixel")
+
+
+def test_arguments_that_do_not_fit_are_listed_at_once() -> None:
+    x = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(ValueError) as caught:
+        solve(
+            lambda x2, x1: (x2, x1), x, x[:1], x[..., :4], torch.ones(2, 3, 8, 8), 1.5, CharacteristicGuidance(),
+            Shift(torch.zeros(1, 4, 8, 8), 0.5), -0.1,
+        )  # fmt: skip
+    for reason in (
+        "uncond must match the sample, (2, 4, 8, 8) on cpu, got (1, 4, 8, 8)", "cond must match", "previous must match",
+        "weight must broadcast to (2, 4, 8, 8) on cpu, got (2, 3, 8, 8)",
+        "alpha_bar must be a number in [0, 1], got 1.5", "first_alpha_bar must be a number in [0, 1], got -0.1",
+    ):  # fmt: skip
+        assert reason in str(caught.value)
+    with pytest.raises(ValueError, match="weight must be a finite number or a tensor, got inf"):
+        solve(lambda x2, x1: (x2, x1), x, x, x, math.inf, 0.5, CharacteristicGuidance())
+    with pytest.raises(
+        ValueError, match=r"sample must be floating-point \[B, C, H, W\] and not empty, got torch.int64"
+    ):
+        solve(lambda x2, x1: (x2, x1), x.long(), x, x, 2.0, 0.5, CharacteristicGuidance())
+
+
+def test_a_prediction_of_another_shape_is_refused() -> None:
+    x = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"predict must return two predictions of shape \(2, 4, 8, 8\), got \(1, 4,"):
+        solve(lambda x2, x1: (x2[:1], x1), x, x + 1.0, x, 2.0, 0.5, CharacteristicGuidance())
