@@ -79,6 +79,28 @@ FAMILIES = (
 )
 
 
+WHY_NOT = (
+    ("InstructPix2Pix", "guides by text and by picture, in three groups of samples with a scale each"),
+    ("LatentConsistencyModel", "is distilled: guidance is an input of its denoiser, there are no two predictions"),
+    ("Onnx", "runs its denoiser outside of torch; load the torch weights with StableDiffusionPipeline"),
+    ("Flux", "is guidance-distilled and has a transformer, whose attention this version cannot read"),
+    ("StableDiffusion3", "has a transformer, whose attention this version cannot read"),
+    ("PixArt", "has a transformer, whose attention this version cannot read"),
+    ("HunyuanDiT", "has a transformer, whose attention this version cannot read"),
+    ("IF", "predicts a variance too and attends to text and picture jointly, which this version cannot read"),
+)
+"""Part of a class name -> why pipelines with it are not supported; for those that people ask about."""
+
+
+def why_not(pipe: DiffusionPipeline) -> str:
+    """Why a pipeline of no family is not supported, in a sentence."""
+    name = type(pipe).__name__
+    known = next((reason for part, reason in WHY_NOT if part in name and (part != "IF" or name.startswith("IF"))), None)
+    families = ", ".join(family.name for family in FAMILIES)
+    because = f": it {known}" if known else ""
+    return f"{name} is not supported{because}; this version supports {families} pipelines"
+
+
 def family_of(pipe: DiffusionPipeline) -> Family | None:
     """The family of a pipeline, or None. A subclass of a pipeline belongs to its family."""
     names = {cls.__name__ for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")}

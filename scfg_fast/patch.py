@@ -22,7 +22,7 @@ from scfg_kernels import available_backends
 
 from .capture import choose_layers
 from .config import SCFGConfig
-from .families import FAMILIES, family_of, read_call
+from .families import family_of, read_call, why_not
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
@@ -247,8 +247,7 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
     """
     config = _checked(config or SCFGConfig())
     if family_of(pipe) is None:
-        families = ", ".join(family.name for family in FAMILIES)
-        return Support(False, [f"{type(pipe).__name__} is not supported; this version supports {families} pipelines"])
+        return Support(False, [why_not(pipe)])
     unet = unwrap(pipe.unet)
     if not isinstance(unet, UNet2DConditionModel):
         return Support(

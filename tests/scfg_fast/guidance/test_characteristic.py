@@ -102,7 +102,7 @@ class Pictures:
     def predict(self, x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         self.calls.append((x2, x1))
         uncond, cond = self.unshifted(x2, x1)
-        if self.poison is not None:
+        if self.poison is not None and len(self.calls) == 1:
             cond[self.poison, 0, 0, 0] = math.nan
         return uncond, cond
 
@@ -368,6 +368,12 @@ def test_annealing_costs_evaluations_and_changes_nothing_else(bases: int) -> Non
     assert (slow.iterations >= 2 * direct.iterations).all()
 
 
+def test_annealing_starts_no_lower_than_it_ends() -> None:
+    case = Pictures()
+    settings = CharacteristicGuidance(regularization=20.0, anneal=0.4, bases=2)
+    assert_same(case.solve(settings), case.solve(dataclasses.replace(settings, anneal=1.0)))
+
+
 # The iteration.
 
 
@@ -488,7 +494,7 @@ def test_a_batch_is_its_samples(settings: CharacteristicGuidance, dtype: torch.d
 @by_projection
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_a_mate_that_is_not_finite_spoils_nothing(settings: CharacteristicGuidance, early_stop: bool) -> None:
-    """It ends at its first NaN, is evaluated at the sample from then on, and falls back."""
+    """It ends at its first NaN, is evaluated at the sample from then on, where all is well, and falls back."""
     case = Pictures()
     settings = dataclasses.replace(settings, early_stop=early_stop, max_iterations=30)
     good = case.solve(settings)
@@ -528,6 +534,24 @@ def test_a_sample_that_does_not_converge_gets_plain_guidance() -> None:
         assert torch.equal(found.guided[i], full.guided[i] if done else case.plain()[i])
         assert torch.equal(found.shift.dx[i], full.shift.dx[i] if done else torch.zeros_like(case.x[i]))
         assert int(found.iterations[i]) == fewest
+
+
+def test_later_evaluations_of_an_accepted_sample_are_ignored() -> None:
+    """A denoiser that adds the number of the call to both predictions: the same shifts, guided by the accepted call."""
+    case = Pictures()
+    case.x[0] *= 20.0
+    settings = CharacteristicGuidance(projection="identity", memory=2, max_iterations=60)
+    found = case.solve(settings)
+
+    def drifting(x2: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        uncond, cond = case.predict(x2, x1)
+        return uncond + len(case.calls), cond + len(case.calls)
+
+    case.calls.clear()
+    drifted = solve(drifting, case.x, *case.unshifted(case.x, case.x), 6.0, 0.5, settings)
+    assert torch.equal(found.iterations, drifted.iterations) and len(set(found.iterations.tolist())) > 1
+    added = (drifted.guided - found.guided - found.iterations[:, None, None, None]).abs()
+    assert largest(added) < 1e-4
 
 
 def test_samples_diverge_by_themselves() -> None:
