@@ -28,7 +28,7 @@ Solver: Anderson acceleration, since plain iteration diverges where the method i
 0.9. Least squares per sample, by modified Gram-Schmidt over the last differences; dependent ones are left out. The
 samples of a batch share nothing: the bits of one do not depend on its mates if those of `predict` do not.
 
-What differs from the published code:
+What differs from the published code (its defaults for `anneal` and `reuse` are 0.4 and 1; see what was measured):
 
 * Annealing. Published, reg starts at 5 and is an unknown of the Anderson system itself. Here sqrt(reg) relaxes by the
   factor 1 - `anneal` per iteration, and the residual that is tested always is that of the step's own reg_t, so that the
@@ -109,12 +109,12 @@ class CharacteristicGuidance:
     bases: int = 0
     regularization: float = 1.0
     regularization_range: float = 1.0
-    anneal: float = 0.4
+    anneal: float = 1.0
     tolerance: float = 1e-4
     max_iterations: int = 50
     memory: int = 2
     step_size: float = 1.0
-    reuse: float = 1.0
+    reuse: float = 0.0
     start: float = 0.0
     stop: float = 1.0
     early_stop: bool = True

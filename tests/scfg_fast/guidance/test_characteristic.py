@@ -453,13 +453,13 @@ def test_the_warm_start_is_scaled_by_the_ratio_of_squared_sigmas() -> None:
 def test_a_warm_start_saves_evaluations(settings: CharacteristicGuidance) -> None:
     """From the solution itself one evaluation is left, from that of a neighbouring level fewer than from nothing."""
     case, before = Pictures(0.5), Pictures(0.499)
-    settings = tight(settings, tolerance=1e-5)
+    settings = tight(settings, tolerance=1e-5, reuse=1.0)
     cold, early = case.solve(settings), before.solve(settings)
     warm = case.solve(settings, previous=early.shift)
     assert bool((cold.converged & early.converged & warm.converged).all())
     assert int(warm.iterations.sum()) < int(cold.iterations.sum())
     assert largest(warm.guided - cold.guided) < 1e-2
-    assert case.solve(tight(settings, tolerance=2e-5), previous=cold.shift).iterations.tolist() == [1, 1, 1]
+    assert case.solve(tight(settings, tolerance=2e-5, reuse=1.0), previous=cold.shift).iterations.tolist() == [1, 1, 1]
     assert_same(case.solve(dataclasses.replace(settings, reuse=0.0), previous=early.shift), cold)
 
 
