@@ -1,10 +1,10 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|loss|characteristic [--pictures N] [--steps 10 25] [--judge FOLDER]
+    python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps 10 25] [--judge DIR]
 
-`methods`: all 40 nouns, one picture each from the same noise, every method at the same mean weight. `loss`: loss
-guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a corner.
-`characteristic`: residuals of the fixed point over its iterations.
+`methods`: all 40 nouns, one picture each from the same noise, every method at the same mean weight. `presence` and
+`place`: loss guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a
+corner. `characteristic`: residuals of the fixed point over its iterations.
 
 Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
 `python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
@@ -20,6 +20,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +145,21 @@ def loss_variants(loss_fn: Any) -> dict[str, LossGuidance | None]:
         "gradient": LossGuidance(loss_fn, rule="gradient", scale=2.0),
         "polyak": LossGuidance(loss_fn, rule="polyak", scale=0.01),
         "freedom": LossGuidance(loss_fn, **normal),
-        "freedom+augment": LossGuidance(loss_fn, **normal, augment=Augment(copies=4)),
+        "freedom+augment": LossGuidance(loss_fn, **normal, augment=Augment(copies=2, color=0.0)),
         "freedom+travel": LossGuidance(loss_fn, **normal, repeats=2),
-        "freedom+augment+travel": LossGuidance(loss_fn, **normal, augment=Augment(copies=4), repeats=2),
     }
 
 
-def loss(report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path) -> None:
-    """Make the object be X; and put it here."""
+def loss(
+    task: str, report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path
+) -> None:
+    """Make the object be X (`presence`), or put it here (`place`)."""
     pipe, guide = open_pipeline(), bundled_classifier()
     handle = scfg_fast.enable(pipe, PLAIN)
     each = max(1, pictures // len(WANTED))
     corner = torch.zeros(16, 16, dtype=torch.bool)
     corner[1:9, 1:9] = True
-    for task, steps in itertools.product(("presence", "place"), step_counts):
+    for steps in step_counts:
         rows = []
         for name in loss_variants(guide.presence_loss(WANTED[0])):
             done, found, seen, placed, final = [], [], [], [], []
@@ -188,7 +190,7 @@ def loss(report: Report, judge: SceneClassifier, pictures: int, step_counts: Seq
             print(f"{task} {steps} {name}: " + ", ".join(f"{row.metric} {row.value:.3f}" for row in report.rows[-6:]),
                   flush=True)  # fmt: skip
             rows.append(torch.cat([part.pictures[:1] for part in done]))
-        sheet(rows, image.with_name(f"{image.stem}-{task}-steps{steps}{image.suffix}"))
+        sheet(rows, image.with_name(f"{image.stem}-steps{steps}{image.suffix}"))
 
 
 def characteristic(
@@ -223,7 +225,12 @@ def characteristic(
         print(f"{case['case']}: {used.mean():.1f} iterations, {agreed.mean():.2f} converged", flush=True)
 
 
-TASKS = {"methods": methods, "loss": loss, "characteristic": characteristic}
+TASKS = {
+    "methods": methods,
+    "presence": partial(loss, "presence"),
+    "place": partial(loss, "place"),
+    "characteristic": characteristic,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

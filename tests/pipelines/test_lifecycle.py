@@ -417,13 +417,14 @@ def test_a_pickle_loads_where_this_package_is_not_installed(pipe) -> None:
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("StableDiffusionInstructPix2PixPipeline", "three groups of samples"), ("LatentConsistencyModelPipeline", "distilled"),
-    ("FluxPipeline", "guidance-distilled"), ("StableDiffusion3Pipeline", "transformer"), ("IFPipeline", "variance"),
-    ("OnnxStableDiffusionPipeline", "outside of torch"), ("WanPipeline", "WanPipeline is not supported; this version"),
+    ("StableDiffusionInstructPix2PixPipeline", "three groups of samples"), ("FluxPipeline", "guidance-distilled"),
+    ("LatentConsistencyModelPipeline", "is distilled"), ("StableDiffusion3Pipeline", "transformer"),
+    ("OnnxStableDiffusionPipeline", "outside of torch"), ("IFPipeline", "variance"),
+    ("WanPipeline", "WanPipeline is not supported; this version"),
 ])  # fmt: skip
 def test_pipelines_that_people_ask_about_are_refused_with_the_reason(name: str, reason: str) -> None:
     other = object.__new__(type(name, (DDPMPipeline,), {"__module__": "diffusers.pipelines"}))
     report = scfg_fast.supports(other)
     assert not report.supported and name in str(report) and reason in str(report)
-    with pytest.raises(UnsupportedPipelineError, match="this version supports Stable Diffusion 1.x and 2.x"):
+    with pytest.raises(UnsupportedPipelineError, match="this version supports Stable Diffusion"):
         scfg_fast.enable(other)
