@@ -2,8 +2,9 @@
 
     python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps 10 25] [--judge DIR]
 
-`methods`: all 40 nouns, one picture each from the same noise, every method at the same mean weight. `presence` and
-`place`: loss guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a
+`methods`: all 40 nouns, one picture each from the same noise, every method at the same guidance_scale, or the lam whose
+mean weight that is; `mean_weight` says what was applied (an interval applies less, clamped schedules more). `presence`
+and `place`: loss guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a
 corner. `characteristic`: residuals of the fixed point over its iterations.
 
 Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
@@ -99,7 +100,7 @@ def sheet(rows: Sequence[torch.Tensor], path: Path) -> None:
 
 
 def methods(report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path) -> None:
-    """Every method that needs no loss, at the same mean weight."""
+    """Every method that needs no loss."""
     pipe = open_pipeline()
     handle = scfg_fast.enable(pipe, PLAIN)
     nouns = list(itertools.islice(itertools.cycle(NOUNS), pictures))

@@ -761,7 +761,7 @@ def _set_method(session: Session, handle: Any, parts: tuple[str, ...], values: d
         elif part == "cfgpp":
             # The strength whose mean weight over these steps is the guidance scale: columns of equal dose.
             scale, steps = values["guidance_scale"], values["num_inference_steps"]
-            with _failures_as("--methods cfgpp"):
+            with _failures_as("cfgpp"):
                 handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, session.pipe.scheduler, steps))
             names.append(f"CFG++ {handle.schedule.lam:.2f}")
         elif part == "interval":

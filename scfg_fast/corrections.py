@@ -10,7 +10,8 @@ The hook describes each step (`StepInputs`); the regions and rates of a step hol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,7 +51,7 @@ class StepInputs:
 
     Attributes:
         index: of the step.
-        module, args, kwargs: the denoiser's call, after the hook changed it.
+        module, args, kwargs: the denoiser's call, after the hook changed it and before the denoiser took it apart.
         sigmas: noise level of the input, and the one that the step leads to.
         weight: weight of the conditional direction: a number, or times the rates [B, 1, H, W].
         guided: whether the batch is [unconditional; conditional]; else it is one group of samples, used as it is.
@@ -81,6 +82,7 @@ class Corrections:
         step: set by the hook once the denoiser has run; None where this step is none of its affair.
         inside: whether the denoiser runs for a correction, not for the pipeline.
         renoises: whether CFG++ takes the scheduler's steps apart.
+        fixed_batch: whether the denoiser must not see another batch size; set by the hook.
     """
 
     def __init__(self, context: CallContext, blocks: Sequence[CapturedBlock], stats: Stats) -> None:
@@ -90,6 +92,7 @@ class Corrections:
         self._context = context
         self._blocks = blocks
         self._stats = stats
+        self.fixed_batch = False
         self._shift: Shift | None = None
         self._first_alpha_bar: float | None = None
         self._random = torch.Generator().manual_seed(context.loss.seed) if context.loss is not None else None
@@ -140,6 +143,8 @@ class Corrections:
         settings, state, count = self._context.loss, self.step, self._context.num_steps()
         if state is None or settings is None or not settings.guides(state.index, count):
             return self._take_step(step, prediction, sample)
+        if state.sigmas[0] == math.inf:  # pure noise (zero terminal SNR) has no picture in it to look at
+            return self._take_step(step, prediction, sample)
         repeats = settings.repeats_of(state.index, count)
         sigma, next_sigma = state.sigmas
         scheduler, kind = self._context.scheduler, self._prediction_type()
@@ -182,11 +187,20 @@ class Corrections:
 
     def _differentiable(self, latents: torch.Tensor) -> torch.Tensor:
         """The prediction that the loss guidance looks through."""
-        conditional = cast(LossGuidance, self._context.loss).prediction == "conditional"
-        return self._evaluate(latents)[0] if conditional else self._guided(latents)
+        state = self._state()
+        if state.guided and cast(LossGuidance, self._context.loss).prediction == "conditional":
+            # Attention arguments have a batch dimension of their own: then both halves run.
+            if self.fixed_batch or state.kwargs.get("cross_attention_kwargs"):
+                return self._evaluate(latents, latents)[1]
+            return self._evaluate(latents)[0]
+        # CFG++ denoises with lam, of which its step weight is a multiple: lam = omega (1 - sigma' / sigma).
+        sigma, next_sigma = state.sigmas
+        interpolates = hasattr(self._context.schedule, "renoises")
+        return self._guided(latents, 1.0 - next_sigma / sigma if interpolates else 1.0)
 
-    def _guided(self, latents: torch.Tensor) -> torch.Tensor:
-        """The guided prediction at other latents [B, C, H, W], with this step's weight and rates; differentiable."""
+    def _guided(self, latents: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """The guided prediction at other latents [B, C, H, W], with this step's weight, times a factor, and rates;
+        differentiable."""
         state = self._state()
         if not state.guided:
             return self._evaluate(latents)[0]
@@ -194,11 +208,11 @@ class Corrections:
         if self.renoises and not torch.is_grad_enabled():
             state.uncond = uncond
         dtype = wide(cond)
-        guided = uncond.to(dtype) + state.weight * (cond.to(dtype) - uncond.to(dtype))
+        guided = uncond.to(dtype) + factor * state.weight * (cond.to(dtype) - uncond.to(dtype))
         if state.rescale > 0.0:
             axes = list(range(1, cond.dim()))
-            factor = cond.to(dtype).std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-            guided = guided * (state.rescale * factor + 1.0 - state.rescale)
+            ratio = cond.to(dtype).std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+            guided = guided * (state.rescale * ratio + 1.0 - state.rescale)
         return guided
 
     def _evaluate(self, *latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -211,7 +225,7 @@ class Corrections:
             A prediction [B, C, H, W] for each; differentiable if gradients are on.
         """
         state = self._state()
-        args, kwargs = state.args, state.kwargs
+        args, kwargs = copied(state.args), copied(state.kwargs)
         batch = argument(args, kwargs, 0, "sample").shape[0]
         if state.guided and len(latents) == 1:
             args, kwargs = second_half(args, batch), second_half(kwargs, batch)
@@ -256,12 +270,18 @@ def argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs[name]
 
 
+def copied(value: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> Any:
+    """New tuples, lists and dictionaries with `of_tensor` of every tensor in them. Denoisers take arguments apart: the
+    residuals of a T2I-Adapter are popped from their list."""
+    if isinstance(value, torch.Tensor):
+        return of_tensor(value)
+    if isinstance(value, dict):
+        return {key: copied(item, of_tensor) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item, of_tensor) for item in value)
+    return value
+
+
 def second_half(value: Any, batch: int) -> Any:
     """`value` with the last half of every tensor of `batch` rows in it, through tuples, lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        return value[batch // 2 :] if value.dim() > 0 and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {key: second_half(item, batch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(second_half(item, batch) for item in value)
-    return value
+    return copied(value, lambda x: x[batch // 2 :] if x.dim() > 0 and x.shape[0] == batch else x)

@@ -152,6 +152,8 @@ def read_call(
         return None
     if schedule is not None:
         schedule.check(pipe.scheduler, eta=float(arguments.get("eta") or 0.0))
+    if type(pipe.scheduler).__name__ == "DDIMExactInverseScheduler":
+        _check_inversion(config, schedule, characteristic, loss)
     _check_corrections(pipe, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or 1
     samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
@@ -181,6 +183,38 @@ def read_call(
         loss=loss,
         decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
     )
+
+
+LOSS_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+"""Schedulers whose next step starts from the sample that it is given, corrected or not."""
+
+
+def _check_inversion(
+    config: SCFGConfig,
+    schedule: StepWeight | None,
+    characteristic: CharacteristicGuidance | None,
+    loss: LossGuidance | None,
+) -> None:
+    """Refuse what depends on the place in the run, which an inversion goes through backwards, or moves the sample."""
+    wrong = []
+    if schedule is not None and not hasattr(schedule, "renoises"):
+        wrong.append(f"schedule={type(schedule).__name__}")
+    if (config.start, config.stop, config.reuse_every) != (0.0, 1.0, 1):
+        wrong.append("start, stop or reuse_every")
+    wrong += [name for name, there in (("characteristic", characteristic), ("loss", loss)) if there is not None]
+    if wrong:
+        raise ValueError(
+            f"scfg_fast: an inversion goes through the run backwards and cannot take {', '.join(wrong)}; use S-CFG "
+            "throughout, CFGPlusPlus, or plain guidance"
+        )
 
 
 def _check_corrections(
@@ -215,21 +249,35 @@ def _check_corrections(
         reasons.append(f"{name} is not a variance-preserving or -exploding scheduler; use DDIMScheduler, for example")
     elif scheduler.config.get("prediction_type") not in PREDICTION_TYPES:
         reasons.append(f"{name} predicts {scheduler.config.get('prediction_type')!r}, known are {PREDICTION_TYPES}")
-    if loss is not None and getattr(scheduler, "order", 1) > 1:
-        reasons.append(f"{name} takes two stages per step and would discard the correction; use DDIMScheduler")
+    if loss is not None and name not in LOSS_SCHEDULERS:
+        reasons.append(
+            f"{name} recomputes samples from a memory of its own and would discard corrections; use one of "
+            f"{', '.join(LOSS_SCHEDULERS)}"
+        )
     if loss is not None and _weights_move(pipe.unet):
         reasons.append(
             "the denoiser is offloaded layer by layer, and its backward pass needs all weights; use "
-            "enable_model_cpu_offload()"
+            "enable_model_cpu_offload() and space='latents'"
         )
     vae = getattr(pipe, "vae", None)
     if loss is not None and loss.space == "pixels":
         if vae is None:
             reasons.append("the pipeline has no vae to decode with; use space='latents'")
-        elif getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
+        elif overflows(pipe):
             reasons.append("this vae overflows in fp16; use space='latents' or a vae made for fp16")
+        elif vars(vae).get("_hf_hook") is not None or _weights_move(vae):
+            reasons.append(
+                "offloading would take the denoiser's weights away between its forward and backward pass when the vae "
+                "decodes; use space='latents'"
+            )
     if reasons:
         raise ValueError(f"scfg_fast: {what}: {'; '.join(reasons)}")
+
+
+def overflows(pipe: Any) -> bool:
+    """Whether the vae is in fp16 and of the kind that its own pipelines (SDXL, Kolors) upcast for that."""
+    upcast = getattr(pipe.vae.config, "force_upcast", False) and hasattr(pipe, "upcast_vae")
+    return bool(upcast) and pipe.vae.dtype == torch.float16
 
 
 def _weights_move(denoiser: torch.nn.Module) -> bool:

@@ -30,7 +30,7 @@ from scfg_kernels import guide, guide_pixels, segment_and_guide
 
 from .capture import BlockInfo, CompletedMaps, StepMaps, collect
 from .config import SCFGConfig
-from .corrections import Convergence, Corrections, StepInputs, argument, second_half
+from .corrections import Convergence, Corrections, StepInputs, argument, copied, second_half
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import Step, StepWeight, in_part, step_levels
@@ -232,6 +232,7 @@ class GuidanceHook:
         self._levels: tuple[list[tuple[float, float]], bool] | None = None
         self._sigmas: tuple[float, float] | None = None  # before and after this step, where something asks
         self._flow = False
+        self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
         self.corrections = Corrections(context, blocks, stats)
         self._finder = RegionFinder(config, context.token_mask)
@@ -245,7 +246,7 @@ class GuidanceHook:
     def install(self, denoiser: torch.nn.Module) -> None:
         """Hook the object that the pipeline calls. One that was compiled in place traces its hooks into the graph, so
         there the compiled call itself is wrapped."""
-        self._fixed_batch = batch_must_not_change(denoiser)
+        self._fixed_batch = self.corrections.fixed_batch = batch_must_not_change(denoiser)
         compiled = denoiser.__dict__.get("_compiled_call_impl")
         if compiled is None:
             self._undo.callback(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
@@ -287,8 +288,10 @@ class GuidanceHook:
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
         self.stats.samples += sample.shape[0] // (2 if self._half else 1)
         if self._half:
-            return second_half(args, sample.shape[0]), second_half(kwargs, sample.shape[0])
-        return None
+            args, kwargs = second_half(args, sample.shape[0]), second_half(kwargs, sample.shape[0])
+        if self.corrections.needs_levels:
+            self._inputs = copied(args), copied(kwargs)
+        return (args, kwargs) if self._half else None
 
     def _reason_to_stay_out(self, sample: torch.Tensor) -> str | None:
         """Why this step is the pipeline's own affair, or None.
@@ -383,7 +386,7 @@ class GuidanceHook:
             self._skip = self._complain("no captured layer left a usable attention map.")
         prediction = output[0]
         self._rate = None
-        corrections.step = self._describe(module, args, kwargs, prediction) if corrections.needs_levels else None
+        corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
         shifted = self._is_to_be_shifted()
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
@@ -399,13 +402,16 @@ class GuidanceHook:
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})
 
-    def _describe(
-        self, module: torch.nn.Module, args: tuple, kwargs: dict, prediction: torch.Tensor
-    ) -> StepInputs | None:
+    def _describe(self, module: torch.nn.Module, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
         groups = 1 if self._blocked or self._half else 2
-        if self._sigmas is None or prediction.shape[0] != groups * self.context.samples:
+        if self._sigmas is None:
+            name = type(self.context.scheduler).__name__
+            self._complain(f"{name} publishes no noise level for this step.", "Nothing but S-CFG acts in it.")
             return None
+        if prediction.shape[0] != groups * self.context.samples:
+            return None
+        args, kwargs = self._inputs
         uncond = prediction.chunk(2)[0] if groups == 2 and self.corrections.renoises else None
         rescale = 0.0 if self._blocked else self.context.guidance_rescale()
         return StepInputs(self._step, module, args, kwargs, self._sigmas, self._weight, groups == 2, rescale, uncond)

@@ -22,6 +22,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler, DDIMSchedulerOutput
 
+from .families import overflows
+
 
 class DDIMExactInverseScheduler(DDIMInverseScheduler):
     """DDIM from the picture to the noise; each step is the algebraic inverse of `DDIMScheduler`'s.
@@ -65,8 +67,8 @@ def invert(
     """The noise from which the pipeline makes this picture.
 
     Args:
-        pipe: a text-to-image pipeline with a `DDIMScheduler`, enabled or not; what is enabled (CFG++, S-CFG, a
-            schedule) takes part.
+        pipe: a text-to-image pipeline with a `DDIMScheduler`, enabled or not; S-CFG and CFG++ take part. What depends
+            on the place in the run (schedules, intervals) or moves the sample (loss guidance) is refused.
         prompt: that describes the picture.
         image: what the pipeline's image processor takes (PIL, array, tensor), one per prompt; or
         latents: [B, C, H, W], scaled as the denoiser sees them.
@@ -78,7 +80,8 @@ def invert(
 
     Raises:
         ValueError: the scheduler is not a `DDIMScheduler`, spaces its steps otherwise than "leading" or "trailing",
-            clips or predicts the sample; or not exactly one of `image` and `latents` is given.
+            clips or predicts the sample; not exactly one of `image` and `latents` is given; an argument that cannot be
+            chosen; or something is enabled that an inversion cannot take.
     """
     scheduler = pipe.scheduler
     if type(scheduler).__name__ != "DDIMScheduler":
@@ -95,9 +98,12 @@ def invert(
         raise ValueError("invert: a scheduler that clips (clip_sample, thresholding) cannot be inverted; turn it off")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"invert: prediction_type={scheduler.config.prediction_type!r} has no noise at the picture")
+    fixed = sorted({"output_type", "return_dict", "eta"} & set(kwargs))
+    if fixed:
+        raise ValueError(f"invert: {', '.join(fixed)} cannot be chosen: latents are returned, and no noise is added")
     if (image is None) == (latents is None):
         raise ValueError("invert: give the picture as image or as latents, and not as both")
-    start = encode(pipe, image) if latents is None else latents
+    start = (encode(pipe, image) if latents is None else latents).to(pipe.unet.dtype)
     pipe.scheduler = DDIMExactInverseScheduler.from_config(scheduler.config)
     try:
         return pipe(
@@ -109,7 +115,13 @@ def invert(
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, image: Any) -> torch.Tensor:
-    """The latents [B, C, H/8, W/8] of a picture, scaled as the denoiser sees them; the mode of the encoder's answer."""
+    """The latents [B, C, H/8, W/8] of a picture, scaled as the denoiser sees them; the mode of the encoder's answer.
+
+    Raises:
+        ValueError: the vae is in fp16 and overflows there (SDXL's own).
+    """
+    if overflows(pipe):
+        raise ValueError("invert: this vae overflows in fp16; give latents, or call pipe.vae.to(torch.float32) before")
     anything: Any = pipe
     vae = anything.vae
     pixels = anything.image_processor.preprocess(image).to(anything._execution_device, vae.dtype)

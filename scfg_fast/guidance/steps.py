@@ -82,7 +82,9 @@ def step_levels(scheduler: Any, start: Any = None) -> tuple[list[tuple[float, fl
     flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
     timesteps = scheduler.timesteps.tolist()
     first = 0
-    if start is not None:
+    if getattr(scheduler, "begin_index", None) is not None:
+        first = scheduler.begin_index
+    elif start is not None:
         begin = float(torch.as_tensor(start).flatten()[0])
         first = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - begin))
     sigmas = getattr(scheduler, "sigmas", None)

@@ -45,7 +45,8 @@ class SceneClassifier:
         self._judge = judge.eval().requires_grad_(False)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, 256, 256] in about [0, 1] -> [B, 41, 16, 16], logits of background and the nouns in every cell.
+        """[B, 3, 16h, 16w] in about [0, 1] -> [B, 41, h, w], logits of background and the nouns in every cell; trained
+        at 256 x 256.
 
         Raises:
             ValueError: another shape.
@@ -99,6 +100,8 @@ class SceneClassifier:
         """
         label = 1 + _index(noun)
         inside = mask.bool()
+        share = inside.float() / inside.sum().clamp(min=1)  # weights, as indexing by a mask waits for the device
+        rest = (~inside).float() / (~inside).sum().clamp(min=1)
         if inside.dim() != 2 or bool(inside.all()) or not bool(inside.any()):
             raise ValueError("place_loss: mask must be [h, w] with cells inside and cells outside")
 
@@ -107,8 +110,8 @@ class SceneClassifier:
             cells = log_probability.shape[2:]
             if cells != inside.shape:
                 raise ValueError(f"place_loss: the mask has {list(inside.shape)} cells, the picture {list(cells)}")
-            within = inside.to(images.device)
-            return -log_probability[:, label, within].mean(1) - log_probability[:, 0, ~within].mean(1)
+            there = (log_probability[:, label] * share.to(images.device)).sum((1, 2))
+            return -there - (log_probability[:, 0] * rest.to(images.device)).sum((1, 2))
 
         return loss
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -17,12 +19,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionAdapterPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
+    T2IAdapter,
 )
 
 import scfg_fast
 from scfg_fast import SCFGConfig
+from scfg_fast.families import LOSS_SCHEDULERS, overflows
 from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -576,6 +581,88 @@ def test_inpainting_moves_the_latents_alone() -> None:
         assert len(seen) > STEPS and all(torch.equal(rest, seen[0]) for rest in seen)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(loss=LATENT_LOSS), dict(characteristic=TIGHT)], ids=["loss", "characteristic"]
+)
+def test_every_evaluation_has_the_residuals_of_an_adapter(options) -> None:
+    """The denoiser pops them from their list: further evaluations must get lists of their own."""
+    base = tiny_sd_pipeline(uniform=True)
+    network = T2IAdapter(3, [16, 16, 32, 32], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter").eval()
+    pipe = StableDiffusionAdapterPipeline(
+        vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet, adapter=network,
+        scheduler=base.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    handle = scfg_fast.enable(pipe, PLAIN, **options)
+    found: list[int] = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(len(kwargs["down_intrablock_additional_residuals"])), with_kwargs=True
+    )
+    picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    pipe("a red cat", image=picture, num_inference_steps=2, guidance_scale=SCALE, output_type="latent")
+    assert len(found) > 2 and set(found) == {4} and handle.stats.samples == 2 * len(found)
+
+
+@pytest.mark.parametrize("name", LOSS_SCHEDULERS)
+def test_a_correction_stays_in_the_sample(name: str) -> None:
+    """What is added to a sample is there one step later, in every step: the scheduler starts from what it is given."""
+    for place in range(4):
+        ends = []
+        for added in (0.0, 0.5):
+            scheduler = getattr(diffusers, name).from_config(tiny_sd_pipeline().scheduler.config)
+            scheduler.set_timesteps(6)
+            sample = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+            for index, t in enumerate(scheduler.timesteps[: place + 2]):
+                scheduler.scale_model_input(sample, t)
+                options = {"generator": torch.Generator().manual_seed(index)} if "DDIM" not in name else {}
+                options = options if "generator" in inspect.signature(scheduler.step).parameters else {}
+                sample = scheduler.step(torch.full_like(sample, 0.3), t, sample, **options).prev_sample
+                sample = sample + (added if index == place else 0.0)
+            ends.append(sample)
+        assert (ends[1] - ends[0]).min() > 0.3 * 0.5
+
+
+def test_loss_guidance_looks_at_the_picture_that_cfgpp_denoises() -> None:
+    """D_u + lam (D_c - D_u), of which the step weight is a multiple."""
+    pipe, seen, lam = tiny_sd_pipeline(), [], 0.6
+    scfg_fast.enable(
+        pipe,
+        PLAIN,
+        schedule=CFGPlusPlus(lam),
+        loss=LossGuidance(lambda x0: _keep(x0, seen), scale=0.0, space="latents"),
+    )
+    run(pipe)
+    loop = Literal(pipe)
+    t = loop.scheduler.timesteps[0]
+    with torch.no_grad():
+        uncond, cond = loop.halves(loop.start, loop.start, t)
+    a = pipe.scheduler.alphas_cumprod[t]
+    x0 = (loop.start - (1 - a).sqrt() * (uncond + lam * (cond - uncond))) / a.sqrt()
+    assert relative(seen[0], x0) < 1e-5
+
+
+def test_pure_noise_has_no_picture_to_look_at() -> None:
+    pipe = tiny_sd_pipeline(prediction_type="v_prediction")
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    handle = scfg_fast.enable(pipe, PLAIN, loss=LossGuidance(to_dark, rule="freedom", space="latents"))
+    assert torch.isfinite(run(pipe)).all() and len(handle.stats.losses) == STEPS - 1
+
+
+def test_a_vae_that_its_own_pipeline_upcasts_is_refused_in_half_precision() -> None:
+    pipe = tiny_sdxl_pipeline()
+    scfg_fast.enable(pipe, loss=LossGuidance(to_dark))
+    pipe.vae.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    with pytest.raises(ValueError, match="this vae overflows in fp16"):
+        run(pipe)
+    base = tiny_sd_pipeline()
+    base.vae.register_to_config(force_upcast=True)
+    base.vae.to(torch.float16)
+    assert not overflows(base), "Stable Diffusion 1.x decodes in fp16"
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(loss=LATENT_LOSS, characteristic=CharacteristicGuidance()), "use one at a time"),
     (dict(loss="dark"), "loss must be a LossGuidance"),
@@ -592,7 +679,7 @@ def test_what_does_not_go_together_is_refused(options, message: str) -> None:
 
 @pytest.mark.parametrize("scheduler, options, message", [
     (FlowMatchEulerDiscreteScheduler, dict(loss=LATENT_LOSS), "not a variance-preserving"),
-    (HeunDiscreteScheduler, dict(loss=LATENT_LOSS), "two stages per step"),
+    (HeunDiscreteScheduler, dict(loss=LATENT_LOSS), "would discard corrections"),
     (DPMSolverMultistepScheduler, dict(schedule=CFGPlusPlus(), characteristic=TIGHT), "use one at a time"),
 ])  # fmt: skip
 def test_schedulers_that_do_not_fit_are_refused(scheduler, options, message: str) -> None:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 
 import scfg_fast
 from scfg_fast import SCFGConfig, bundled_model_path, invert
-from scfg_fast.guidance import CFGPlusPlus
+from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
 from tests.pipelines.tiny import tiny_sd_pipeline
 
 PLAIN = SCFGConfig(rates="none")
@@ -103,7 +103,22 @@ def test_an_exception_leaves_the_scheduler(monkeypatch) -> None:
     assert pipe.scheduler is stock
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(schedule=WeightSchedule("linear")), "cannot take schedule=WeightSchedule"),
+    (dict(config=SCFGConfig(stop=0.5)), "cannot take start, stop or reuse_every"),
+    (dict(loss=LossGuidance(lambda x0: x0.mean((1, 2, 3)), space="latents")), "cannot take loss"),
+    (dict(characteristic=CharacteristicGuidance()), "cannot take characteristic"),
+])  # fmt: skip
+def test_what_an_inversion_cannot_go_through_backwards_is_refused(options, message: str) -> None:
+    pipe = tiny_sd_pipeline()
+    scfg_fast.enable(pipe, **options)
+    with pytest.raises(ValueError, match=message):
+        invert(pipe, PROMPTS, latents=picture(pipe), **CALL)
+    assert type(pipe.scheduler) is DDIMScheduler
+
+
 @pytest.mark.parametrize("change, arguments, message", [
+    (DDIMScheduler.from_config, {"output_type": "pil", "eta": 0.5}, "eta, output_type cannot be chosen"),
     (lambda config: EulerDiscreteScheduler.from_config(config), {}, "EulerDiscreteScheduler has no inverse"),
     (lambda config: DDIMScheduler.from_config(config, timestep_spacing="linspace"), {}, "timestep_spacing='linspace'"),
     (lambda config: DDIMScheduler.from_config(config, clip_sample=True), {}, "clips"),
