@@ -1,6 +1,7 @@
 """Draw the result files, from the CSV alone: `python -m benchmarks.plot [CSV ...] [--out docs/img]`.
 
-A file with overhead rows becomes overhead bars; any other becomes speed-ups over the literal way. Picture names are the
+A file with overhead rows becomes overhead bars, one of guidance methods bars of what they reached; any other becomes
+speed-ups over the literal way. Picture names are the
 files' names.
 """
 
@@ -152,6 +153,39 @@ def plot_speedups(rows: Sequence[Row], path: Path) -> Path:
         return _finish(figure, rows, "Speed-up over the literal port of the published code", path)
 
 
+def plot_guidance(rows: Sequence[Row], path: Path) -> Path:
+    """What each method reached, one panel per metric, one bar per number of steps."""
+    titles = {
+        "found": "noun found by another classifier",
+        "found_by_guide": "noun found by the guiding classifier",
+        "in_place": "share of the noun's cells in the mask",
+        "saturation": "saturation",
+        "seconds_per_picture": "seconds per picture",
+    }
+    metrics = [metric for metric in titles if any(row.metric == metric for row in rows)]
+    names = list(dict.fromkeys(row.provider for row in rows))
+    sizes = list(dict.fromkeys(row.sizes for row in rows))
+    shades = ["#8ab8de", "#1f6fb4", "#0f3f6b"]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(metrics), figsize=(3.1 * len(metrics) + 1.6, 1.7 + 0.42 * len(names)))
+        figure.subplots_adjust(left=0.16, right=0.985, top=0.78, bottom=0.16, wspace=0.12)
+        for axes, metric in zip(panels, metrics, strict=True):
+            for index, size in enumerate(sizes):
+                found = _pick([row for row in rows if row.sizes == size], metric)
+                at = [names.index(name) + (index - (len(sizes) - 1) / 2) * 0.8 / len(sizes) for name in found]
+                values = [float(row.value or 0.0) for row in found.values()]
+                axes.barh(at, values, height=0.72 / len(sizes), color=shades[index % 3], label=size, zorder=2)
+                for y, value in zip(at, values, strict=True):
+                    axes.text(value, y, f" {value:.2f}", va="center", fontsize=7.5, zorder=4)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+            axes.set_title(titles[metric], fontsize=9)
+            axes.margins(x=0.2)
+            axes.xaxis.grid(True, color="#e6e6e6", zorder=0)
+        panels[-1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.1), ncols=len(sizes))
+        return _finish(figure, rows, f"Guidance: {rows[0].op}", path)
+
+
 def plot(table: Path, folder: Path) -> Path:
     """Draw one CSV into `folder`; returns the picture's path.
 
@@ -164,7 +198,9 @@ def plot(table: Path, folder: Path) -> Path:
         return plot_overhead(rows, path)
     if any(row.metric == "speedup" for row in rows):
         return plot_speedups(rows, path)
-    raise ValueError(f"{table} has neither time ratios nor speed-ups to draw")
+    if any(row.metric in ("found", "saturation") for row in rows):
+        return plot_guidance(rows, path)
+    raise ValueError(f"{table} has neither time ratios, speed-ups nor guidance to draw")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
