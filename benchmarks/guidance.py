@@ -239,14 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--pictures", type=int, default=40, help="per method")
     parser.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps, one or several counts")
-    parser.add_argument("--judge", help="folder with another judge; default: the bundled classifier")
+    parser.add_argument("--judge", type=Path, help="folder with another judge; default: the bundled classifier")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="without ending; default: benchmarks/results/guidance-TASK")
     parser.add_argument("--image", type=Path, help="contact sheets; default: docs/img/guidance-TASK.png")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     judge = bundled_classifier() if arguments.judge is None else SceneClassifier(load_judge(arguments.judge))
-    report = Report({name: str(value) for name, value in vars(arguments).items()})
+    # Names of files, not whole paths: results are published, and say nothing about a machine's folders.
+    told = {name: getattr(value, "name", str(value)) for name, value in vars(arguments).items()}
+    report = Report(told)
     image = arguments.image or ROOT / "docs" / "img" / f"guidance-{arguments.task}.png"
     TASKS[arguments.task](report, judge, arguments.pictures, arguments.steps, image)
     for path in report.write(arguments.out or RESULTS / f"guidance-{arguments.task}", finished=True):

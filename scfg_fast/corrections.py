@@ -10,6 +10,7 @@ The hook describes each step (`StepInputs`); the regions and rates of a step hol
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,8 +148,7 @@ class Corrections:
             return self._take_step(step, prediction, sample)
         repeats = settings.repeats_of(state.index, count)
         sigma, next_sigma = state.sigmas
-        scheduler, kind = self._context.scheduler, self._prediction_type()
-        exploding = float(scheduler.init_noise_sigma) != 1.0
+        scheduler, kind, exploding = self._context.scheduler, self._prediction_type(), self._exploding
         scale, next_scale = ((1.0 + level * level) ** 0.5 if exploding else 1.0 for level in state.sigmas)
         before = snapshot(scheduler) if repeats > 1 else {}
         dtype = wide(sample)
@@ -257,6 +257,11 @@ class Corrections:
         finally:
             if change:
                 module.disable_gradient_checkpointing()
+
+    @functools.cached_property
+    def _exploding(self) -> bool:
+        """Whether samples are x0 + sigma e; asked once per call, as it may read a tensor."""
+        return float(self._context.scheduler.init_noise_sigma) != 1.0
 
     def _prediction_type(self) -> str:
         return str(self._context.scheduler.config.prediction_type)
