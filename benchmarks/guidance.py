@@ -2,10 +2,10 @@
 
     python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps 10 25] [--judge DIR]
 
-`methods`: all 40 nouns, one picture each from the same noise, every method at the same guidance_scale, or the lam whose
-mean weight that is; `mean_weight` says what was applied (an interval applies less, clamped schedules more). `presence`
-and `place`: loss guidance with the bundled classifier, to draw a noun that the prompt leaves open, and to put one in a
-corner. `characteristic`: residuals of the fixed point over its iterations.
+`methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
+and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
+clamped schedules more). `presence` and `place`: loss guidance with the bundled classifier, to draw a noun that the
+prompt leaves open, and to put one in a corner. `characteristic`: residuals of the fixed point over its iterations.
 
 Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
 `python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -34,14 +35,14 @@ from scfg_fast import SCFGConfig
 from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.models.classifier import NOUNS, SceneClassifier, bundled_classifier
-from scfg_fast.models.training.judge import load_judge
-from scfg_fast.models.training.scenes import with_article
+from scfg_fast.models.training.judge import assess, load_judge, summarise
+from scfg_fast.models.training.scenes import RELATIONS, Scene, SceneObject, with_article
 
 from .report import RESULTS, ROOT, Report
 
 BACKGROUNDS = ("blue", "green", "yellow", "pink", "white", "orange", "purple", "gray")
 PLAIN = SCFGConfig(rates="none")
-SCALE = 5.0
+SCALE, HIGH_SCALE = 5.0, 12.0
 WANTED = ("star", "heart", "penguin", "carrot", "house", "bus", "sunflower", "balloon")
 """Nouns that loss guidance is asked to draw."""
 
@@ -58,6 +59,17 @@ class Scored:
     mean_weight: float
 
 
+def pair(number: int) -> Scene:
+    """Prompt `number` of 1600, "a star above a cat on a blue background", and what it asks for; nothing is drawn."""
+    count = len(NOUNS)
+    first, second = NOUNS[number % count], NOUNS[(number + 7 + 3 * (number // count)) % count]
+    relation, background = RELATIONS[number % len(RELATIONS)], BACKGROUNDS[number % len(BACKGROUNDS)]
+    where = {"left": "to the left of", "right": "to the right of"}.get(relation, relation)
+    text = f"{with_article(first)} {where} {with_article(second)} on {with_article(background)} background"
+    objects = tuple(SceneObject(noun, None, None, (0, 0, 0, 0)) for noun in (first, second))
+    return Scene(np.empty((0, 0, 3), np.uint8), text, np.empty((0, 0, 0), bool), objects, relation, background, True)
+
+
 def caption(noun: str, number: int) -> str:
     """A prompt as the model knows them, on a background by turns."""
     background = with_article(f"{BACKGROUNDS[number % len(BACKGROUNDS)]} background")
@@ -70,16 +82,26 @@ def open_pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-def sample(pipe: Any, handle: Any, prompts: Sequence[str], steps: int, scale: float, first_seed: int = 0) -> Scored:
+def sample(
+    pipe: Any,
+    handle: Any,
+    prompts: Sequence[str],
+    steps: int,
+    scale: float,
+    first_seed: int = 0,
+    guidance_rescale: float = 0.0,
+) -> Scored:
     """Pictures of prompts, each with the noise of its own seed."""
     parts, samples, weights = [], 0, []
     started = time.perf_counter()
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        parts.append(
-            pipe(part, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="pt").images
-        )
+        images = pipe(
+            part, num_inference_steps=steps, guidance_scale=scale, guidance_rescale=guidance_rescale,
+            generator=generators, output_type="pt",
+        ).images  # fmt: skip
+        parts.append(images)
         samples += handle.stats.samples
         weights.append(handle.stats.mean_weight)
     return Scored(torch.cat(parts), time.perf_counter() - started, samples, sum(weights) / len(weights))
@@ -89,6 +111,11 @@ def colourfulness(pictures: torch.Tensor) -> float:
     """Mean over pixels of (max - min) / max of the channels: the saturation of HSV."""
     high, low = pictures.amax(1), pictures.amin(1)
     return float(((high - low) / high.clamp(min=1e-6)).mean())
+
+
+def clipped(pictures: torch.Tensor) -> float:
+    """Share of channel values that are black or full."""
+    return float(((pictures <= 0.002) | (pictures >= 0.998)).float().mean())
 
 
 def sheet(rows: Sequence[torch.Tensor], path: Path) -> None:
@@ -103,39 +130,45 @@ def methods(report: Report, judge: SceneClassifier, pictures: int, step_counts: 
     """Every method that needs no loss."""
     pipe = open_pipeline()
     handle = scfg_fast.enable(pipe, PLAIN)
-    nouns = list(itertools.islice(itertools.cycle(NOUNS), pictures))
-    prompts = [caption(noun, i) for i, noun in enumerate(nouns)]
-    for steps in step_counts:
-        lam = lam_for_mean_weight(SCALE, pipe.scheduler, steps)
-        interval = WeightSchedule(interval=(0.2, 0.8))
+    scenes = [pair(number) for number in range(pictures)]
+    prompts = [scene.caption for scene in scenes]
+    for steps, scale in itertools.product(step_counts, (SCALE, HIGH_SCALE)):
         variants: dict[str, dict[str, Any]] = {
             "cfg": {},
             "scfg": dict(config=SCFGConfig()),
             "pixels": dict(config=SCFGConfig.pixels()),
             "linear": dict(schedule=WeightSchedule("linear")),
             "clamp-linear": dict(schedule=WeightSchedule("clamp-linear", floor=2.0)),
-            "interval": dict(schedule=interval),
-            "cfgpp": dict(schedule=CFGPlusPlus(lam)),
+            "interval": dict(schedule=WeightSchedule(interval=(0.2, 0.8))),
+            "cfgpp": dict(schedule=CFGPlusPlus(lam_for_mean_weight(scale, pipe.scheduler, steps))),
             "scfg+linear": dict(config=SCFGConfig(), schedule=WeightSchedule("linear")),
+            "rescale": dict(rescale=0.7),
             "characteristic": dict(characteristic=CharacteristicGuidance()),
         }
         rows = []
         for name, options in variants.items():
+            rescale = options.pop("rescale", 0.0)
             scfg_fast.enable(pipe, **({"config": PLAIN} | options))
-            done = sample(pipe, handle, prompts, steps, SCALE)
-            found = [judge.found(done.pictures[i : i + 1], noun).item() for i, noun in enumerate(nouns)]
-            case = dict(case=f"methods/{name}/steps{steps}", op="methods", sizes=f"steps{steps}", batch=BATCH)
+            done = sample(pipe, handle, prompts, steps, scale, guidance_rescale=rescale)
+            seen = (done.pictures.permute(0, 2, 3, 1) * 255.0).round().byte().numpy()
+            scores = summarise(assess(judge.network, seen, scenes))
+            sizes = f"g{scale:g}/steps{steps}"
+            case = dict(case=f"methods/{name}/{sizes}", op="methods", sizes=sizes, batch=BATCH)
             for metric, unit, value in (
-                ("found", "share", sum(found) / len(found)),
+                *((metric, "share", scores[metric]["mean"]) for metric in ("objects", "exact", "background")),
+                ("objects_error", "share", scores["objects"]["standard_error"]),
+                ("exact_error", "share", scores["exact"]["standard_error"]),
                 ("saturation", "share", colourfulness(done.pictures)),
+                ("clipped", "share", clipped(done.pictures)),
                 ("mean_weight", "1", done.mean_weight),
                 ("samples_per_picture", "1", done.samples / len(prompts)),
                 ("seconds_per_picture", "s", done.seconds / len(prompts)),
             ):
                 report.add(**case, provider=name, metric=metric, unit=unit, number=float(value))
-            print(f"{steps} {name}: found {sum(found)}/{len(found)}, {done.seconds / len(prompts):.2f} s", flush=True)
+            print(f"{sizes} {name}: " + ", ".join(f"{row.metric} {row.value:.3f}" for row in report.rows[-10:]),
+                  flush=True)  # fmt: skip
             rows.append(done.pictures[:8])
-        sheet(rows, image.with_name(f"{image.stem}-steps{steps}{image.suffix}"))
+        sheet(rows, image.with_name(f"{image.stem}-g{scale:g}-steps{steps}{image.suffix}"))
 
 
 def loss_variants(loss_fn: Any) -> dict[str, LossGuidance | None]:

@@ -39,10 +39,13 @@ class SceneClassifier:
 
     Args:
         judge: the network; its weights never change here.
+
+    Attributes:
+        network: the same.
     """
 
     def __init__(self, judge: Judge) -> None:
-        self._judge = judge.eval().requires_grad_(False)
+        self.network = judge.eval().requires_grad_(False)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, 16h, 16w] in about [0, 1] -> [B, 41, h, w], logits of background and the nouns in every cell; trained
@@ -56,9 +59,9 @@ class SceneClassifier:
                 f"SceneClassifier: pictures must be [B, 3, H, W] with sides that are multiples of {CELL}, got "
                 f"{list(images.shape)}"
             )
-        if next(self._judge.parameters()).device != images.device:
-            self._judge.to(images.device)
-        return self._judge(F.avg_pool2d(images.float() * 2.0 - 1.0, 2))[0]
+        if next(self.network.parameters()).device != images.device:
+            self.network.to(images.device)
+        return self.network(F.avg_pool2d(images.float() * 2.0 - 1.0, 2))[0]
 
     def found(self, images: torch.Tensor, noun: str) -> torch.Tensor:
         """[B] bool: whether each picture shows the noun, in at least half as many cells as the smallest drawn one."""
