@@ -1,4 +1,4 @@
-"""S-CFG in transformer pipelines, against their own `__call__` with the guidance line replaced by the method written out."""
+"""S-CFG in transformer pipelines, against their own `__call__` with its guidance line alone replaced."""
 
 from __future__ import annotations
 

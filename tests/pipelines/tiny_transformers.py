@@ -37,9 +37,9 @@ def sharpened(model: torch.nn.Module, gain: float) -> Any:
     """Query and key weights times `gain`: fresh weights attend almost uniformly; in evaluation mode."""
     with torch.no_grad():
         for name, module in model.named_modules():
-            if name.rsplit(".", 1)[-1] in ("to_q", "to_k", "add_k_proj", "norm_k", "norm_q", "norm_added_k"):
-                if getattr(module, "weight", None) is not None:
-                    module.weight *= gain
+            sharpens = name.rsplit(".", 1)[-1] in ("to_q", "to_k", "add_k_proj", "norm_k", "norm_q", "norm_added_k")
+            if sharpens and getattr(module, "weight", None) is not None:
+                module.weight *= gain
     return model.eval()
 
 
@@ -134,8 +134,8 @@ def pixart() -> Tiny:
 
     def pipeline() -> Any:
         transformer = made(
-            "PixArtTransformer2DModel", gain=6.0, sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=5,
-            attention_head_dim=8, num_attention_heads=4, cross_attention_dim=32, caption_channels=24,
+            "PixArtTransformer2DModel", gain=6.0, sample_size=16, patch_size=2, in_channels=4, out_channels=8,
+            num_layers=5, attention_head_dim=8, num_attention_heads=4, cross_attention_dim=32, caption_channels=24,
             use_additional_conditions=False, norm_num_groups=4,
         )  # fmt: skip
         return assembled(
@@ -293,7 +293,8 @@ def qwen() -> Tiny:
     def call(picks: list[int], **others: Any) -> dict[str, Any]:
         tensors = dict(
             prompt_embeds=embeddings(1, 11, 24), prompt_embeds_mask=lengths_mask(lengths, 11).bool(),
-            negative_prompt_embeds=embeddings(2, 11, 24), negative_prompt_embeds_mask=lengths_mask((2, 3, 4), 11).bool(),
+            negative_prompt_embeds=embeddings(2, 11, 24),
+            negative_prompt_embeds_mask=lengths_mask((2, 3, 4), 11).bool(),
         )  # fmt: skip
         return arguments(picks, tensors, **dict(height=HEIGHT, width=WIDTH, true_cfg_scale=4.0) | others)
 
@@ -314,7 +315,8 @@ def cogview4() -> Tiny:
         return assembled(
             "CogView4Pipeline", transformer=transformer, vae=None, text_encoder=None, tokenizer=None,
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
-                base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+                base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True,
+                time_shift_type="linear",
             ),
         )  # fmt: skip
 

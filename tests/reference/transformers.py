@@ -13,8 +13,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,26 +51,39 @@ class Layout:
     images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     back: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, prediction: x
     completes: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
+
+
+class _Call(NamedTuple):
+    """What `scaled_dot_product_attention` was called with."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+
+
+def _attention_arguments(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # fmt: skip
+    """The signature of `scaled_dot_product_attention`, a built-in that has none."""
 
 
 class _Watch(TorchFunctionMode):
-    """Records probabilities of every attention call made inside of a watched module."""
+    """Records every attention call made inside of a watched module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside: str | None = None
-        self.seen: dict[str, list[torch.Tensor]] = {}
+        self.seen: dict[str, list[_Call]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and self.inside is not None:
-            bound = inspect.signature(lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                                      enable_gqa=False: None).bind(*args, **kwargs)  # fmt: skip
+            bound = inspect.signature(_attention_arguments).bind(*args, **kwargs)
             bound.apply_defaults()
-            self.seen.setdefault(self.inside, []).append(
-                tuple(bound.arguments[n] for n in ("query", "key", "attn_mask", "scale"))
-            )  # type: ignore[arg-type]
+            call = bound.arguments
+            recorded = _Call(call["query"], call["key"], call["attn_mask"], call["scale"])
+            self.seen.setdefault(self.inside, []).append(recorded)
         return function(*args, **kwargs)
 
 
@@ -108,7 +121,7 @@ def summed_columns(probabilities: torch.Tensor, layout: Layout) -> torch.Tensor:
     return torch.stack(columns, 2)
 
 
-def literal_maps(recorded: tuple, layout: Layout, text_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def literal_maps(recorded: _Call, layout: Layout, text_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(self map, cross map) on the grid of cells of one attention call."""
     query, key, mask, scale = recorded
     frames, height, width = layout.grid
@@ -172,8 +185,8 @@ def reference_run(
             calls = [watch.seen[name] for name in block]
             own_parts, cross_parts = [], []
             for number in range(2 if layout.two_pass else 1):
-                maps = [literal_maps(c[number], layout, 0 if not layout.joint and len(calls) == 2 and i == 0 else text_tokens)
-                        for i, c in enumerate(calls)]  # fmt: skip
+                tokens = [0, text_tokens] if len(calls) == 2 else [text_tokens]  # self-attention comes first
+                maps = [literal_maps(call[number], layout, t) for call, t in zip(calls, tokens, strict=True)]
                 own_parts.append(next((own for own, _ in maps if own is not None), None))
                 cross_parts.append(next(cross for _, cross in maps if cross is not None))
             completed = [
