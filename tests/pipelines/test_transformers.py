@@ -274,6 +274,11 @@ def test_what_needs_a_unet_is_refused_by_name() -> None:
         pipe(**tiny.call([0], prompt="a cat", prompt_embeds=None, pooled_prompt_embeds=None))
 
 
+def test_an_inversion_needs_a_unet() -> None:
+    with pytest.raises(ValueError, match="invert: PixArtSigmaPipeline has no UNet"):
+        scfg_fast.invert(TINY["pixart"].pipeline(), "a cat", latents=torch.zeros(1, 4, 16, 24))
+
+
 def test_layers_are_taken_from_the_middle_of_the_stack() -> None:
     blocks = [BlockInfo(f"transformer_blocks.{i}", 2, i / 23) for i in range(24)]
     chosen = [int(block.name.split(".")[1]) for block in choose_layers(blocks, SCFGConfig())]
