@@ -437,10 +437,17 @@ def test_the_multistep_form_is_consistent(monkeypatch) -> None:
     images = {}
     for order in (1, 2):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=order)
-        with_constant_denoiser(monkeypatch, pipe)
+        constant = with_constant_denoiser(monkeypatch, pipe)
         scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.8))
         images[order] = run(pipe)
     assert relative(images[2], images[1]) < 2e-6
+    uncond, cond = constant.targets
+    guided = uncond + 0.8 * (cond - uncond)
+    sigmas = pipe.scheduler.sigmas.double()
+    x = Literal(pipe).start.double() * (1 + sigmas[0] ** 2).sqrt()
+    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        x = guided + after / sigma * (x - uncond)  # Euler CFG++
+    assert relative(images[2], x / (1 + sigmas[-1] ** 2).sqrt()) < 2e-6
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
     # The inconsistent form, on numbers: D_g - D_u,old instead of D_u - D_u,old.

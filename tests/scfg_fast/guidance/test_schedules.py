@@ -91,7 +91,8 @@ def test_conventions() -> None:
     """The paper schedules omega = guidance_scale - 1: never below the conditional prediction, and 1 stays 1."""
     assert weights(shape="linear", grid="left")[0] == 1.0
     assert weights(shape="linear", grid="left", convention="guidance_scale")[0] == 0.0
-    assert set(weights(shape="linear", scale=1.0)) == {1.0}
+    for shape in SHAPES:
+        assert set(weights(shape=shape, scale=1.0, floor=2.0)) == {1.0}
     assert sum(weights(shape="linear", convention="guidance_scale")) / N == pytest.approx(SCALE)
 
 
