@@ -100,7 +100,7 @@ def test_the_step_is_moved_by_lam_times_the_difference_at_any_levels(sigma: floa
 
 
 def test_a_run_in_either_scale_is_the_same() -> None:
-    """Euler, variance exploding, and DDIM on x_VP = sqrt(abar) x_VE, on a denoiser that is not linear: measured 1.3e-15."""
+    """Euler, variance exploding, and DDIM on x_VP = sqrt(abar) x_VE, a nonlinear denoiser; measured 1.3e-15."""
     levels = [14.0, 6.0, 2.5, 1.0, 0.3, 0.05]
     x, first, second = draw(4, 8)
     abar = lambda sigma: 1.0 / (1.0 + sigma**2)  # noqa: E731
