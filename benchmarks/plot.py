@@ -264,7 +264,7 @@ def plot(table: Path, folder: Path) -> Path:
     """
     rows = read(table)
     path = folder / f"{table.stem}.png"
-    if any(row.op == "characteristic" for row in rows):
+    if any(row.op in ("characteristic", "solver") for row in rows):
         record = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
         return plot_convergence(rows, record["details"], path)
     if any(row.metric == "time_ratio" for row in rows):
