@@ -1,6 +1,6 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps 10 25] [--judge DIR]
+    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps 10 25] [--judge D]
 
 `methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
 and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
@@ -8,7 +8,7 @@ clamped schedules more). `presence` and `place`: loss guidance with the bundled 
 prompt leaves open, and to put one in a corner. `characteristic`: residuals of the fixed point over its iterations,
 with the ridge projection and without; `solver`: the same, one setting at a time as in the published code.
 
-Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
+Pictures are scored by a classifier: the bundled one, or with `--judge D` (a folder) one that
 `python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
 bundled one, so that only another says whether it drew the noun or an adversarial pattern; both are reported.
 
