@@ -1,6 +1,6 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps 10 25] [--judge D]
+    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps N...] [--judge D]
 
 `methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
 and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
