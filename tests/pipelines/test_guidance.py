@@ -180,6 +180,18 @@ def test_an_interval_in_noise_levels(pipe) -> None:
     assert 0 < handle.stats.weights.count(1.0) < STEPS
 
 
+def test_a_function_of_the_noise_level(pipe) -> None:
+    handle = scfg_fast.enable(pipe, PLAIN)
+    handle.schedule = WeightSchedule(lambda sigma: sigma / (1.0 + sigma), shape_in="sigma")
+    actual = run(pipe)
+    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    expected = (1.0 + (SCALE - 1.0) * sigmas / (1.0 + sigmas)).tolist()
+    assert handle.stats.weights == pytest.approx(expected, rel=1e-5)
+    handle.schedule = None
+    assert relative(run_with_scales(pipe, expected), actual) < 1e-5
+
+
 def cfgpp_run(pipe, lam: float, sampler: str) -> torch.Tensor:
     """CFG++ written out: guided denoised sample, unconditional renoising; no weight anywhere."""
     loop = Literal(pipe, STEPS)
