@@ -298,15 +298,16 @@ def test_cfgpp_and_regions_multiply(pipe) -> None:
     assert relative(run_with_scales(pipe, weights), actual) < 1e-5
 
 
-def test_a_schedule_with_perturbed_attention_guidance() -> None:
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig(), SCFGConfig.pixels()], ids=["plain", "scfg", "pixels"])
+@pytest.mark.parametrize("schedule", [WeightSchedule("linear"), CFGPlusPlus(1.2)], ids=["linear", "cfg++"])
+def test_a_weight_with_perturbed_attention_guidance(config: SCFGConfig, schedule) -> None:
     pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
     pipe.set_progress_bar_config(disable=True)
-    schedule = WeightSchedule("linear")
-    for config in (PLAIN, SCFGConfig()):
-        handle = scfg_fast.enable(pipe, config)
-        expected = run_with_scales(pipe, weights_of(schedule), pag_scale=2.0)
-        handle.schedule = schedule
-        assert relative(run(pipe, pag_scale=2.0), expected) < 2e-5
+    handle = scfg_fast.enable(pipe, config, schedule=schedule)
+    actual = run(pipe, pag_scale=2.0)
+    weights = handle.stats.weights
+    handle.schedule = None
+    assert relative(run_with_scales(pipe, weights, pag_scale=2.0), actual) < 2e-5
 
 
 class ClippingDDIM:
