@@ -48,7 +48,8 @@ are means over the samples that converged, of 30 in all:
 * the default: 3.9 at guidance 5, 4.5 at 15, where 2 did not converge;
 * `anneal=0.4`: 9.7, and 8.4 with 1 that did not converge;
 * `reuse=1`: 4.2 and 4.2. It saves nothing at guidance 5; at 15 all converged;
-* `bases=1`, per channel: 7.2 and 7.3, up to 17.
+* `bases=1`, per channel: 7.2 and 7.3, up to 17;
+* the identity: 2 of 60 converged (`characteristic` in the place of `solver`; guidance-characteristic.csv).
 
 Source: Zheng and Lan, "Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale",
 ICML 2024 (arXiv 2312.07586), and the behaviour of its published web UI extension.
