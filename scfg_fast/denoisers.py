@@ -198,7 +198,7 @@ TRANSFORMERS: dict[str, Transformer] = {
         dict(attn=read_flux), patch=lambda model: 2, size=_of_pipeline, opened=lambda model: Packed(2),
         start_token="last", foreground="conditional",
     ),
-    # A chat template around the words, nothing masked: its start comes first, in an empty prompt too.
+    # A chat template around the words, then padding, nothing masked: the template's start comes first.
     "Flux2Transformer2DModel": Transformer(
         dict(attn=read_flux), patch=lambda model: 2, size=_of_pipeline, opened=lambda model: Packed(2)
     ),

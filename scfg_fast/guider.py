@@ -41,7 +41,7 @@ from .views import Geometry, Images, View
 
 class SCFGGuidance(ClassifierFreeGuidance):
     """Semantic-aware classifier-free guidance for modular pipelines: SDXL, Stable Diffusion 3, FLUX.2 klein base,
-    Qwen-Image, Wan.
+    Qwen-Image, LTX-Video, Wan.
 
     Args:
         guidance_scale: g.
@@ -51,7 +51,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
         enabled: False for no guidance.
         scfg: fields of `SCFGConfig` that differ from its defaults. `foreground="auto"` is what the denoiser's class
             says; with a UNet it asks once per run, at the first step, whether the negative embedding is all zeros.
-            `cell` is meant for autoencoders that shrink eight times: with one that shrinks sixteen times, pass 2.
+            `cell` is meant for autoencoders that shrink eight times: pass 2 with one that shrinks sixteen times, 1 with
+            one that shrinks thirty-two times (LTX-Video).
 
     Attributes:
         regions: `Regions` of the last step, or None.

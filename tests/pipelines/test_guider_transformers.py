@@ -25,6 +25,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 import scfg_fast
@@ -145,7 +146,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def denoisers(pipe: Any) -> list[Any]:
-    return [model for model in (getattr(pipe, name, None) for name in ("transformer", "transformer_2")) if model]
+    there = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [model for model in there if model is not None]
 
 
 def state(pipe: Any) -> list[Any]:
@@ -153,7 +155,8 @@ def state(pipe: Any) -> list[Any]:
     kept = []
     for model in denoisers(pipe):
         kept += [(name, id(processor)) for name, processor in model.attn_processors.items()]
-        kept += [tuple(model._forward_hooks), tuple(model._forward_pre_hooks), model.__dict__.get("forward")]
+        kept += [tuple(model._forward_hooks), tuple(model._forward_pre_hooks)]
+        kept += [id(model.__dict__.get(name)) for name in ("forward", "_compiled_call_impl")]
         kept += [(name, "processor" in module.__dict__) for name, module in model.named_modules()]
     return kept
 
@@ -257,6 +260,22 @@ class Compared(SCFGGuidance):
         output = super().forward(pred_cond, pred_uncond)
         self.plain[-1] = torch.equal(output.pred, ClassifierFreeGuidance.forward(self, pred_cond, pred_uncond).pred)
         return output
+
+
+def test_a_compiled_denoiser_has_one_graph_for_each_pass() -> None:
+    modular = MODULAR["sd3"]
+    standard = modular.tiny.pipeline()
+    expected = modular.run(modular.pipeline(standard, SCFGGuidance))
+    torch.compiler.reset()
+    counters.clear()
+    standard.transformer.compile(backend="eager", fullgraph=True)
+    pipe = modular.pipeline(standard, SCFGGuidance)
+    before = state(pipe)
+    for _ in range(2):
+        assert distance(modular.run(pipe), expected) < TOLERANCE and pipe.guider.stats.steps_applied == 3
+        assert state(pipe) == before
+    assert counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
 
 
 def test_outside_of_its_part_of_the_run_it_is_plain_guidance(modular: Modular) -> None:
