@@ -109,7 +109,14 @@ def _of_videos(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[i
 
 
 def _of_pipeline(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
-    return Geometry(1, *cast(tuple[int, int], size))
+    """The pipeline's, or from the positions (picture, row, column, ...) of the tokens, which are read back from the
+    device. The first picture is the one that is drawn."""
+    if size is None:
+        positions = arguments["img_ids"].flatten(0, -2)
+        drawn = torch.where(positions[:, :1] == positions[0, 0], positions, 0)
+        rows, columns = drawn[:, 1:3].amax(0).tolist()
+        size = 2 * (int(rows) + 1), 2 * (int(columns) + 1)
+    return Geometry(1, *size)
 
 
 def _of_shapes(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
@@ -203,6 +210,10 @@ TRANSFORMERS: dict[str, Transformer] = {
     "ChromaTransformer2DModel": Transformer(
         dict(attn=read_flux), patch=lambda model: 2, size=_of_pipeline, opened=lambda model: Packed(2),
         start_token="last", foreground="conditional",
+    ),
+    # A chat template around the words, then padding, nothing masked: the template's start comes first.
+    "Flux2Transformer2DModel": Transformer(
+        dict(attn=read_flux), patch=lambda model: 2, size=_of_pipeline, opened=lambda model: Packed(2)
     ),
     # The words come first, the end of the chat template last.
     "QwenImageTransformer2DModel": Transformer(

@@ -141,6 +141,7 @@ FAMILIES = (
         "Flux", ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), ("transformer",), True, _true_scale,
         packed=True, switch=TRUE_CFG,
     ),
+    Family("FLUX.2 klein base", ("Flux2KleinPipeline",), ("transformer",), True, _argument_scale, packed=True),
     Family(
         "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, _argument_scale, packed=True
     ),

@@ -5,6 +5,9 @@ predictions. `SCFGGuidance` captures the maps of both passes and combines by reg
 
     pipe.update_components(guider=SCFGGuidance(guidance_scale=5.0))
 
+It reads the denoisers of `scfg_fast.denoisers`, and sees neither the pipeline nor its autoencoder: the size of packed
+latents comes from the denoiser's own call, and `cell` is taken as it is, in latent pixels.
+
 Capture surrounds the denoiser's forward for one pass and takes itself out in a `finally`, because the modular loop has
 none. The guider's `save_pretrained` and `from_pretrained` keep its configuration.
 `ModularPipeline.save_pretrained` drops a guider that was set by `update_components`, whatever its class; load it
@@ -22,21 +25,23 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput
-from diffusers.models import UNet2DConditionModel
+from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture import StepMaps
 from .config import SCFGConfig
+from .corrections import argument
+from .denoisers import TRANSFORMERS, Denoiser, denoiser_of
 from .guidance.steps import in_part
 from .hooks import RegionFinder, SCFGWarning, Segments, Stats, guide_by_pixel
 from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .processors import BatchLayout
 from .regions import Regions
-from .views import Geometry
+from .views import Geometry, Images, View
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
-    """Semantic-aware classifier-free guidance for modular pipelines with a `UNet2DConditionModel` (SDXL).
+    """Semantic-aware classifier-free guidance for modular pipelines: SDXL, Stable Diffusion 3, FLUX.2 klein base,
+    Qwen-Image, LTX-Video, Wan.
 
     Args:
         guidance_scale: g.
@@ -44,16 +49,18 @@ class SCFGGuidance(ClassifierFreeGuidance):
         start, stop: fractions of the steps between which there is guidance at all; outside, the conditional prediction
             alone, in one pass.
         enabled: False for no guidance.
-        scfg: fields of `SCFGConfig` that differ from its defaults. `foreground="auto"` asks once per run, at the first
-            step, whether the negative embedding is all zeros.
+        scfg: fields of `SCFGConfig` that differ from its defaults. `foreground="auto"` is what the denoiser's class
+            says; with a UNet it asks once per run, at the first step, whether the negative embedding is all zeros.
+            `cell` is meant for autoencoders that shrink eight times: pass 2 with one that shrinks sixteen times, 1 with
+            one that shrinks thirty-two times (LTX-Video).
 
     Attributes:
         regions: `Regions` of the last step, or None.
-        stats: `Stats` of the run; reset at step 0.
+        stats: `Stats` of the run; reset at the first step that this guider sees of the next one.
 
     Raises:
         ValueError: a field of `scfg` is unknown, out of range or not for guiders (`tokens="words"`); or, when it is
-            used, the denoiser is not a `UNet2DConditionModel` or has none of the layers.
+            used, the denoiser is of a class whose attention is not known, or has none of the layers.
 
     Source: the same method as `scfg_fast.enable` (arXiv 2404.05384).
     """
@@ -70,51 +77,73 @@ class SCFGGuidance(ClassifierFreeGuidance):
     ) -> None:
         super().__init__(guidance_scale, guidance_rescale, False, start, stop, enabled)
         self.scfg_config = SCFGConfig.from_dict(dict(scfg or {}))
-        self.regions: Regions | None = None
-        self.stats = Stats()
-        self._captures = CaptureSet()
-        self._blocks: list[CapturedBlock] = []
-        self._maps: dict[str, list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
         if self.scfg_config.tokens != "all":
             raise ValueError("SCFGGuidance: a guider does not see the prompt's text; use tokens='all'")
-        self._finder = RegionFinder(self.scfg_config)
-        self._foreground = "unconditional"
-        self._guided_steps = 0
-        self._warned = False
+        self._captures = CaptureSet()
+        self._blocks: list[CapturedBlock] = []
         self._pass: contextlib.ExitStack | None = None
+        self._warned = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the run before."""
+        self.regions: Regions | None = None
+        self.stats = Stats()
+        self._maps: dict[str, list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
+        self._finder = RegionFinder(self.scfg_config)
+        self._guided_steps = 0
+        self._negative: list[torch.Tensor] = []
+        self._foreground: str | None = None  # decided at the first pass that is captured
+        self._geometry: Geometry | None = None  # of the latents, once the denoiser was called with them
+        self._view: View = Images()
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.LongTensor) -> None:
+        # One of two guiders (Wan 2.2) may never see step 0.
+        begins = self._step is None or step <= self._step or num_inference_steps != self._num_inference_steps
         super().set_state(step, num_inference_steps, timestep)
-        if step == 0:
+        if begins:
             self._close()
-            self._maps = {}
-            self.regions, self.stats, self._guided_steps = None, Stats(), 0
-            self._finder = RegionFinder(self.scfg_config)
+            self._begin()
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        """As for plain guidance; at step 0, decides which half the foreground is read from."""
-        if self._step == 0 and self.scfg_config.foreground == "auto":
+        """As for plain guidance; until it is decided which half the foreground is read from, notes the embeddings."""
+        if self._foreground is None and self._needs_maps():
             pairs = [value for name, value in data.items() if name in ("prompt_embeds", "encoder_hidden_states")]
-            zeroed = any(isinstance(p, tuple) and p[1] is not None and not bool(p[1].any()) for p in pairs)
-            self._foreground = "conditional" if zeroed else "unconditional"
-        elif self.scfg_config.foreground != "auto":
-            self._foreground = self.scfg_config.foreground
+            self._negative = [pair[1] for pair in pairs if isinstance(pair, tuple) and pair[1] is not None]
         return super().prepare_inputs(data)
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
         self._close()
-        branch = "conditional" if self.is_conditional else "unconditional"
-        if not self._needs_maps() or (branch == "unconditional" and self._foreground == "conditional"):
+        if not self._acts():
             return
-        unet = unwrap(denoiser)
-        if not isinstance(unet, UNet2DConditionModel):
+        model = unwrap(denoiser)
+        known = denoiser_of(model)
+        if known is None:
+            if self.scfg_config.rates == "pixels":
+                return  # needs no attention, and takes predictions as images
             raise ValueError(
-                f"SCFGGuidance: the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a "
-                "UNet2DConditionModel; use ClassifierFreeGuidance there"
+                f"SCFGGuidance: the denoiser is a {type(model).__name__}, whose attention is not known; known are "
+                f"UNet2DConditionModel, {', '.join(TRANSFORMERS)}. Use ClassifierFreeGuidance there"
             )
-        blocks = self._blocks = self._captures.blocks(unet, self.scfg_config)
-        self.stats.layers = tuple(block.info.name for block in blocks)
+        branch = "conditional" if self.is_conditional else "unconditional"
+        self._view = known.view(model)
+        capture = self._needs_maps()
+        if capture:
+            self._foreground = self._foreground or self._half_of_foreground(known)
+            capture = branch == "conditional" or self._foreground == "unconditional"
+        if capture or self._geometry is None:
+            self._surround(denoiser, model, known, branch, capture)
+
+    def _surround(
+        self, denoiser: torch.nn.Module, model: torch.nn.Module, known: Denoiser, branch: str, capture: bool
+    ) -> None:
+        """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
+        blocks = self._captures.blocks(model, self.scfg_config) if capture else []
+        if capture:
+            self._blocks = blocks
+            self.stats.layers = tuple(block.info.name for block in blocks)
+        layout = BatchLayout(1, self._foreground or "unconditional", branch)
         # Compiled in place, `forward` is traced; the compiled call is what can be surrounded.
         name = "forward" if denoiser.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
         forward = getattr(denoiser, name)
@@ -123,9 +152,12 @@ class SCFGGuidance(ClassifierFreeGuidance):
         @functools.wraps(forward)
         def capturing(*args, **kwargs):
             try:
-                with claimed(unet), installed(unet, blocks):
+                size = None if self._geometry is None else (self._geometry.height, self._geometry.width)
+                sample = argument(args, kwargs, 0, known.sample)
+                self._geometry = known.geometry(model, sample, kwargs, size)
+                with claimed(model), installed(model, blocks):
                     for block in blocks:
-                        block.prepare(True, BatchLayout(1, self._foreground, branch), Geometry(1, 0, 0))
+                        block.prepare(True, layout, self._geometry)
                     output = forward(*args, **kwargs)
                     self._maps[branch] = [(block.maps.tokens, block.maps.start) for block in blocks]
                     return output
@@ -144,45 +176,73 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self._close()
 
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
-        """Combine by region where this step has regions, else as plain guidance."""
+        """Combine by region where this step has regions, else as plain guidance.
+
+        Args:
+            pred_cond, pred_uncond: of any layout that the denoiser has: images [B, C, H, W], packed patches
+                [B, N, C p p], or videos [B, C, frames, H, W]. Packed rows beyond the picture that is drawn (reference
+                images) get plain guidance.
+        """
         maps, self._maps = self._maps, {}
-        config = self.scfg_config
-        plain = config.rates == "none" or not self._is_cfg_enabled() or not self._in_window()
-        if plain or pred_uncond is None:
+        if pred_uncond is None or not self._acts():
             return super().forward(pred_cond, pred_uncond)
+        config = self.scfg_config
         dtype = torch.promote_types(pred_cond.dtype, torch.float32)
         weight = torch.full((), self.guidance_scale, dtype=dtype, device=pred_cond.device)
+        view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
+        cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
+        rescale = self.guidance_rescale if geometry.frames == 1 else 0.0
         if config.rates == "pixels":
-            pred, _ = guide_by_pixel(config, pred_uncond, pred_cond, weight, rescale=self.guidance_rescale)
+            guided, _ = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
         else:
-            step_maps = self._take_maps(maps, pred_cond) if maps else None
+            step_maps = self._take_maps(maps, geometry) if maps else None
             if step_maps is None and self._finder.segments is None:
                 raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
-            pred, rate = self._finder.guide(step_maps, pred_uncond, pred_cond, weight, "guided", self.guidance_rescale)
+            guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
             token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.regions = Regions(self._step, token_index, foreground, rate)
+            self.regions = Regions(cast(int, self._step), token_index, foreground, rate)
+        others = pred_cond
+        if cond.numel() < pred_cond.numel():
+            others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
+        pred = view.close(guided, others, geometry)
+        if self.guidance_rescale > 0.0 and geometry.frames > 1:  # over a whole video, not each of its frames
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         self._guided_steps += 1
         self.stats.steps_applied += 1
         self.stats.weights.append(float(self.guidance_scale))
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _in_window(self) -> bool:
-        return in_part(self._step or 0, self._num_inference_steps or 1, self.scfg_config.start, self.scfg_config.stop)
+    def _acts(self) -> bool:
+        """Whether this step is more than plain guidance."""
+        config = self.scfg_config
+        if config.rates == "none" or not self._is_cfg_enabled():
+            return False
+        return in_part(self._step or 0, self._num_inference_steps or 1, config.start, config.stop)
 
     def _needs_maps(self) -> bool:
         """Whether this step needs maps."""
-        if not self._is_cfg_enabled() or not self._in_window() or self.scfg_config.rates != "regions":
+        if not self._acts() or self.scfg_config.rates != "regions":
             return False
         return self._finder.segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
 
-    def _take_maps(self, maps: dict[str, list], pred: torch.Tensor) -> StepMaps | None:
+    def _half_of_foreground(self, known: Denoiser) -> str:
+        """Which half the foreground is read from in this run; see `SCFGConfig.foreground`."""
+        negative, self._negative = self._negative, []
+        if self.scfg_config.foreground != "auto":
+            return self.scfg_config.foreground
+        if known.foreground is not None:
+            return known.foreground
+        zeroed = any(not bool(embeddings.any()) for embeddings in negative)
+        return "conditional" if zeroed else "unconditional"
+
+    def _take_maps(self, maps: dict[str, list], geometry: Geometry) -> StepMaps | None:
         tokens = [tokens for tokens, _ in maps["conditional"]]
-        starts = [start for _, start in maps[self._foreground]]
+        starts = [start for _, start in maps[cast(str, self._foreground)]]
         layers = [
             (block.info, SimpleNamespace(tokens=t, start=s))
             for block, t, s in zip(self._blocks, tokens, starts, strict=True)
         ]
-        step_maps, missing = self._finder.take(layers, (pred.shape[-2], pred.shape[-1]))
+        step_maps, missing = self._finder.take(layers, (geometry.height, geometry.width))
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         if missing and not self._warned:
             self._warned = True

@@ -267,7 +267,7 @@ def read_flux(
     attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask=None,
     image_rotary_emb=None, **_: Any,
 ) -> Compared:  # fmt: skip
-    """Double blocks of Flux and Chroma: joint attention, positions on text and image."""
+    """Double blocks of Flux, FLUX.2 and Chroma: joint attention, positions on text and image."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     if getattr(attn, "fused_projections", False):

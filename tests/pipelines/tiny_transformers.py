@@ -402,6 +402,27 @@ def z_image() -> Tiny:
     return Tiny(pipeline, call, Layout((1, 9, 13), 2, text_first=False, turned=True), ("attention",), 32)
 
 
+def flux2() -> Tiny:
+    """FLUX.2 klein base. Its autoencoder is there for the reference image alone."""
+
+    def pipeline() -> Any:
+        transformer = made(
+            "Flux2Transformer2DModel", in_channels=16, num_layers=5, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=24, timestep_guidance_channels=16, mlp_ratio=2.0,
+            axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        )  # fmt: skip
+        vae = made("AutoencoderKLFlux2", block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4)
+        return assembled(
+            "Flux2KleinPipeline", transformer=transformer, scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None
+        )
+
+    def call(picks: list[int], **others: Any) -> dict[str, Any]:
+        tensors = dict(prompt_embeds=embeddings(1, 11, 24), negative_prompt_embeds=embeddings(2, 11, 24))
+        return arguments(picks, tensors, **dict(height=HEIGHT, width=WIDTH, guidance_scale=4.0) | others)
+
+    return Tiny(pipeline, call, Layout((1, 8, 12), 2, two_pass=True, **packed_images(1, 8, 12, 2)), ("attn",), 11)
+
+
 TINY: dict[str, Tiny] = {
     "sd3": sd3(),
     "pixart": pixart(),
@@ -409,6 +430,7 @@ TINY: dict[str, Tiny] = {
     "sana": sana(),
     "ltx": ltx(),
     "flux": flux(),
+    "flux2": flux2(),
     "chroma": flux(chroma=True),
     "qwen": qwen(),
     "cogview4": cogview4(),
