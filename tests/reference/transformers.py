@@ -135,7 +135,7 @@ def literal_maps(recorded: _Call, layout: Layout, text_tokens: int) -> tuple[tor
     image_tokens = frames * height * width
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if layout.joint:
-        text_tokens = text_tokens if layout.turned else key.shape[2] - image_tokens  # each pass has its own length
+        text_tokens = min(text_tokens, key.shape[2] - image_tokens)  # an empty prompt may be shorter
         filled = key.shape[2] - text_tokens if layout.turned else image_tokens  # images filled up with more tokens
         text = slice(0, text_tokens) if layout.text_first else slice(filled, filled + text_tokens)
         image = slice(text_tokens, text_tokens + image_tokens) if layout.text_first else slice(0, image_tokens)
