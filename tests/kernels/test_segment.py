@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scfg_kernels import segment, smooth
+from scfg_kernels import complete, segment, smooth
 from scfg_kernels.testing import Recorder, assert_as_accurate_as, assert_masks_agree
 
 from tests.kernels.cases import (
@@ -14,7 +14,7 @@ from tests.kernels.cases import (
     segment_by_operators,
     token_margin,
 )
-from tests.reference import official
+from tests.reference import deepfloyd, official
 
 BAND = 1e-5
 """Relative distance to a tie inside which fp32 rounding may decide: a score is near 1 and carries some 30 roundings."""
@@ -224,6 +224,21 @@ class TestTwoChannels:
         assert_agrees_with_reference(ids, foreground, cond, uncond, sizes, size, sigma)
         single = segment(tokens, [x[:, 0].contiguous() for x in start], sizes, size, blur_sigma=sigma)
         assert not torch.equal(single[1], foreground), "the second channel must matter"
+
+    @pytest.mark.parametrize("latent_hw", [(64, 64), (40, 72)])
+    def test_with_completed_maps_of_one_softmax_over_text_and_picture(self, rng, latent_hw):
+        """DeepFloyd IF: the columns of a joint map are split, and its unconditional half is completed as two."""
+        sizes = [tuple(length // factor for length in latent_hw) for factor in (4, 4, 8)]
+        joint = [random_maps(rng, 4, h * w, 21 + h * w, gain=2.0) for h, w in sizes]
+        split = [(x[:, :, :21], x[:, :, 21:]) for x in joint]
+        tokens = [complete(own[2:], cross[2:])[0] for cross, own in split]
+        two = [torch.stack([cross[:2, :, 0], cross[:2, :, 1:].sum(-1)], 2) for cross, _ in split]
+        start = [complete(own[:2], columns)[0] for columns, (_, own) in zip(two, split, strict=True)]
+        ids, foreground = segment(tokens, start, sizes, sizes[0])
+        layers = [deepfloyd.split_joint_map(x.double())[::-1] for x in joint]
+        masks, expected = deepfloyd.segmentation(layers, sizes, sizes[0])
+        assert torch.equal(ids, official.token_ids(masks))
+        assert torch.equal(foreground, expected[:, 0] > 0) and 0.2 < float(foreground.float().mean()) < 0.8
 
     def test_of_rows_that_sum_to_one_the_second_channel_says_nothing_new(self, rng):
         sizes, size = GRIDS["square"]
