@@ -28,10 +28,12 @@ class BlockInfo:
     Attributes:
         name: its name in `named_modules()`, for example `mid_block.attentions.0.transformer_blocks.0`.
         level: downsampling factor of its token grid against the latent: 1, 2, 4, 8, ...
+        depth: in a transformer, whose blocks are all of one level: where it lies, 0 to 1. None in a UNet.
     """
 
     name: str
     level: int
+    depth: float | None = None
 
 
 def grid_size(height: int, width: int, level: int) -> tuple[int, int]:
@@ -65,6 +67,8 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
         levels = set(config.levels)
     elif config.layers != "auto":
         levels = set(have)
+    elif any(block.depth is not None for block in blocks):
+        return central(blocks)
     else:
         levels = {config.cell, 2 * config.cell}
     chosen = [block for block in blocks if block.level in levels]
@@ -74,6 +78,21 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
             f"model has attention at {have}. Pass SCFGConfig(levels=[...]) to choose among them."
         )
     return chosen
+
+
+CENTRAL_BLOCKS = 4
+"""How many blocks of a transformer are captured by default."""
+
+
+def central(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
+    """`CENTRAL_BLOCKS` blocks, evenly spaced over the middle half of a transformer's stack, or all of a short one.
+
+    The first blocks have not yet related text and image, the last ones prepare the output. A choice, not a measurement:
+    nothing is published for S-CFG in transformers.
+    """
+    wanted = [0.25 + 0.5 * place / (CENTRAL_BLOCKS - 1) for place in range(CENTRAL_BLOCKS)]
+    nearest = {min(blocks, key=lambda block: abs((block.depth or 0.0) - depth)).name for depth in wanted}
+    return [block for block in blocks if block.name in nearest]
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ class Corrections:
             kwargs = {**kwargs, "sample": moved}
         self._stats.samples += moved.shape[0]
         for block in self._blocks:
-            block.own.active = block.cross.active = False
+            block.rest()
         self.inside = True
         try:
             return state.module(*args, **kwargs)[0].chunk(len(latents))

@@ -1,8 +1,9 @@
 """The diffusers pipelines that S-CFG runs in, and how to read one call of each.
 
-All of them put two samples per image through one UNet, [unconditional; conditional], and combine the two in a line of
-their own `__call__`. They differ in where a call keeps its numbers, in a third group of samples (perturbed-attention
-guidance), and in what an empty negative prompt becomes.
+All of them combine an unconditional and a conditional prediction in a line of their own `__call__`. Most put two
+samples per image through the denoiser, [unconditional; conditional], some run it twice per step, conditional first.
+They differ in where a call keeps its numbers, in a third group of samples (perturbed-attention guidance), and in what
+an empty negative prompt becomes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import SCFGConfig
+from .denoisers import denoiser_of
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.predictions import PREDICTION_TYPES
 from .guidance.steps import StepWeight
 from .hooks import CallContext
+from .install import unwrap
+
+
+def _property_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """The pipeline's property, which callbacks may change."""
+    return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+
+
+def _argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """The bare argument, which no callback changes; but guidance may be switched off by the property."""
+    return float(arguments["guidance_scale"]) if getattr(pipe, "do_classifier_free_guidance", True) else 1.0
+
+
+def _true_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """Of pipelines for distilled models, which are guided only if there is a negative prompt too."""
+    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    return float(arguments["true_cfg_scale"]) if negative else 1.0
+
+
+def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """Wan 2.2 has a scale for each of its two denoisers."""
+    if not pipe.do_classifier_free_guidance:
+        return 1.0
+    early, late = arguments["guidance_scale"], arguments.get("guidance_scale_2")
+    return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
 
 @dataclass(frozen=True)
@@ -30,10 +57,21 @@ class Family:
     Attributes:
         name: for people.
         pipelines: class names in diffusers. Names, because importing thirty pipelines to ask about one takes seconds.
+        denoisers: attributes of the pipeline that hold one, those that are not None in use.
+        two_pass: whether the denoiser is called twice per step, conditional first.
+        scale: guidance_scale s as the pipeline uses it in this step; at most 1 for no guidance. Takes the pipeline, the
+            arguments of the call, and the denoiser.
+        packed: whether latents are packed patches, and the denoiser is not told their size.
+        renormalises: what the pipeline does to the guided prediction that undoes most of any rescaling, or "".
     """
 
     name: str
     pipelines: tuple[str, ...]
+    denoisers: tuple[str, ...] = ("unet",)
+    two_pass: bool = False
+    scale: Callable[[Any, dict[str, Any], torch.nn.Module], float] = _property_scale
+    packed: bool = False
+    renormalises: str = ""
 
 
 FAMILIES = (
@@ -76,17 +114,30 @@ FAMILIES = (
         ),
     ),
     Family("Kolors", ("KolorsPipeline", "KolorsPAGPipeline")),
-)
+    Family(
+        "Stable Diffusion 3",
+        ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        ("transformer",),
+    ),
+    Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=_argument_scale),
+    Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=_argument_scale),
+    Family("Sana", ("SanaPipeline",), ("transformer",), scale=_argument_scale),
+    Family("LTX-Video", ("LTXPipeline",), ("transformer",)),
+    Family("Flux with true CFG", ("FluxPipeline",), ("transformer",), True, _true_scale, packed=True),
+    Family("Chroma", ("ChromaPipeline",), ("transformer",), True, _argument_scale, packed=True),
+    Family(
+        "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale,
+        renormalises="sets every guided token back to the norm of the conditional prediction",
+    ),
+    Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
+    Family("Wan", ("WanPipeline",), ("transformer", "transformer_2"), True, _wan_scale),
+)  # fmt: skip
 
 
 WHY_NOT = (
     ("InstructPix2Pix", "guides by text and by picture, in three groups of samples with a scale each"),
     ("LatentConsistencyModel", "is distilled: guidance is an input of its denoiser, there are no two predictions"),
     ("Onnx", "runs its denoiser outside of torch; load the torch weights with StableDiffusionPipeline"),
-    ("Flux", "is guidance-distilled and has a transformer, whose attention this version cannot read"),
-    ("StableDiffusion3", "has a transformer, whose attention this version cannot read"),
-    ("PixArt", "has a transformer, whose attention this version cannot read"),
-    ("HunyuanDiT", "has a transformer, whose attention this version cannot read"),
     ("IF", "predicts a variance too and attends to text and picture jointly, which this version cannot read"),
 )
 """Part of a class name -> why pipelines with it are not supported; for those that people ask about."""
@@ -154,35 +205,65 @@ def read_call(
         schedule.check(pipe.scheduler, eta=float(arguments.get("eta") or 0.0))
     if type(pipe.scheduler).__name__ == "DDIMExactInverseScheduler":
         _check_inversion(config, schedule, characteristic, loss)
-    _check_corrections(pipe, arguments, schedule, characteristic, loss)
-    per_prompt = arguments.get("num_images_per_prompt") or 1
+    family = cast(Family, family_of(pipe))
+    _check_corrections(pipe, family, arguments, schedule, characteristic, loss)
+    per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
     mask = None
     if config.tokens == "words":
-        tokenizer = tokenizer_of(pipe)
+        tokenizer: Any = tokenizer_of(pipe) if family.denoisers == ("unet",) else None
         known = getattr(tokenizer, "eos_token_id", None) is not None and tokenizer.padding_side == "right"
         if prompts is None or not known:
             raise ValueError(
                 "scfg_fast: tokens='words' needs the prompt's text and a tokenizer of CLIP's layout (start, words, "
-                "end, padding), which Kolors has not; use tokens='all'"
+                f"end, padding), and a UNet; this is {family.name}. Use tokens='all'"
             )
         if hasattr(pipe, "maybe_convert_prompt"):
             prompts = pipe.maybe_convert_prompt(prompts, tokenizer)  # textual inversion: one word, several tokens
         mask = word_mask(tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
     return CallContext(
         samples=samples,
-        guidance_scale=lambda: float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0,
+        guidance_scale=functools.partial(family.scale, pipe, arguments),
         guidance_rescale=lambda: _guidance_rescale(pipe, arguments),
         num_steps=functools.partial(_num_steps, pipe, arguments),
         groups=lambda: 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2,
-        foreground=_foreground(pipe, arguments, config),
+        foreground=_foreground(pipe, family, arguments, config),
         token_mask=mask,
         schedule=schedule,
         scheduler=pipe.scheduler,
         characteristic=characteristic,
         loss=loss,
         decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
+        two_pass=family.two_pass,
+        rereads=arguments.get("skip_guidance_layers") is not None,
+        size=_packed_size(pipe, arguments) if family.packed else None,
     )
+
+
+def denoisers_of(pipe: Any) -> list[Any]:
+    """The denoisers that a pipeline of one of `FAMILIES` calls, as it holds them."""
+    family = cast(Family, family_of(pipe))
+    return [there for there in (getattr(pipe, name, None) for name in family.denoisers) if there is not None]
+
+
+def _packed_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) of latents that are packed in patches of 2 x 2: the picture's, in whole patches."""
+    factor, default = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
+    height, width = (2 * (int(arguments.get(name) or default) // factor) for name in ("height", "width"))
+    return height, width
+
+
+def cells_of(pipe: Any, config: SCFGConfig) -> SCFGConfig:
+    """The configuration with `cell` in latent pixels of this pipeline.
+
+    A cell is meant for autoencoders that shrink eight times. Where a transformer's shrinks more, it has as many times
+    fewer latent pixels; at least one.
+    """
+    if cast(Family, family_of(pipe)).denoisers == ("unet",):
+        return config
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    factor = next((value for value in (getattr(pipe, name, None) for name in names) if value), 8)
+    return config.replace(cell=max(1, 8 * config.cell // factor)) if factor > 8 else config
 
 
 LOSS_SCHEDULERS = (
@@ -219,6 +300,7 @@ def _check_inversion(
 
 def _check_corrections(
     pipe: Any,
+    family: Family,
     arguments: dict[str, Any],
     schedule: StepWeight | None,
     characteristic: CharacteristicGuidance | None,
@@ -239,8 +321,10 @@ def _check_corrections(
     ]
     if not wanted:
         return
-    reasons = []
     what = " and ".join(wanted)
+    if family.denoisers != ("unet",):
+        raise ValueError(f"scfg_fast: {what}: for pipelines with a UNet, this is {family.name}; use a schedule, or CFG")
+    reasons = []
     if characteristic is not None and (loss is not None or renoises):
         reasons.append("an implicit solution has no gradient and no unconditional part here; use one at a time")
     if float(arguments.get("pag_scale") or 0.0) > 0.0:
@@ -321,10 +405,13 @@ def _num_steps(pipe: Any, arguments: dict[str, Any]) -> int:
     return max(1, round(count * end)) if isinstance(end, float) and 0.0 < end < 1.0 else count
 
 
-def _foreground(pipe: DiffusionPipeline, arguments: dict[str, Any], config: SCFGConfig) -> str:
+def _foreground(pipe: DiffusionPipeline, family: Family, arguments: dict[str, Any], config: SCFGConfig) -> str:
     """Which half the foreground is read from; see `SCFGConfig.foreground`."""
     if config.foreground != "auto":
         return config.foreground
+    if family.denoisers != ("unet",):
+        denoiser = denoiser_of(unwrap(denoisers_of(pipe)[0]))
+        return getattr(denoiser, "foreground", None) or "unconditional"
     if not getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         return "unconditional"
     embeds = arguments.get("negative_prompt_embeds")

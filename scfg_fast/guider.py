@@ -32,6 +32,7 @@ from .hooks import RegionFinder, SCFGWarning, Segments, Stats, guide_by_pixel
 from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .processors import BatchLayout
 from .regions import Regions
+from .views import Geometry
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -124,10 +125,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
             try:
                 with claimed(unet), installed(unet, blocks):
                     for block in blocks:
-                        block.own.active = block.cross.active = True
-                        block.cross.layout = BatchLayout(1, self._foreground, branch)
+                        block.prepare(True, BatchLayout(1, self._foreground, branch), Geometry(1, 0, 0))
                     output = forward(*args, **kwargs)
-                    self._maps[branch] = [(block.cross.tokens, block.cross.start) for block in blocks]
+                    self._maps[branch] = [(block.maps.tokens, block.maps.start) for block in blocks]
                     return output
             finally:
                 self._close()

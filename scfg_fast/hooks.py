@@ -6,7 +6,8 @@ it,  f = u + s r (t - u),  and reaches that by changing what the denoiser return
     both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
     u alone       (u - s/(s-1) (r-1) (t-u), t)        where t is read again: guidance_rescale, perturbed attention
 
-The first is taken unless somebody reads t. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
+The first is taken unless somebody reads t. Pipelines that run the denoiser twice per step, t first, have used t when u
+arrives: there u is rewritten. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
 of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read again. A step whose weight is exactly 1
 needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
 output object, untouched. No value is read back from the device in a step: all decisions rest on shapes and Python
@@ -31,12 +32,14 @@ from scfg_kernels import guide, guide_pixels, segment_and_guide
 from .capture import BlockInfo, CompletedMaps, StepMaps, collect
 from .config import SCFGConfig
 from .corrections import Convergence, Corrections, StepInputs, argument, copied, second_half
+from .denoisers import Denoiser, UNet
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import Step, StepWeight, in_part, step_levels
-from .install import IN_USE, CapturedBlock
+from .install import IN_USE, CapturedBlock, unwrap
 from .processors import BatchLayout
 from .regions import Regions
+from .views import Geometry
 
 # Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
 MIN_SCALE_OF_REWRITE = 1.05
@@ -96,7 +99,8 @@ class CallContext:
 
     Attributes:
         samples: images in this call (prompts times images per prompt).
-        guidance_scale: s as the pipeline will use it in this step; at most 1 means that guidance is off.
+        guidance_scale: s as the pipeline will use it in this step for this denoiser; at most 1 means that guidance is
+            off.
         guidance_rescale: phi of the pipeline; above 0 it reads the conditional half again.
         num_steps: denoising steps of this call.
         groups: samples per image that the denoiser gets: 2, [unconditional; conditional], or 3 with a perturbed one
@@ -108,10 +112,14 @@ class CallContext:
         characteristic: settings of Characteristic Guidance, or None.
         loss: settings of loss guidance, or None.
         decode: x0 [B, C, H, W] fp32 in latents -> pictures [B, 3, 8H, 8W] in about [0, 1]; for a loss in pixels.
+        two_pass: whether the denoiser is called twice per step on the same latents, conditional first.
+        rereads: whether the pipeline uses the conditional prediction for more than the guidance; `guidance_rescale` and
+            a third group need not be said.
+        size: (H, W) of the latents, where they are packed and the denoiser is not told.
     """
 
     samples: int
-    guidance_scale: Callable[[], float]
+    guidance_scale: Callable[[torch.nn.Module], float]
     guidance_rescale: Callable[[], float]
     num_steps: Callable[[], int]
     groups: Callable[[], int] = lambda: 2
@@ -122,6 +130,41 @@ class CallContext:
     characteristic: CharacteristicGuidance | None = None
     loss: LossGuidance | None = None
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    two_pass: bool = False
+    rereads: bool = False
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """A denoiser of the call: how it is read, and what is captured in it."""
+
+    module: torch.nn.Module
+    denoiser: Denoiser
+    blocks: Sequence[CapturedBlock]
+
+
+@dataclass
+class Left:
+    """What a block left behind, taken out of it."""
+
+    tokens: torch.Tensor | None
+    start: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The conditional pass of a step, kept until the unconditional one.
+
+    Attributes:
+        sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
+        prediction: [B, C, H, W].
+        maps: what each captured block left.
+    """
+
+    sample: Any
+    prediction: torch.Tensor
+    maps: list[Left]
 
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
@@ -204,19 +247,18 @@ def guide_by_pixel(
 
 
 class GuidanceHook:
-    """Applies S-CFG to every step of one call. `install` it on the denoiser, `remove` it in a `finally`."""
+    """Applies S-CFG to every step of one call. `install` it on the denoisers, `remove` it in a `finally`."""
 
     def __init__(
         self,
         config: SCFGConfig,
-        blocks: Sequence[CapturedBlock],
+        denoisers: Sequence[Hooked],
         context: CallContext,
         stats: Stats,
         on_regions: Callable[[int, Regions], None] | None,
         strict: bool,
     ) -> None:
         self.config = config
-        self.blocks = blocks
         self.context = context
         self.stats = stats
         self.on_regions = on_regions
@@ -234,9 +276,14 @@ class GuidanceHook:
         self._flow = False
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
-        self.corrections = Corrections(context, blocks, stats)
+        self._hooked = {id(hooked.module): hooked for hooked in denoisers}
+        self._now = denoisers[0]  # the denoiser of this step
+        self._geometry = Geometry(1, 0, 0)
+        self._first: FirstPass | None = None
+        self._second = False  # whether this is the unconditional pass of two
+        self._aside = False  # whether this run of the denoiser is for another method of the pipeline's
+        self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
         self._finder = RegionFinder(config, context.token_mask)
-        self._latent_size: tuple[int, int] = (0, 0)
         self._scale: tuple[float, torch.Tensor] | None = None
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
@@ -244,9 +291,10 @@ class GuidanceHook:
         self._undo = contextlib.ExitStack()
 
     def install(self, denoiser: torch.nn.Module) -> None:
-        """Hook the object that the pipeline calls. One that was compiled in place traces its hooks into the graph, so
+        """Hook an object that the pipeline calls. One that was compiled in place traces its hooks into the graph, so
         there the compiled call itself is wrapped."""
-        self._fixed_batch = self.corrections.fixed_batch = batch_must_not_change(denoiser)
+        self._fixed_batch = self._fixed_batch or batch_must_not_change(denoiser)
+        self.corrections.fixed_batch = self._fixed_batch
         compiled = denoiser.__dict__.get("_compiled_call_impl")
         if compiled is None:
             self._undo.callback(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
@@ -270,20 +318,28 @@ class GuidanceHook:
             raise RuntimeError(IN_USE)
         if self.corrections.inside:
             return None
-        sample = argument(args, kwargs, 0, "sample")
+        self._now = self._hooked[id(unwrap(module))]
+        sample = argument(args, kwargs, 0, self._now.denoiser.sample)
+        self._aside = kwargs.get("skip_layers") is not None  # a third prediction, which the pipeline adds itself
+        if self._aside:
+            self._prepare(False, "both")
+            return None
+        self._second = self._first is not None and self._first.sample is sample
+        if self._second:
+            self.stats.samples += sample.shape[0]
+            self._prepare(self._capturing and self.context.foreground == "unconditional", "unconditional")
+            return None
+        self._first = None
         self._step += 1
         self._read_levels(argument(args, kwargs, 1, "timestep"))
-        self._latent_size = tuple(sample.shape[-2:])
+        self._geometry = self._now.denoiser.geometry(self._now.module, sample, kwargs, self.context.size)
         self._blocked = self._reason_to_stay_out(sample)
-        scale = self.context.guidance_scale()
+        scale = self._scale_now()
         self._weight = scale if self._blocked else self._step_weight(scale)
         self._skip = self._blocked or self._reason_to_skip_regions()
         due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due and self.config.rates == "regions"
-        layout = BatchLayout(self.context.groups(), self.context.foreground)
-        for block in self.blocks:
-            block.own.active = block.cross.active = self._capturing
-            block.cross.layout = layout
+        self._prepare(self._capturing, "conditional" if self.context.two_pass else "both")
         self._half = self._conditional_half_will_do(kwargs)
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
         self.stats.samples += sample.shape[0] // (2 if self._half else 1)
@@ -293,17 +349,27 @@ class GuidanceHook:
             self._inputs = copied(args), copied(kwargs)
         return (args, kwargs) if self._half else None
 
+    def _prepare(self, active: bool, branch: str) -> None:
+        """The captured layers for the next run of the denoiser."""
+        layout = BatchLayout(1 if self.context.two_pass else self.context.groups(), self.context.foreground, branch)
+        for block in self._now.blocks:
+            block.prepare(active, layout, self._geometry)
+
+    def _scale_now(self) -> float:
+        """The pipeline's own guidance scale in this step."""
+        return self.context.guidance_scale(self._now.module)
+
     def _reason_to_stay_out(self, sample: torch.Tensor) -> str | None:
         """Why this step is the pipeline's own affair, or None.
 
         A callback that turns guidance off for a part of the run is no reason to warn; a whole run without it is.
         """
-        scale = self.context.guidance_scale()
+        scale = self._scale_now()
         if not scale > 1.0:
             if self._step > 0 or self.context.loss is not None:
                 return "guidance is off"
             return self._complain("guidance is off: there is nothing to scale. Pass guidance_scale > 1.")
-        groups = self.context.groups()
+        groups = 1 if self.context.two_pass else self.context.groups()
         if sample.shape[0] != groups * self.context.samples:
             return self._complain(
                 f"the denoiser ran on {sample.shape[0]} samples, S-CFG expected {groups * self.context.samples} "
@@ -311,8 +377,9 @@ class GuidanceHook:
             )
         if self._cond_is_read_again() and scale < MIN_SCALE_OF_REWRITE:
             return self._complain(
-                f"guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} with guidance_rescale or perturbed-attention "
-                "guidance would magnify rounding. Raise guidance_scale or turn the other off."
+                f"guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} where the pipeline reads the conditional "
+                "prediction again (guidance_rescale, perturbed attention, two passes) would magnify rounding. Raise "
+                "guidance_scale."
             )
         return None
 
@@ -358,6 +425,7 @@ class GuidanceHook:
             self._blocked is None
             and self._weight == 1.0
             and self.context.groups() == 2
+            and isinstance(self._now.denoiser, UNet)
             and not self.corrections.renoises
             and getattr(self.context.schedule, "half_batch", True)
             and not self._fixed_batch
@@ -366,7 +434,8 @@ class GuidanceHook:
 
     def _cond_is_read_again(self) -> bool:
         """Whether the pipeline uses the conditional prediction for more than the guidance."""
-        return self.context.guidance_rescale() > 0.0 or self.context.groups() > 2
+        context = self.context
+        return context.two_pass or context.rereads or context.guidance_rescale() > 0.0 or context.groups() > 2
 
     def _complain(self, message: str, instead: str = "Plain guidance is used instead.") -> str:
         """Warn once per call, or raise under strict. Returns the message."""
@@ -381,23 +450,41 @@ class GuidanceHook:
         corrections = self.corrections
         if corrections.inside:
             return None
+        if self._aside:
+            return None
+        first_pass = self.context.two_pass and not self._second
+        sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
+        if self._blocked and not corrections.needs_levels:
+            self._first = FirstPass(sample, output[0], []) if first_pass else None
+            if not self._second:
+                self.stats.steps_skipped[self._blocked] = self.stats.steps_skipped.get(self._blocked, 0) + 1
+            return None
+        view = self._now.denoiser.view(self._now.module)
+        prediction = view.open(output[0], self._geometry)
+        if first_pass:
+            self._first = FirstPass(sample, prediction, [_take(block) for block in self._now.blocks])
+            return None
+        if self._first is not None:
+            prediction = torch.cat([prediction, self._first.prediction])
         maps = self._take_maps() if self._capturing else None
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
-        prediction = output[0]
         self._rate = None
         corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
         shifted = self._is_to_be_shifted()
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
-            if self._blocked or (self._weight == self.context.guidance_scale() and not self._half and not shifted):
+            if self._blocked or (self._weight == self._scale_now() and not self._half and not shifted):
                 return None
         rewritten = torch.cat([prediction, prediction]) if self._half else self._rewrite(prediction, maps, shifted)
+        if self._second:
+            rewritten = rewritten.chunk(2)[0]
         if self._skip is None:
             self._guided_steps += 1
             self.stats.steps_applied += 1
             if self.on_regions is not None and self.regions is not None:
                 self.on_regions(self._step, self.regions)
+        rewritten = view.close(rewritten, output[0], self._geometry)
         if isinstance(output, tuple):
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})
@@ -425,7 +512,13 @@ class GuidanceHook:
 
     def _take_maps(self) -> StepMaps | None:
         """What the layers left in this step."""
-        maps, missing = self._finder.take([(block.info, block.cross) for block in self.blocks], self._latent_size)
+        blocks, first = self._now.blocks, self._first
+        left = [_take(block) for block in blocks]
+        if first is not None:
+            there = self.context.foreground == "unconditional"
+            left = [Left(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
+        size = (self._geometry.height, self._geometry.width)
+        maps, missing = self._finder.take([(b.info, maps) for b, maps in zip(blocks, left, strict=True)], size)
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
         if missing and self.context.groups() == 2:
@@ -437,7 +530,7 @@ class GuidanceHook:
         uncond, cond, *others = prediction.chunk(self.context.groups())
         has_rates = self._skip is None and not shifted
         reread = self._cond_is_read_again()
-        own_weight = self._weight == self.context.guidance_scale()
+        own_weight = self._weight == self._scale_now()
         rewrite = "unconditional" if reread and own_weight and has_rates else "guided"
         result = self._combine(uncond, cond, maps, rewrite)
         if self._rate is not None and self.corrections.step is not None:
@@ -451,7 +544,7 @@ class GuidanceHook:
     def _combine(self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str) -> torch.Tensor:
         """The guided prediction, or what must stand in for u. Records the rates and the regions."""
         config = self.config
-        if self._skip is not None and self._weight == self.context.guidance_scale():
+        if self._skip is not None and self._weight == self._scale_now():
             return uncond + self._weight * (cond - uncond)  # the pipeline's own line, bit by bit
         if self._skip is not None:
             dtype = torch.promote_types(cond.dtype, torch.float32)
@@ -467,7 +560,7 @@ class GuidanceHook:
 
     def _behind(self, guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """The u' from which the pipeline's own line makes `guided`: u' + s (t - u') = guided."""
-        scale = self.context.guidance_scale()
+        scale = self._scale_now()
         dtype = torch.promote_types(cond.dtype, torch.float32)
         return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
 
@@ -478,6 +571,13 @@ class GuidanceHook:
             dtype = torch.promote_types(like.dtype, torch.float32)
             self._scale = (weight, torch.full((), weight, dtype=dtype, device=like.device))
         return self._scale[1]
+
+
+def _take(block: CapturedBlock) -> Left:
+    """What a block left; forgotten there."""
+    left = Left(block.maps.tokens, block.maps.start)
+    block.maps.tokens = block.maps.start = None
+    return left
 
 
 def batch_must_not_change(denoiser: torch.nn.Module) -> bool:

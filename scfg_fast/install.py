@@ -17,7 +17,9 @@ import torch
 
 from .capture import BlockInfo, choose_layers
 from .config import SCFGConfig
-from .processors import CrossAttentionCapture, SelfAttentionCapture, find_blocks, wrap_block
+from .denoisers import denoiser_of
+from .processors import BatchLayout
+from .views import Geometry
 
 IN_USE = (
     "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one after another."
@@ -29,11 +31,33 @@ _CLAIM_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class CapturedBlock:
-    """A block and its two processors; kept between calls, so that compiled graphs find the same objects."""
+    """A block and its processors; kept between calls, so that compiled graphs find the same objects.
+
+    Attributes:
+        info: the block.
+        layers: names of its captured attention modules, in the order in which they run.
+        captures: their processors; the last one holds what the block leaves.
+    """
 
     info: BlockInfo
-    own: SelfAttentionCapture
-    cross: CrossAttentionCapture
+    layers: tuple[str, ...]
+    captures: tuple[Any, ...]
+
+    @property
+    def maps(self) -> Any:
+        """`CompletedMaps` after the block has run."""
+        return self.captures[-1]
+
+    def prepare(self, active: bool, layout: BatchLayout, geometry: Geometry) -> None:
+        """For the next run of the denoiser."""
+        for capture in self.captures:
+            capture.active = active
+        self.maps.layout, self.maps.geometry = layout, geometry
+
+    def rest(self) -> None:
+        """The user's own processors alone, until it is prepared again."""
+        for capture in self.captures:
+            capture.active = False
 
 
 class CaptureSet:
@@ -47,23 +71,27 @@ class CaptureSet:
         self._inner: list[weakref.ref] = []
         self._settings: tuple = ()
 
-    def blocks(self, unet: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
+    def blocks(self, model: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
         """Processors for the chosen blocks: those of the last time, unless something under them changed.
 
         Raises:
             ValueError: the model has none of the layers that `config` names.
         """
-        if config.rates != "regions":
+        denoiser = denoiser_of(model)
+        if config.rates != "regions" or denoiser is None:
             return []
-        modules: dict[str, Any] = dict((info.name, (info, module)) for info, module in find_blocks(unet))
+        modules: dict[str, Any] = {info.name: (info, module) for info, module in denoiser.blocks(model)}
         chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
-        inner = [processor for _, module in chosen for processor in (module.attn1.processor, module.attn2.processor)]
-        settings = ([info.name for info, _ in chosen], config.fidelity, config.powers, config.backend)
+        names = denoiser.layers()
+        inner = [getattr(module, name).processor for _, module in chosen for name in names]
+        settings = ([info.name for info, _ in chosen], config.cell, config.fidelity, config.powers, config.backend)
         if self._settings != settings or [reference() for reference in self._inner] != inner:
-            self._blocks = [CapturedBlock(info, *wrap_block(module, config)) for info, module in chosen]
+            wrapped = [denoiser.wrap(info, module, config) for info, module in chosen]
+            self._blocks = [CapturedBlock(info, names, captures) for info, captures in wrapped]
             self._inner, self._settings = [weakref.ref(processor) for processor in inner], settings
-        for block, own, cross in zip(self._blocks, inner[::2], inner[1::2], strict=True):
-            block.own.inner, block.cross.inner = own, cross
+        captures = [capture for block in self._blocks for capture in block.captures]
+        for capture, processor in zip(captures, inner, strict=True):
+            capture.inner = processor
         return self._blocks
 
 
@@ -73,25 +101,25 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def claimed(unet: torch.nn.Module) -> Iterator[None]:
+def claimed(model: torch.nn.Module) -> Iterator[None]:
     """The denoiser for this call alone, from before its processors are read until they are back.
 
     Raises:
         RuntimeError: it is inside another call, of this thread or another.
     """
     with _CLAIM_LOCK:
-        if unet in _CLAIMED:
+        if model in _CLAIMED:
             raise RuntimeError(IN_USE)
-        _CLAIMED.add(unet)
+        _CLAIMED.add(model)
     try:
         yield
     finally:
         with _CLAIM_LOCK:
-            _CLAIMED.discard(unet)
+            _CLAIMED.discard(model)
 
 
 @contextlib.contextmanager
-def installed(unet: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterator[None]:
+def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterator[None]:
     """The capture processors in place of the user's, which come back, the very objects, whatever happens.
 
     A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
@@ -100,8 +128,9 @@ def installed(unet: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterato
     before: list[tuple[dict[str, Any], bool, Any]] = []
     try:
         for block in blocks:
-            module: Any = unet.get_submodule(block.info.name)
-            for attn, processor in ((module.attn1, block.own), (module.attn2, block.cross)):
+            module = model.get_submodule(block.info.name)
+            for name, processor in zip(block.layers, block.captures, strict=True):
+                attn: Any = getattr(module, name)
                 for store in (attn.__dict__, attn._modules):
                     before.append((store, "processor" in store, store.get("processor")))
                 attn.__dict__["processor"] = processor
@@ -113,5 +142,5 @@ def installed(unet: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterato
             else:
                 store.pop("processor", None)
         for block in blocks:
-            block.own.self_map = block.cross.tokens = block.cross.start = None
-            block.own.inner = block.cross.inner = None  # it may have weights that the user unloads between calls
+            for capture in block.captures:
+                capture.forget()

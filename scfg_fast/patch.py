@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
 from .capture import choose_layers
 from .config import SCFGConfig
-from .families import family_of, read_call, why_not
+from .denoisers import Denoiser, UNet, denoiser_of
+from .families import cells_of, denoisers_of, family_of, read_call, why_not
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
-from .hooks import GuidanceHook, Stats
+from .hooks import GuidanceHook, Hooked, Stats
 from .install import CaptureSet, claimed, installed, unwrap
-from .processors import find_blocks
 from .regions import Regions
 from .stepping import stepping
 
@@ -76,7 +75,7 @@ class Handle:
         self._pipe = weakref.ref(pipe)
         self._original_class = type(pipe)
         self._enabled = True
-        self._captures = CaptureSet()
+        self._captures = (CaptureSet(), CaptureSet())  # Wan 2.2 has two denoisers
         self._regions: Regions | None = None
         self._config = SCFGConfig()
         self._schedule: StepWeight | None = None
@@ -154,18 +153,27 @@ class Handle:
         context = read_call(pipe, bound.arguments, config, schedule, characteristic, loss)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        unet = unwrap(pipe.unet)
-        with claimed(unet):
-            blocks = self._captures.blocks(unet, config)
+        config = cells_of(pipe, config)
+        called = denoisers_of(pipe)
+        models = [unwrap(denoiser) for denoiser in called]
+        with contextlib.ExitStack() as undo:
+            for model in models:
+                undo.enter_context(claimed(model))
+            hooked = [
+                Hooked(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
+                for model, captures in zip(models, self._captures, strict=False)
+            ]
+            blocks = [block for each in hooked for block in each.blocks]
             self._regions, self.stats = None, Stats(tuple(block.info.name for block in blocks), _backends(pipe, config))
-            hook = GuidanceHook(config, blocks, context, self.stats, self._publish, self.strict)
-            with contextlib.ExitStack() as undo:
-                undo.enter_context(installed(unet, blocks))
-                undo.callback(hook.remove)
-                hook.install(pipe.unet)
-                if hook.corrections.around_scheduler:
-                    undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
-                return original(pipe, *args, **kwargs)
+            hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
+            for each in hooked:
+                undo.enter_context(installed(each.module, each.blocks))
+            undo.callback(hook.remove)
+            for denoiser in called:
+                hook.install(denoiser)
+            if hook.corrections.around_scheduler:
+                undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
+            return original(pipe, *args, **kwargs)
 
     def _publish(self, step: int, regions: Regions) -> None:
         self._regions = regions
@@ -175,7 +183,7 @@ class Handle:
 
 def _backends(pipe: DiffusionPipeline, config: SCFGConfig) -> dict[str, str]:
     """Operator -> backend for the device that the pipeline will run on and its denoiser's dtype."""
-    table = available_backends(pipe._execution_device, pipe.unet.dtype)
+    table = available_backends(pipe._execution_device, denoisers_of(pipe)[0].dtype)
     return {op: chosen if config.backend == "auto" else config.backend for op, (chosen, _) in table.items()}
 
 
@@ -246,25 +254,27 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         config: the configuration to judge; default `SCFGConfig()`.
     """
     config = _checked(config or SCFGConfig())
-    if family_of(pipe) is None:
+    family = family_of(pipe)
+    if family is None:
         return Support(False, [why_not(pipe)])
-    unet = unwrap(pipe.unet)
-    if not isinstance(unet, UNet2DConditionModel):
-        return Support(
-            False, [f"the denoiser is a {type(unet).__name__}, S-CFG reads the attention of a UNet2DConditionModel"]
-        )
     reasons = []
-    if cast(Any, unet.config).time_cond_proj_dim is not None:
-        reasons.append("the UNet is distilled (time_cond_proj_dim): it runs without classifier-free guidance")
     layers: list[str] = []
-    try:
-        if config.rates == "regions":
-            layers = [info.name for info in choose_layers([info for info, _ in find_blocks(unet)], config)]
-    except ValueError as error:
-        reasons.append(str(error))
+    for called in denoisers_of(pipe):
+        model = unwrap(called)
+        denoiser = denoiser_of(model)
+        if denoiser is None or isinstance(denoiser, UNet) != (family.denoisers == ("unet",)):
+            reasons.append(f"the denoiser is a {type(model).__name__}, whose attention S-CFG cannot read")
+            continue
+        if getattr(cast(Any, model.config), "time_cond_proj_dim", None) is not None:
+            reasons.append("the UNet is distilled (time_cond_proj_dim): it runs without classifier-free guidance")
+        try:
+            if config.rates == "regions":
+                layers += [info.name for info in choose_layers([info for info, _ in denoiser.blocks(model)], config)]
+        except ValueError as error:
+            reasons.append(str(error))
     if config.backend == "triton":
         ops_of: dict[str, list[str]] = {}
-        for op, (_, why) in available_backends(pipe._execution_device, unet.dtype).items():
+        for op, (_, why) in available_backends(pipe._execution_device, denoisers_of(pipe)[0].dtype).items():
             for reason in why:
                 ops_of.setdefault(reason, []).append(op)
         reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]

@@ -1,4 +1,4 @@
-"""Attention processors that feed the capture, and the walk that finds where to put them in a UNet.
+"""Attention processors that feed the capture, and the walk that finds where to put them in a model.
 
 A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
 of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
@@ -6,7 +6,8 @@ before the next block.
 
 Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
 as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
-own) the output is that processor's own, and the map is computed beside it from `to_q` and `to_k`.
+own) the output is that processor's own, and the map is computed beside it from `to_q` and `to_k`. So it is in every
+layer of a transformer, where `readers` knows what the layer compares.
 
 Everything is stored on the processor object, and results are functional: with `torch.compile(fullgraph=True)` they
 become outputs of the one graph.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -26,6 +28,8 @@ from scfg_kernels import attention_map, complete, cross_attention_map, self_atte
 
 from .capture import BlockInfo
 from .config import SCFGConfig
+from .readers import Compared, Reader, capture_maps, start_column
+from .views import Geometry
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -115,6 +119,10 @@ class SelfAttentionCapture(_Capture):
         super().__init__(inner, config)
         self.self_map: torch.Tensor | None = None
 
+    def forget(self) -> None:
+        """Drop what is held: a map, and the user's processor, which may have weights that are unloaded."""
+        self.self_map = self.inner = None
+
     def __call__(
         self,
         attn: Attention,
@@ -167,8 +175,13 @@ class CrossAttentionCapture(_Capture):
         self.fidelity = config.fidelity
         self.powers = config.powers
         self.layout = BatchLayout()
+        self.geometry: Geometry | None = None  # of no interest here: tokens of a UNet are counted
         self.tokens: torch.Tensor | None = None
         self.start: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Drop what is held: maps, and the user's processor, which may have weights that are unloaded."""
+        self.tokens = self.start = self.inner = None
 
     def __call__(
         self,
@@ -190,6 +203,77 @@ class CrossAttentionCapture(_Capture):
         )  # fmt: skip
         self.start = start if unconditional else self.tokens[:, 0].contiguous()
         return out
+
+
+class TransformerCapture:
+    """Processor of a captured layer in a transformer: the output is the user's processor's own, the maps are made
+    beside it on the grid of cells.
+
+    A block has one of them for joint attention, or two, for self- and for cross-attention. The last one holds what the
+    block leaves: `tokens`, `start` and `layout` as in `CrossAttentionCapture`.
+
+    Attributes:
+        inner, active: as in `_Capture`.
+        geometry: of the latents, set before every step.
+    """
+
+    def __init__(
+        self, inner, read: Reader, config: SCFGConfig, level: int, start_token: str, *, last: TransformerCapture | None
+    ) -> None:
+        self.inner = inner
+        self.active = True
+        self.read = read
+        self.last = self if last is None else last
+        self.level = level
+        self.cell = max(config.cell, level)
+        self.start_token = start_token
+        self.fidelity, self.powers, self.backend = config.fidelity, config.powers, config.backend
+        self.layout = BatchLayout()
+        self.geometry: Geometry | None = None
+        self.self_map: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
+        self.start: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Drop what is held: maps, and the user's processor, which may have weights that are unloaded."""
+        self.self_map = self.tokens = self.start = self.inner = None
+
+    def __call__(self, attn, *args, **kwargs):
+        if self.active and self.last.geometry is not None:
+            self._observe(self.read(attn, *args, **kwargs), self.last)
+        return self.inner(attn, *args, **kwargs)
+
+    def _observe(self, compared: Compared, last: TransformerCapture) -> None:
+        geometry = cast(Geometry, last.geometry)
+        own, cross = capture_maps(compared, geometry, self.level, self.cell, self.backend)
+        last.self_map = last.self_map if own is None else own
+        if cross is None:
+            return
+        own, last.self_map = last.self_map, None
+        used, unconditional = last.layout.rows(cross.shape[0])
+        column = start_column(compared.bias, cross.shape[2], self.start_token)
+        if isinstance(column, torch.Tensor):
+            column = column.repeat_interleave(geometry.frames, 0)[used]
+        cross = cross[used]
+        if own is None:  # linear self-attention has no map: nothing spreads
+            last.tokens = cross[unconditional:].transpose(1, 2).contiguous()
+            last.start = _column(cross, column)[: unconditional or None]
+            return
+        if unconditional:
+            cross = cross.clone()
+            cross[:unconditional, :, 0] = _column(cross, column)[:unconditional]
+        last.tokens, start = complete(
+            own[used], cross, unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
+            backend=self.backend,
+        )  # fmt: skip
+        last.start = start if unconditional else _column(last.tokens.transpose(1, 2), column)
+
+
+def _column(maps: torch.Tensor, column: torch.Tensor | int) -> torch.Tensor:
+    """[B, N, T] -> [B, N]: one column, or one for each sample."""
+    if isinstance(column, int):
+        return maps[:, :, column].contiguous()
+    return maps.gather(2, column[:, None, None].expand(-1, maps.shape[1], 1)).squeeze(2)
 
 
 @functools.cache
@@ -227,11 +311,31 @@ def _class_for(base: type, inner: object) -> type:
 
 
 def wrap_block(block: BasicTransformerBlock, config: SCFGConfig) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
-    """The pair of processors for one block, around those that it has now. Installs nothing."""
+    """The pair of processors for one block of a UNet, around those that it has now. Installs nothing."""
     inner_self, inner_cross = block.attn1.processor, block.attn2.processor
     own = _class_for(SelfAttentionCapture, inner_self)(inner_self, config)
     cross = _class_for(CrossAttentionCapture, inner_cross)(inner_cross, own, config)
     return own, cross
+
+
+def wrap_layers(
+    layers: Sequence[tuple[torch.nn.Module, Reader]], config: SCFGConfig, level: int, start_token: str
+) -> tuple[TransformerCapture, ...]:
+    """The processors for the captured layers of one transformer block, in the order of `layers`. Installs nothing.
+
+    Args:
+        layers: attention modules and their readers, in the order in which they run.
+        config: of the call.
+        level: latent pixels per side of a token.
+        start_token: `"first"` or `"last"`, see `readers.start_column`.
+    """
+    captures: list[TransformerCapture] = []
+    for attn, read in reversed(layers):
+        inner: Any = attn.processor
+        kind = _class_for(TransformerCapture, inner)
+        last = captures[0] if captures else None
+        captures.append(kind(inner, read, config, level, start_token, last=last))
+    return tuple(reversed(captures))
 
 
 def find_blocks(unet: torch.nn.Module) -> Iterator[tuple[BlockInfo, BasicTransformerBlock]]:

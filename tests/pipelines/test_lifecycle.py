@@ -157,8 +157,9 @@ def test_only_the_chosen_layers_are_replaced(pipe) -> None:
 def test_the_maps_do_not_outlive_the_call(pipe) -> None:
     handle = scfg_fast.enable(pipe)
     run(pipe)
-    for block in handle._captures._blocks:
-        assert block.own.self_map is None and block.cross.tokens is None and block.cross.start is None
+    for block in handle._captures[0]._blocks:
+        own, cross = block.captures
+        assert own.self_map is None and cross.tokens is None and cross.start is None
 
 
 def test_it_still_is_the_pipeline_it_was(pipe) -> None:
