@@ -38,10 +38,15 @@ class LiteralJointProcessor:
     """Attention with added keys and values by explicit probabilities, whose head mean goes to the store.
 
     Layers that attend to the text alone have no self map, and leave nothing.
+
+    Args:
+        store: where maps go.
+        inner: computes the output instead, if given: then a run differs from the stock pipeline by the guidance alone.
     """
 
-    def __init__(self, store: official.LiteralStore) -> None:
+    def __init__(self, store: official.LiteralStore, inner: Any = None) -> None:
         self.store = store
+        self.inner = inner
 
     def __call__(
         self,
@@ -64,6 +69,8 @@ class LiteralJointProcessor:
             cross, own = split_joint_map(official.head_mean(probabilities, attn.heads))
             self.store.add("self", own)
             self.store.add("cross", cross)
+        if self.inner is not None:
+            return self.inner(attn, hidden_states, encoder_hidden_states)
         out = attn.batch_to_head_dim(torch.bmm(probabilities, value))
         out = attn.to_out[1](attn.to_out[0](out))
         return out.transpose(1, 2).reshape(residual.shape) + residual
@@ -91,6 +98,7 @@ def segmentation(
     sizes: Sequence[tuple[int, int]],
     size: tuple[int, int],
     sigma: float = 0.5,
+    foreground_half: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token masks [B, T, h, w] of the conditional half and foreground [B, 1, h, w] of the unconditional one.
 
@@ -99,10 +107,11 @@ def segmentation(
         sizes: (h_l, w_l) of each layer.
         size: the mask grid.
         sigma: smoothing parameter.
+        foreground_half: 0 for the unconditional one, as published.
     """
     halves = [official.official_completion(own, cross).chunk(2) for own, cross in layers]
     masks = official.token_masks(official.smoothed_normalised([cond for _, cond in halves], sizes, size, sigma))
-    return masks, official.foreground_mask([uncond for uncond, _ in halves], sizes, size, sigma)
+    return masks, official.foreground_mask([half[foreground_half] for half in halves], sizes, size, sigma)
 
 
 def literal_guidance(
@@ -115,6 +124,7 @@ def literal_guidance(
     cell: int = 4,
     last: int = 3,
     max_scale: float = 15.0,
+    foreground_half: int = 0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Guided noise of one step from the maps of the same step; also "ids", "foreground" and "rate".
 
@@ -126,13 +136,14 @@ def literal_guidance(
         cell: pixels per mask cell.
         last: how many layers of a resolution are used, from the end.
         max_scale: the clamp.
+        foreground_half: see `segmentation`.
     """
     layers, sizes = [], []
     for factor in (cell, 2 * cell):
         if f"r{factor}_self" in store.maps:
             layers += store.layers(factor)[-last:]
             sizes += [store.grid(factor)] * (len(layers) - len(sizes))
-    masks, foreground = segmentation(layers, sizes, store.grid(cell))
+    masks, foreground = segmentation(layers, sizes, store.grid(cell), foreground_half=foreground_half)
     rate = region_rates(uncond, cond, masks, None if stage == 1 else foreground, cell)
     rate = official.smooth(rate.clamp(max=max_scale / guidance_scale))
     guided = uncond + guidance_scale * rate * (cond - uncond)
@@ -142,20 +153,23 @@ def literal_guidance(
 def replaced_run(pipe: Any, arguments: dict[str, Any], *, stage: int, **options: Any) -> tuple[Any, list[dict]]:
     """Call a copy of the pipeline whose guidance line is `literal_guidance`; its output, and the stages of every step.
 
+    The layers' outputs are those of the pipeline's own processors, the maps are computed beside them.
+
     Args:
         pipe: a stock pipeline; left as it was.
         arguments: of the call.
         stage: 1 or 2.
         options: further keyword arguments of `literal_guidance`.
     """
-    processor = LiteralJointProcessor(official.LiteralStore((1, 1)))
+    store = official.LiteralStore((1, 1))
     history: list[dict] = []
 
     def start_step(module: torch.nn.Module, args: tuple) -> None:
-        processor.store = official.LiteralStore((args[0].shape[-2], args[0].shape[-1]))
+        store.reset()
+        store.latent_hw = (args[0].shape[-2], args[0].shape[-1])
 
     def guidance(self, uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
-        guided, stages = literal_guidance(processor.store, uncond, cond, scale, stage=stage, **options)
+        guided, stages = literal_guidance(store, uncond, cond, scale, stage=stage, **options)
         history.append(stages)
         return guided
 
@@ -168,7 +182,7 @@ def replaced_run(pipe: Any, arguments: dict[str, Any], *, stage: int, **options:
     hook = pipe.unet.register_forward_pre_hook(start_step)
     try:
         for layer in layers:
-            layer.processor = processor
+            layer.processor = LiteralJointProcessor(store, layer.processor)
         return reference(**arguments), history
     finally:
         hook.remove()
