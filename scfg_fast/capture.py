@@ -104,6 +104,8 @@ def central(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
     The first blocks have not yet related text and image, the last ones prepare the output. A choice, not a measurement:
     nothing is published for S-CFG in transformers.
     """
+    if len(blocks) <= CENTRAL_BLOCKS:
+        return list(blocks)
     wanted = [0.25 + 0.5 * place / (CENTRAL_BLOCKS - 1) for place in range(CENTRAL_BLOCKS)]
     nearest = {min(blocks, key=lambda block: abs((block.depth or 0.0) - depth)).name for depth in wanted}
     return [block for block in blocks if block.name in nearest]

@@ -50,6 +50,9 @@ def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) 
     return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
 
+TRUE_CFG = "true_cfg_scale > 1 and a negative_prompt; without them the model's own distilled guidance is all there is"
+
+
 @dataclass(frozen=True)
 class Family:
     """Pipelines that are read alike.
@@ -62,7 +65,8 @@ class Family:
         scale: guidance_scale s as the pipeline uses it in this step; at most 1 for no guidance. Takes the pipeline, the
             arguments of the call, and the denoiser.
         packed: whether latents are packed patches, and the denoiser is not told their size.
-        renormalises: what the pipeline does to the guided prediction that undoes most of any rescaling, or "".
+        undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "".
+        switch: the arguments that turn guidance on, for messages.
         config: what `enable` takes where no configuration is given: the published values.
         benchmark: what `benchmark="auto"` means in the published code.
         variance: whether the denoiser predicts a variance beside the noise.
@@ -74,7 +78,8 @@ class Family:
     two_pass: bool = False
     scale: Callable[[Any, dict[str, Any], torch.nn.Module], float] = _property_scale
     packed: bool = False
-    renormalises: str = ""
+    undone_by: str = ""
+    switch: str = "guidance_scale > 1"
     config: SCFGConfig = field(default_factory=SCFGConfig)
     benchmark: str = "foreground"
     variance: bool = False
@@ -138,11 +143,11 @@ FAMILIES = (
     Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=_argument_scale),
     Family("Sana", ("SanaPipeline",), ("transformer",), scale=_argument_scale),
     Family("LTX-Video", ("LTXPipeline",), ("transformer",)),
-    Family("Flux with true CFG", ("FluxPipeline",), ("transformer",), True, _true_scale, packed=True),
+    Family("Flux", ("FluxPipeline",), ("transformer",), True, _true_scale, packed=True, switch=TRUE_CFG),
     Family("Chroma", ("ChromaPipeline",), ("transformer",), True, _argument_scale, packed=True),
     Family(
-        "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale,
-        renormalises="sets every guided token back to the norm of the conditional prediction",
+        "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale, switch=TRUE_CFG,
+        undone_by="sets every guided token back to the length of the conditional prediction",
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
     Family("Wan", ("WanPipeline",), ("transformer", "transformer_2"), True, _wan_scale),
@@ -153,6 +158,8 @@ WHY_NOT = (
     ("InstructPix2Pix", "guides by text and by picture, in three groups of samples with a scale each"),
     ("LatentConsistencyModel", "is distilled: guidance is an input of its denoiser, there are no two predictions"),
     ("Onnx", "runs its denoiser outside of torch; load the torch weights with StableDiffusionPipeline"),
+    ("FluxFill", "is guidance-distilled: there are no two predictions"),
+    ("FluxControlPipeline", "is guidance-distilled: there are no two predictions"),
 )
 """Part of a class name -> why pipelines with it are not supported; for those that people ask about."""
 
@@ -252,6 +259,8 @@ def read_call(
         two_pass=family.two_pass,
         rereads=arguments.get("skip_guidance_layers") is not None,
         size=_packed_size(pipe, arguments) if family.packed else None,
+        switch=family.switch,
+        undone_by=family.undone_by,
     )
 
 

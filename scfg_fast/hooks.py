@@ -116,6 +116,8 @@ class CallContext:
         rereads: whether the pipeline uses the conditional prediction for more than the guidance; `guidance_rescale` and
             a third group need not be said.
         size: (H, W) of the latents, where they are packed and the denoiser is not told.
+        switch: the arguments that turn guidance on, for messages.
+        undone_by: what the pipeline does to the guided prediction that cancels rates, or "".
     """
 
     samples: int
@@ -133,6 +135,8 @@ class CallContext:
     two_pass: bool = False
     rereads: bool = False
     size: tuple[int, int] | None = None
+    switch: str = "guidance_scale > 1"
+    undone_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -368,7 +372,7 @@ class GuidanceHook:
         if not scale > 1.0:
             if self._step > 0 or self.context.loss is not None:
                 return "guidance is off"
-            return self._complain("guidance is off: there is nothing to scale. Pass guidance_scale > 1.")
+            return self._complain(f"guidance is off: there is nothing to scale. Pass {self.context.switch}.")
         groups = 1 if self.context.two_pass else self.context.groups()
         if sample.shape[0] != groups * self.context.samples:
             return self._complain(
@@ -381,6 +385,8 @@ class GuidanceHook:
                 "prediction again (guidance_rescale, perturbed attention, two passes) would magnify rounding. Raise "
                 "guidance_scale."
             )
+        if self.context.undone_by and self.config.rates != "none":
+            self._complain(f"this pipeline {self.context.undone_by}.", "Rates change directions there, not lengths.")
         return None
 
     def _reason_to_skip_regions(self) -> str | None:

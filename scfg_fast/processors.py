@@ -333,13 +333,22 @@ def _column(maps: torch.Tensor, column: torch.Tensor | int) -> torch.Tensor:
 
 @functools.cache
 def _with_signature_of(base: type, inner: type) -> type:
-    """`base` with the call signature of `inner`: diffusers drops keyword arguments that the signature does not name."""
+    """`base` with the call signature of `inner`: diffusers drops keyword arguments that the signature does not name.
 
-    def __call__(self, *args, **kwargs):
-        return base.__call__(self, *args, **kwargs)
-
-    __call__.__signature__ = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+    A real function with these parameters, made from text as `dataclasses` does: a `__signature__` is what
+    `torch.compile` cannot follow in every attention class.
+    """
+    signature = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    header = [p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None) for p in parameters]
+    names = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters[3:]]
+    passed = ", ".join([p.name for p in parameters[:3]] + names)  # self, the module, its hidden states; others by name
+    scope: dict[str, Any] = {"call": base.__call__}  # type: ignore[attr-defined]
+    exec(f"def __call__{inspect.Signature(header)}: return call({passed})", scope)
+    call, optional = scope["__call__"], [p for p in parameters if p.default is not p.empty]
+    call.__defaults__ = tuple(p.default for p in optional if p.kind is not p.KEYWORD_ONLY)
+    call.__kwdefaults__ = {p.name: p.default for p in optional if p.kind is p.KEYWORD_ONLY}
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
 @functools.cache

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import scfg_fast
-from scfg_fast import SCFGConfig
+from scfg_fast import SCFGConfig, SCFGError, SCFGWarning
+from scfg_fast.capture import BlockInfo, choose_layers
+from scfg_fast.guidance import CharacteristicGuidance
 from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny
 from tests.reference.transformers import reference_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets every guided token back")
 
 TOLERANCE = 5e-6
 EVERYONE = list(range(BATCH))
@@ -22,6 +28,11 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def run(pipe, call: dict) -> torch.Tensor:
     result = pipe(**call)[0]
     return result if isinstance(result, torch.Tensor) else torch.stack(list(result))
+
+
+def processors(model: torch.nn.Module) -> dict[str, object]:
+    """`attn_processors`, which not every transformer has."""
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -53,3 +64,203 @@ def test_rates_of_one_are_stock_to_the_bit(tiny: Tiny) -> None:
         assert torch.equal(ones, stock)
     else:
         assert distance(ones, stock) <= TOLERANCE
+
+
+def test_a_batch_is_its_samples_and_their_order_does_not_matter(tiny: Tiny) -> None:
+    pipe = tiny.pipeline()
+    scfg_fast.enable(pipe)
+    together = run(pipe, tiny.call(EVERYONE))
+    turned = run(pipe, tiny.call([2, 0, 1]))
+    assert distance(turned[[1, 2, 0]], together) <= TOLERANCE
+    if tiny is TINY["qwen"]:
+        return  # its positions follow the longest prompt of the batch, with or without S-CFG
+    alone = torch.cat([run(pipe, tiny.call([pick])) for pick in EVERYONE])
+    assert distance(alone, together) <= TOLERANCE
+
+
+@pytest.mark.parametrize("where", ["denoiser", "scheduler", "callback"])
+def test_an_exception_leaves_a_stock_pipeline(tiny: Tiny, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline()
+    call = tiny.call([0])
+    stock = run(pipe, tiny.call([0]))
+    scfg_fast.enable(pipe)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    before = processors(pipe.transformer)
+    with monkeypatch.context() as patched:
+        if where == "denoiser":
+            last = [module for module in pipe.transformer.modules() if isinstance(module, torch.nn.Linear)][-1]
+            patched.setattr(last, "forward", fail)
+        elif where == "scheduler":
+            patched.setattr(pipe.scheduler, "step", fail)
+        else:
+            name = "callback" if "PixArt" in type(pipe).__name__ else "callback_on_step_end"
+            call[name] = fail
+        with pytest.raises(RuntimeError, match="on purpose"):
+            pipe(**call)
+    scfg_fast.disable(pipe)
+    assert all(processors(pipe.transformer)[name] is processor for name, processor in before.items())
+    assert not pipe.transformer._forward_hooks and not pipe.transformer._forward_pre_hooks
+    assert torch.equal(run(pipe, tiny.call([0])), stock)
+
+
+@pytest.mark.parametrize("name", ["sd3", "hunyuan", "flux", "cogview4"])
+def test_a_schedule_is_the_pipelines_own_line_with_another_scale(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    two_pass = tiny.layout.two_pass
+    weights = [2.0, 5.0, 3.0]
+
+    class Stepwise:
+        needs_levels = False
+
+        def weight(self, step):
+            return weights[step.index]
+
+        def check(self, scheduler, eta=0.0):
+            pass
+
+    scfg_fast.enable(pipe, SCFGConfig(rates="none"), schedule=Stepwise())
+    actual = run(pipe, tiny.call(EVERYONE))
+    scfg_fast.disable(pipe)
+    step = {"index": 0, "calls": 0}
+    scale = tiny.call(EVERYONE).get("guidance_scale") or tiny.call(EVERYONE)["true_cfg_scale"]
+
+    def rewrite(module, args, kwargs, output):
+        """u' such that the pipeline's own line gives u + w (t - u)."""
+        step["calls"] += 1
+        if two_pass and step["calls"] % 2:
+            step["cond"] = output[0]
+            return None
+        weight = weights[step["index"]]
+        step["index"] += 1
+        uncond, cond = (output[0], step["cond"]) if two_pass else output[0].chunk(2)
+        guided = uncond + weight * (cond - uncond)
+        moved = (scale * cond - guided) / (scale - 1.0)
+        return (moved if two_pass else torch.cat([moved, cond]),)
+
+    hook = pipe.transformer.register_forward_hook(rewrite, with_kwargs=True)
+    expected = run(pipe, tiny.call(EVERYONE))
+    hook.remove()
+    assert distance(actual, expected) <= 2e-5
+
+
+def test_skip_layer_guidance_reads_the_conditional_prediction_again() -> None:
+    tiny = TINY["sd3"]
+    pipe = tiny.pipeline()
+    skip = dict(skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+    handle = scfg_fast.enable(pipe)
+    actual = run(pipe, tiny.call(EVERYONE, **skip))
+    assert handle.stats.steps_applied == 3
+    layers = [(f"{name}.attn",) for name in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    stock = run(pipe, tiny.call(EVERYONE, **skip))
+    expected = reference_run(pipe, tiny.call(EVERYONE, **skip), layers, tiny.layout, tiny.text_tokens)[0]
+    assert distance(stock, expected) > 1e-3
+    assert distance(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "ltx"])
+def test_guidance_rescale_follows(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    actual = run(pipe, tiny.call(EVERYONE, guidance_rescale=0.7))
+    layers = [tuple(f"{layer}.{part}" for part in tiny.layers) for layer in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    call = tiny.call(EVERYONE, guidance_rescale=0.7)
+    expected = reference_run(pipe, call, layers, tiny.layout, tiny.text_tokens)[0]
+    assert distance(actual, expected) <= TOLERANCE
+
+
+def test_cells_at_the_edges_may_be_ragged() -> None:
+    """9 x 13 tokens: the last row and column of cells have half the tokens."""
+    tiny = TINY["sd3"]
+    pipe = tiny.pipeline()
+    layout = dataclasses.replace(tiny.layout, grid=(1, 9, 13))
+    handle = scfg_fast.enable(pipe)
+    actual = run(pipe, tiny.call(EVERYONE, height=144, width=208))
+    assert handle.regions.token_index.shape == (3, 5, 7)
+    layers = [(f"{name}.attn",) for name in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    expected = reference_run(pipe, tiny.call(EVERYONE, height=144, width=208), layers, layout, tiny.text_tokens)[0]
+    assert distance(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_one_graph_with_and_one_without(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    scfg_fast.enable(pipe)
+    expected = run(pipe, tiny.call([0, 1]))
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+    assert distance(run(pipe, tiny.call([0, 1])), expected) <= TOLERANCE
+    run(pipe, tiny.call([0, 1]))
+    assert graphs == (2 if tiny.layout.two_pass else 1), "a pass that captures and one that does not"
+
+
+def test_flux_without_a_negative_prompt_says_what_to_pass() -> None:
+    tiny = TINY["flux"]
+    pipe = tiny.pipeline()
+    call = tiny.call([0])
+    call = {name: value for name, value in call.items() if not name.startswith("negative")}
+    stock = run(pipe, dict(call, generator=torch.Generator().manual_seed(1)))
+    scfg_fast.enable(pipe)
+    with pytest.warns(SCFGWarning, match="true_cfg_scale > 1 and a negative_prompt"):
+        assert torch.equal(run(pipe, dict(call, generator=torch.Generator().manual_seed(1))), stock)
+    scfg_fast.enable(pipe, strict=True)
+    with pytest.raises(SCFGError, match="true_cfg_scale"):
+        pipe(**call)
+
+
+def test_qwen_image_is_told_that_it_undoes_lengths() -> None:
+    tiny = TINY["qwen"]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    with pytest.warns(SCFGWarning, match="back to the length of the conditional prediction") as caught:
+        run(pipe, tiny.call([0]))
+    assert len(caught) == 1 and handle.stats.steps_applied == 3
+
+
+def test_what_needs_a_unet_is_refused_by_name() -> None:
+    tiny = TINY["sd3"]
+    pipe = tiny.pipeline()
+    scfg_fast.enable(pipe, characteristic=CharacteristicGuidance())
+    with pytest.raises(
+        ValueError, match="Characteristic Guidance: for pipelines with a UNet, this is Stable Diffusion 3"
+    ):
+        pipe(**tiny.call([0]))
+    scfg_fast.enable(pipe, SCFGConfig(tokens="words"))
+    with pytest.raises(ValueError, match="Use tokens='all'"):
+        pipe(**tiny.call([0], prompt="a cat", prompt_embeds=None, pooled_prompt_embeds=None))
+
+
+def test_layers_are_taken_from_the_middle_of_the_stack() -> None:
+    blocks = [BlockInfo(f"transformer_blocks.{i}", 2, i / 23) for i in range(24)]
+    chosen = [int(block.name.split(".")[1]) for block in choose_layers(blocks, SCFGConfig())]
+    assert chosen == [6, 10, 13, 17]
+    named = SCFGConfig(layers=("transformer_blocks.9",))
+    assert [block.name for block in choose_layers(blocks, named)] == ["transformer_blocks.9"]
+    short = [BlockInfo(f"transformer_blocks.{i}", 2, i / 2) for i in range(3)]
+    assert len(choose_layers(short, SCFGConfig())) == 3
+
+
+def test_a_reader_of_positions_is_what_the_layer_does_in_half_precision() -> None:
+    """bf16 weights and latents: the maps still are fp32, and the run stays finite."""
+    tiny = TINY["flux"]
+    pipe = tiny.pipeline().to(torch.bfloat16)
+    call = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in tiny.call([0]).items()}
+    handle = scfg_fast.enable(pipe)
+    result = run(pipe, call)
+    assert result.dtype == torch.bfloat16 and result.isfinite().all()
+    assert handle.regions.rate.dtype == torch.float32 and handle.stats.steps_applied == 3
