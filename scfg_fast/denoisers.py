@@ -22,12 +22,14 @@ from .readers import (
     read_flux,
     read_hunyuan,
     read_ltx,
+    read_lumina2,
     read_qwen,
     read_sd3,
     read_self,
     read_wan,
+    read_z_image,
 )
-from .views import Geometry, Images, Packed, Videos, View
+from .views import Geometry, Images, Lists, Packed, Videos, View
 
 
 class Denoiser(Protocol):
@@ -36,6 +38,7 @@ class Denoiser(Protocol):
     Attributes:
         sample: name of the first argument, the latents.
         foreground: half that the foreground is read from by default; None where the pipeline decides.
+        turned: whether the conditional samples of a batch come first.
     """
 
     @property
@@ -43,6 +46,9 @@ class Denoiser(Protocol):
 
     @property
     def foreground(self) -> str | None: ...
+
+    @property
+    def turned(self) -> bool: ...
 
     def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
         """The blocks that can be captured, in the order of the model."""
@@ -66,6 +72,7 @@ class UNet:
 
     sample: str = "sample"
     foreground: str | None = None
+    turned: bool = False
 
     def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
         return find_blocks(model)
@@ -109,6 +116,10 @@ def _patch_size(model: Any) -> int:
 
 def _of_images(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
     return Geometry(1, sample.shape[-2], sample.shape[-1])
+
+
+def _of_lists(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
+    return Geometry(1, sample[0].shape[-2], sample[0].shape[-1])
 
 
 def _of_videos(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
@@ -155,6 +166,7 @@ class Transformer:
         start_token: which attended text token stands for the start token; see `readers.start_column`.
         foreground: half of the batch whose start token decides the foreground.
         sample: name of the first argument.
+        turned: whether the conditional samples of a batch come first.
     """
 
     readers: dict[str, Reader]
@@ -165,6 +177,7 @@ class Transformer:
     start_token: str = "first"
     foreground: str | None = "unconditional"
     sample: str = "hidden_states"
+    turned: bool = False
 
     def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
         stack = getattr(model, self.stack)
@@ -225,6 +238,13 @@ TRANSFORMERS: dict[str, Transformer] = {
     "WanTransformer3DModel": Transformer(
         dict(attn1=read_wan, attn2=read_wan), stack="blocks", patch=lambda model: model.config.patch_size[1],
         size=_of_videos, opened=lambda model: Videos(), start_token="last", foreground="conditional",
+    ),
+    # Gemma's start token comes first; an empty prompt is little more.
+    "Lumina2Transformer2DModel": Transformer(dict(attn=read_lumina2), stack="layers", foreground="conditional"),
+    # The chat template's first token comes first, in both halves.
+    "ZImageTransformer2DModel": Transformer(
+        dict(attention=read_z_image), stack="layers", patch=lambda model: 2, size=_of_lists,
+        opened=lambda model: Lists(), sample="x", turned=True,
     ),
 }  # fmt: skip
 """Class name in diffusers -> how it is read. Names, because importing ten models to ask about one takes seconds."""

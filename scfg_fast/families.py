@@ -42,6 +42,11 @@ def _true_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module)
     return float(arguments["true_cfg_scale"]) if negative else 1.0
 
 
+def _offset_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """Of pipelines that compute t + s (t - u), which is the scale s + 1 everywhere else."""
+    return float(pipe.guidance_scale) + 1.0 if pipe.do_classifier_free_guidance else 1.0
+
+
 def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
     """Wan 2.2 has a scale for each of its two denoisers."""
     if not pipe.do_classifier_free_guidance:
@@ -50,6 +55,7 @@ def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) 
     return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
 
+SAME_LENGTH = "sets the guided prediction back to the length of the conditional one"
 TRUE_CFG = "true_cfg_scale > 1 and a negative_prompt; without them the model's own distilled guidance is all there is"
 
 
@@ -65,7 +71,9 @@ class Family:
         scale: guidance_scale s as the pipeline uses it in this step; at most 1 for no guidance. Takes the pipeline, the
             arguments of the call, and the denoiser.
         packed: whether latents are packed patches, and the denoiser is not told their size.
-        undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "".
+        rereads: whether the pipeline uses the conditional prediction for more than the guidance.
+        undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "": always, or when
+            `cfg_normalization` says so.
         switch: the arguments that turn guidance on, for messages.
         config: what `enable` takes where no configuration is given: the published values.
         benchmark: what `benchmark="auto"` means in the published code.
@@ -78,6 +86,7 @@ class Family:
     two_pass: bool = False
     scale: Callable[[Any, dict[str, Any], torch.nn.Module], float] = _property_scale
     packed: bool = False
+    rereads: bool = False
     undone_by: str = ""
     switch: str = "guidance_scale > 1"
     config: SCFGConfig = field(default_factory=SCFGConfig)
@@ -147,9 +156,11 @@ FAMILIES = (
     Family("Chroma", ("ChromaPipeline",), ("transformer",), True, _argument_scale, packed=True),
     Family(
         "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale, switch=TRUE_CFG,
-        undone_by="sets every guided token back to the length of the conditional prediction",
+        undone_by=SAME_LENGTH,
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
+    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale, undone_by=SAME_LENGTH),
+    Family("Z-Image", ("ZImagePipeline",), ("transformer",), scale=_offset_scale, rereads=True, undone_by=SAME_LENGTH),
     Family("Wan", ("WanPipeline",), ("transformer", "transformer_2"), True, _wan_scale),
 )  # fmt: skip
 
@@ -229,7 +240,7 @@ def read_call(
     family = cast(Family, family_of(pipe))
     _check_corrections(pipe, family, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
-    samples = (len(prompts) if prompts is not None else embeds.shape[0]) * per_prompt
+    samples = len(prompts if prompts is not None else embeds) * per_prompt
     mask = None
     if config.tokens == "words":
         tokenizer: Any = tokenizer_of(pipe) if family.denoisers == ("unet",) else None
@@ -257,10 +268,10 @@ def read_call(
         loss=loss,
         decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
         two_pass=family.two_pass,
-        rereads=arguments.get("skip_guidance_layers") is not None,
+        rereads=family.rereads or arguments.get("skip_guidance_layers") is not None,
         size=_packed_size(pipe, arguments) if family.packed else None,
         switch=family.switch,
-        undone_by=family.undone_by,
+        undone_by=family.undone_by if arguments.get("cfg_normalization", True) else "",
     )
 
 

@@ -330,7 +330,7 @@ class GuidanceHook:
             return None
         self._second = self._first is not None and self._first.sample is sample
         if self._second:
-            self.stats.samples += sample.shape[0]
+            self.stats.samples += len(sample)
             self._prepare(self._capturing and self.context.foreground == "unconditional", "unconditional")
             return None
         self._first = None
@@ -346,16 +346,17 @@ class GuidanceHook:
         self._prepare(self._capturing, "conditional" if self.context.two_pass else "both")
         self._half = self._conditional_half_will_do(kwargs)
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
-        self.stats.samples += sample.shape[0] // (2 if self._half else 1)
+        self.stats.samples += len(sample) // (2 if self._half else 1)
         if self._half:
-            args, kwargs = second_half(args, sample.shape[0]), second_half(kwargs, sample.shape[0])
+            args, kwargs = second_half(args, len(sample)), second_half(kwargs, len(sample))
         if self.corrections.needs_levels:
             self._inputs = copied(args), copied(kwargs)
         return (args, kwargs) if self._half else None
 
     def _prepare(self, active: bool, branch: str) -> None:
         """The captured layers for the next run of the denoiser."""
-        layout = BatchLayout(1 if self.context.two_pass else self.context.groups(), self.context.foreground, branch)
+        groups = 1 if self.context.two_pass else self.context.groups()
+        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.turned)
         for block in self._now.blocks:
             block.prepare(active, layout, self._geometry)
 
@@ -363,7 +364,7 @@ class GuidanceHook:
         """The pipeline's own guidance scale in this step."""
         return self.context.guidance_scale(self._now.module)
 
-    def _reason_to_stay_out(self, sample: torch.Tensor) -> str | None:
+    def _reason_to_stay_out(self, sample: Any) -> str | None:
         """Why this step is the pipeline's own affair, or None.
 
         A callback that turns guidance off for a part of the run is no reason to warn; a whole run without it is.
@@ -374,9 +375,11 @@ class GuidanceHook:
                 return "guidance is off"
             return self._complain(f"guidance is off: there is nothing to scale. Pass {self.context.switch}.")
         groups = 1 if self.context.two_pass else self.context.groups()
-        if sample.shape[0] != groups * self.context.samples:
+        if self._now.denoiser.turned and len(sample) == self.context.samples:
+            return "guidance is off"  # cut off by the pipeline in a part of the run
+        if len(sample) != groups * self.context.samples:
             return self._complain(
-                f"the denoiser ran on {sample.shape[0]} samples, S-CFG expected {groups * self.context.samples} "
+                f"the denoiser ran on {len(sample)} samples, S-CFG expected {groups * self.context.samples} "
                 f"({groups} groups of {self.context.samples}, unconditional, then conditional)."
             )
         if self._cond_is_read_again() and scale < MIN_SCALE_OF_REWRITE:

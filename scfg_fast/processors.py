@@ -29,7 +29,7 @@ from scfg_kernels import attention_map, complete, cross_attention_map, self_atte
 from .capture import BlockInfo
 from .config import SCFGConfig
 from .readers import Compared, Reader, capture_maps, read_added_kv, start_column
-from .views import Geometry
+from .views import Geometry, turned
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -144,11 +144,13 @@ class BatchLayout:
             two are separate passes.
         foreground: "unconditional" or "conditional", whose start token is wanted.
         branch: "both", or which of the two this pass is.
+        turned: whether the conditional group comes first.
     """
 
     groups: int = 2
     foreground: str = "unconditional"
     branch: str = "both"
+    turned: bool = False
 
     def rows(self, batch: int) -> tuple[slice, int]:
         """The samples whose maps are needed, and how many of them, at the front, are unconditional."""
@@ -270,6 +272,7 @@ class TransformerCapture:
     Attributes:
         inner, active: as in `_Capture`.
         geometry: of the latents, set before every step.
+        one_stream: whether text and image come as one sequence, so that the reader must be told where they part.
     """
 
     def __init__(
@@ -280,6 +283,7 @@ class TransformerCapture:
         self.read = read
         self.last = self if last is None else last
         self.level = level
+        self.one_stream = "image_tokens" in inspect.signature(read).parameters
         self.cell = max(config.cell, level)
         self.start_token = start_token
         self.fidelity, self.powers, self.backend = config.fidelity, config.powers, config.backend
@@ -294,8 +298,13 @@ class TransformerCapture:
         self.self_map = self.tokens = self.start = self.inner = None
 
     def __call__(self, attn, *args, **kwargs):
-        if self.active and self.last.geometry is not None:
-            self._observe(self.read(attn, *args, **kwargs), self.last)
+        geometry = self.last.geometry
+        if self.active and geometry is not None:
+            if self.one_stream:
+                size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
+                self._observe(self.read(attn, *args, **kwargs, image_tokens=size), self.last)
+            else:
+                self._observe(self.read(attn, *args, **kwargs), self.last)
         return self.inner(attn, *args, **kwargs)
 
     def _observe(self, compared: Compared, last: TransformerCapture) -> None:
@@ -305,10 +314,12 @@ class TransformerCapture:
         if cross is None:
             return
         own, last.self_map = last.self_map, None
+        if last.layout.turned:
+            cross, own = turned(cross), None if own is None else turned(own)
         used, unconditional = last.layout.rows(cross.shape[0])
         column = start_column(compared.bias, cross.shape[2], self.start_token)
         if isinstance(column, torch.Tensor):
-            column = column.repeat_interleave(geometry.frames, 0)[used]
+            column = (turned(column) if last.layout.turned else column).repeat_interleave(geometry.frames, 0)[used]
         cross = cross[used]
         if own is None:  # linear self-attention has no map: nothing spreads
             last.tokens = cross[unconditional:].transpose(1, 2).contiguous()

@@ -1,7 +1,8 @@
 """What the attention layers of diffusion transformers compare: queries and keys after norms and positions.
 
 A UNet keeps self- and cross-attention apart. Transformers do too (PixArt, HunyuanDiT, Sana, LTX, Wan), or compare image
-tokens with text and image in one softmax (SD3, Flux, Qwen-Image, Chroma, CogView4). A reader takes what a layer's
+tokens with text and image in one softmax (SD3, Flux, Qwen-Image, Chroma, CogView4), some in one stream of tokens
+(Lumina 2, Z-Image). A reader takes what a layer's
 processor is called with and gives `Compared`, from which `capture_maps` makes the two maps of S-CFG on the grid of
 cells. The layer's output is left to its own processor, whatever attention backend that uses.
 
@@ -19,6 +20,7 @@ There is no published S-CFG for transformers. The rules here are ours:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -337,3 +339,57 @@ def read_cogview4(
         query, image = (apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2) for x in (query, image))
     bias = None if attention_mask is None else attention_mask.to(query.dtype) - 1.0  # softmax does not see a constant
     return Compared(query, text, image, bias)
+
+
+def read_lumina2(
+    attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask=None,
+    image_rotary_emb=None, base_sequence_length=None, *, image_tokens: int,
+) -> Compared:  # fmt: skip
+    """Lumina 2: one stream, every sample's text, then its image, then padding; keys shared by groups of heads."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    query = _heads(attn.to_q(hidden_states), attn.heads)
+    key = attn.to_k(encoder_hidden_states).unflatten(-1, (-1, query.shape[-1]))
+    query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
+    if image_rotary_emb is not None:
+        rotate: Callable[..., Any] = functools.partial(apply_rotary_emb, freqs_cis=image_rotary_emb, use_real=False)
+        query, key = (rotate(x).to(x.dtype) for x in (query, key))
+    key = key.repeat_interleave(attn.heads // key.shape[2], 2)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    length = hidden_states.shape[1]
+    text_tokens = length - image_tokens  # of the longest prompt
+    scale = attn.scale * (1.0 if base_sequence_length is None else math.log(length, base_sequence_length) ** 0.5)
+    if attention_mask is None:  # prompts of one length
+        return Compared(query[:, :, text_tokens:], key[:, :, :text_tokens], key[:, :, text_tokens:], None, scale)
+    start = attention_mask.sum(1) - image_tokens  # [B], where each sample's image begins
+    place = torch.arange(image_tokens, device=key.device) + start[:, None]
+    place = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    others = torch.arange(text_tokens, device=key.device) >= start[:, None]
+    return Compared(
+        query.gather(2, place),
+        key[:, :, :text_tokens],
+        key.gather(2, place),
+        key_bias(~others, text_tokens),
+        scale,
+    )
+
+
+def read_z_image(
+    attn: Any, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, freqs_cis=None, *,
+    image_tokens: int,
+) -> Compared:  # fmt: skip
+    """Z-Image: one stream, image, then text, each filled up to a multiple of 32 with tokens that are attended."""
+    query, key = (_heads(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k))
+    query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
+    if freqs_cis is not None:
+        query, key = (_rotated_complex(x, freqs_cis) for x in (query, key))
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    begin = -(-image_tokens // 32) * 32
+    bias = None if attention_mask is None else key_bias(attention_mask[:, begin:], key.shape[2] - begin)
+    return Compared(query, key[:, :, begin:], key[:, :, :begin], bias)
+
+
+def _rotated_complex(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Neighbouring components of [B, N, H, d] as complex numbers, times [B, N, d / 2] complex, in fp32."""
+    rotated = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles.unsqueeze(2)
+    return torch.view_as_real(rotated).flatten(3).type_as(x)

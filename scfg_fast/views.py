@@ -10,7 +10,7 @@ Frames of a video are images of their own: G = samples * frames, the frames of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,10 @@ class Geometry:
 class View(Protocol):
     """Opens predictions of one kind and closes them again."""
 
-    def open(self, prediction: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        """-> [samples * frames, C, H, W]."""
+    def open(self, prediction: Any, geometry: Geometry) -> torch.Tensor:
+        """-> [samples * frames, C, H, W], unconditional samples first where there are both."""
 
-    def close(self, result: torch.Tensor, prediction: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    def close(self, result: torch.Tensor, prediction: Any, geometry: Geometry) -> Any:
         """The inverse, with everything that `open` left out taken from `prediction`."""
 
 
@@ -87,3 +87,20 @@ class Packed:
         if rows.shape[1] == prediction.shape[1]:
             return rows
         return torch.cat([rows, prediction[:, rows.shape[1] :]], 1)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A list of [C, 1, H, W], one per sample, the conditional ones first."""
+
+    def open(self, prediction: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
+        return turned(torch.stack(prediction).squeeze(2))
+
+    def close(self, result: torch.Tensor, prediction: list[torch.Tensor], geometry: Geometry) -> list[torch.Tensor]:
+        return list(turned(result).unsqueeze(2).unbind())
+
+
+def turned(batch: torch.Tensor) -> torch.Tensor:
+    """The halves of a batch exchanged."""
+    first, second = batch.chunk(2)
+    return torch.cat([second, first])

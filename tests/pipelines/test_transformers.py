@@ -14,7 +14,7 @@ from scfg_fast.guidance import CharacteristicGuidance
 from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny
 from tests.reference.transformers import reference_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets every guided token back")
+pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets the guided prediction back")
 
 TOLERANCE = 5e-6
 EVERYONE = list(range(BATCH))
@@ -162,6 +162,32 @@ def test_skip_layer_guidance_reads_the_conditional_prediction_again() -> None:
     assert distance(actual, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name, prompts", [
+    ("lumina2", dict(lengths=(9, 6, 11))),
+    ("z-image", dict(captions=[torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in (9, 40, 33)])),
+])  # fmt: skip
+def test_prompts_of_different_lengths_in_one_stream(name: str, prompts: dict) -> None:
+    """Every sample's text ends elsewhere; each image is what it is alone, as far as the model itself has that so."""
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+
+    def apart() -> float:
+        alone = torch.cat([run(pipe, tiny.call([pick], **prompts)) for pick in EVERYONE])
+        return distance(run(pipe, tiny.call(EVERYONE, **prompts)), alone)
+
+    stock = apart()
+    scfg_fast.enable(pipe)
+    assert apart() <= stock + TOLERANCE
+
+
+def test_where_z_image_cuts_guidance_off_the_step_is_its_own() -> None:
+    tiny = TINY["z-image"]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    run(pipe, tiny.call(EVERYONE, cfg_truncation=0.5))
+    assert handle.stats.steps_applied == 2 and handle.stats.steps_skipped == {"guidance is off": 1}
+
+
 @pytest.mark.parametrize("name", ["hunyuan", "ltx"])
 def test_guidance_rescale_follows(name: str) -> None:
     tiny = TINY[name]
@@ -227,7 +253,7 @@ def test_qwen_image_is_told_that_it_undoes_lengths() -> None:
     tiny = TINY["qwen"]
     pipe = tiny.pipeline()
     handle = scfg_fast.enable(pipe)
-    with pytest.warns(SCFGWarning, match="back to the length of the conditional prediction") as caught:
+    with pytest.warns(SCFGWarning, match="back to the length of the conditional one") as caught:
         run(pipe, tiny.call([0]))
     assert len(caught) == 1 and handle.stats.steps_applied == 3
 

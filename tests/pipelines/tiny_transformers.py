@@ -351,6 +351,56 @@ def wan(two: bool = False) -> Tiny:
     return Tiny(pipeline, call, layout, ("attn1", "attn2"), 11)
 
 
+def lumina2() -> Tiny:
+    def pipeline() -> Any:
+        transformer = made(
+            "Lumina2Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, hidden_size=32, num_layers=5,
+            num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 2, 2),
+            axes_lens=(64, 64, 64), cap_feat_dim=24,
+        )  # fmt: skip
+        return assembled(
+            "Lumina2Pipeline", transformer=transformer, vae=None, text_encoder=None, tokenizer=None, scheduler=flow()
+        )
+
+    def call(picks: list[int], lengths: tuple[int, ...] = (9, 9, 9), **others: Any) -> dict[str, Any]:
+        tensors = dict(
+            prompt_embeds=embeddings(1, 11, 24), prompt_attention_mask=lengths_mask(lengths, 11),
+            negative_prompt_embeds=embeddings(2, 11, 24), negative_prompt_attention_mask=lengths_mask((2, 2, 2), 11),
+        )  # fmt: skip
+        extra = dict(height=HEIGHT, width=WIDTH, guidance_scale=4.0, cfg_normalization=False)
+        return arguments(picks, tensors, **extra | others)
+
+    layout = Layout((1, 8, 12), 2, foreground="conditional", two_pass=True)
+    return Tiny(pipeline, call, layout, ("attn",), 9)
+
+
+def z_image() -> Tiny:
+    texts = [torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in (9, 31, 17)]
+    others_ = [torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 6)]
+
+    def pipeline() -> Any:
+        transformer = made(
+            "ZImageTransformer2DModel", in_channels=4, dim=32, n_layers=5, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=24, axes_dims=[4, 6, 6], axes_lens=[128, 64, 64],
+        )  # fmt: skip
+        with torch.no_grad():  # padding tokens are left uninitialised, for a checkpoint to fill
+            transformer.x_pad_token.normal_(generator=torch.Generator().manual_seed(7))
+            transformer.cap_pad_token.normal_(generator=torch.Generator().manual_seed(8))
+        return assembled(
+            "ZImagePipeline", transformer=transformer, vae=None, text_encoder=None, tokenizer=None, scheduler=flow()
+        )
+
+    def call(picks: list[int], captions: list[torch.Tensor] | None = None, **others: Any) -> dict[str, Any]:
+        lists = dict(
+            prompt_embeds=[(captions or texts)[pick] for pick in picks],
+            negative_prompt_embeds=[others_[pick] for pick in picks],
+        )
+        extra = dict(height=144, width=208, guidance_scale=3.0)
+        return arguments(picks, {}, **lists | extra | others)
+
+    return Tiny(pipeline, call, Layout((1, 9, 13), 2, text_first=False, turned=True), ("attention",), 32)
+
+
 TINY: dict[str, Tiny] = {
     "sd3": sd3(),
     "pixart": pixart(),
@@ -361,6 +411,8 @@ TINY: dict[str, Tiny] = {
     "chroma": flux(chroma=True),
     "qwen": qwen(),
     "cogview4": cogview4(),
+    "lumina2": lumina2(),
+    "z-image": z_image(),
     "wan": wan(),
     "wan2.2": wan(two=True),
 }

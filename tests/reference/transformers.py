@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.reference import official
 
+LISTED_LINE = re.compile(r"pos \+ current_guidance_scale \* \(pos - neg\)")
 GUIDANCE_LINE = re.compile(r"(\w+) \+ ((?:self\.)?\w*guidance_scale|true_cfg_scale) \* \((\w+) - \1\)")
 
 
@@ -39,6 +40,7 @@ class Layout:
         two_pass: whether there are two runs per step, conditional first.
         images: prediction -> [B * frames, C, H, W]; `back` is its inverse.
         completes: False where self-attention has no map.
+        turned: whether the conditional half of a batch comes first, as lists of samples (Z-Image).
     """
 
     grid: tuple[int, int, int]
@@ -51,6 +53,7 @@ class Layout:
     images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     back: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, prediction: x
     completes: bool = True
+    turned: bool = False
 
 
 class _Call(NamedTuple):
@@ -75,6 +78,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.inside: str | None = None
         self.seen: dict[str, list[_Call]] = {}
+        self.guided = torch.empty(0)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -89,7 +93,10 @@ class _Watch(TorchFunctionMode):
 
 def replaced(function: Callable) -> Callable:
     """The same function, with `self._guidance(uncond, cond, scale)` for the guidance line."""
-    source, count = GUIDANCE_LINE.subn(r"self._guidance(\1, \3, \2)", textwrap.dedent(inspect.getsource(function)))
+    source = textwrap.dedent(inspect.getsource(function))
+    source = LISTED_LINE.sub("self._listed(j, neg_out, pos_out, current_guidance_scale + 1.0)", source)
+    source, count = GUIDANCE_LINE.subn(r"self._guidance(\1, \3, \2)", source)
+    count += source.count("self._listed(")
     if count != 1:
         raise ValueError(f"{function.__qualname__} has {count} guidance lines, expected one")
     scope = dict(vars(sys.modules[function.__module__]))
@@ -128,7 +135,9 @@ def literal_maps(recorded: _Call, layout: Layout, text_tokens: int) -> tuple[tor
     image_tokens = frames * height * width
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if layout.joint:
-        text = slice(0, text_tokens) if layout.text_first else slice(image_tokens, image_tokens + text_tokens)
+        text_tokens = text_tokens if layout.turned else key.shape[2] - image_tokens  # each pass has its own length
+        filled = key.shape[2] - text_tokens if layout.turned else image_tokens  # images filled up with more tokens
+        text = slice(0, text_tokens) if layout.text_first else slice(filled, filled + text_tokens)
         image = slice(text_tokens, text_tokens + image_tokens) if layout.text_first else slice(0, image_tokens)
         query = query[:, :, image]
         bias = None if mask is None else mask.expand(-1, -1, mask.shape[2], -1)[:, :, -1:]
@@ -195,7 +204,7 @@ def reference_run(
                 official.official_completion(own, cross) if layout.completes else cross
                 for own, cross in zip(own_parts, cross_parts, strict=True)
             ]
-            cond, uncond = completed if layout.two_pass else reversed(completed[0].chunk(2))
+            cond, uncond = completed if layout.two_pass else completed[0].chunk(2)[:: 1 if layout.turned else -1]
             cond_maps.append(cond)
             ground = cond if layout.foreground == "conditional" else uncond
             if layout.start is not None:
@@ -219,9 +228,18 @@ def reference_run(
         rate = official.rates(u, t, masks, foreground, float(scale), cell=cell)
         return layout.back(u + float(scale) * rate * (t - u), uncond + float(scale) * (cond - uncond))
 
+    def listed(self: Any, number: int, uncond: list, cond: list, scale: float) -> torch.Tensor:
+        """Of one sample; all are guided at the first."""
+        if number == 0:
+            parts = (torch.stack(list(part)).squeeze(2) for part in (uncond, cond))
+            watch.guided = guidance(self, *parts, scale)
+        return watch.guided[number].unsqueeze(1)
+
     cls = type(pipe)
     reference = copy.copy(pipe)
-    reference.__class__ = type(cls.__name__, (cls,), {"_guidance": guidance, "__call__": replaced(cls.__call__)})
+    reference.__class__ = type(
+        cls.__name__, (cls,), {"_guidance": guidance, "_listed": listed, "__call__": replaced(cls.__call__)}
+    )
     try:
         with watch:
             return reference(**arguments)
