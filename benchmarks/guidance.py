@@ -1,13 +1,14 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps 10 25] [--judge DIR]
+    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps N...] [--judge D]
 
 `methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
 and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
 clamped schedules more). `presence` and `place`: loss guidance with the bundled classifier, to draw a noun that the
-prompt leaves open, and to put one in a corner. `characteristic`: residuals of the fixed point over its iterations.
+prompt leaves open, and to put one in a corner. `characteristic`: residuals of the fixed point over its iterations,
+with the ridge projection and without; `solver`: the same, one setting at a time as in the published code.
 
-Pictures are scored by a classifier: the bundled one, or with `--judge FOLDER` one that
+Pictures are scored by a classifier: the bundled one, or with `--judge D` (a folder) one that
 `python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
 bundled one, so that only another says whether it drew the noun or an adversarial pattern; both are reported.
 
@@ -227,22 +228,37 @@ def loss(
         sheet(rows, image.with_name(f"{image.stem}-steps{steps}{image.suffix}"))
 
 
+PROJECTIONS = {
+    "ridge": CharacteristicGuidance(max_iterations=20),
+    "identity": CharacteristicGuidance(projection="identity", max_iterations=20),
+}
+SOLVERS = {
+    "default": CharacteristicGuidance(max_iterations=20),
+    "annealed": CharacteristicGuidance(max_iterations=20, anneal=0.4),
+    "warm": CharacteristicGuidance(max_iterations=20, reuse=1.0),
+    "per channel": CharacteristicGuidance(max_iterations=20, bases=1),
+}
+"""The default, and one thing at a time as published."""
+
+
 def characteristic(
-    report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path
+    task: str,
+    settings: dict[str, CharacteristicGuidance],
+    report: Report,
+    judge: SceneClassifier,
+    pictures: int,
+    step_counts: Sequence[int],
+    image: Path,
 ) -> None:
-    """Residuals over the iterations at a low and a high weight, with and without the projection."""
+    """Residuals over the iterations at a low and a high weight."""
     pipe = open_pipeline()
     handle = scfg_fast.enable(pipe, PLAIN)
     prompts = [caption(noun, i) for i, noun in enumerate(WANTED)][:pictures]
-    settings = {
-        "ridge": CharacteristicGuidance(max_iterations=20),
-        "identity": CharacteristicGuidance(projection="identity", max_iterations=20),
-    }
     for (name, chosen), scale, steps in itertools.product(settings.items(), (SCALE, 15.0), step_counts):
         handle.characteristic = chosen
         done = sample(pipe, handle, prompts, steps, scale)
         curves = handle.stats.characteristic
-        case = dict(case=f"characteristic/{name}/g{scale:g}/steps{steps}", op="characteristic", sizes=f"steps{steps}")
+        case = dict(case=f"{task}/{name}/g{scale:g}/steps{steps}", op=task, sizes=f"steps{steps}")
         used = torch.stack([curve.iterations for curve in curves]).float()
         agreed = torch.stack([curve.converged for curve in curves]).float()
         for metric, unit, value in (
@@ -263,7 +279,8 @@ TASKS = {
     "methods": methods,
     "presence": partial(loss, "presence"),
     "place": partial(loss, "place"),
-    "characteristic": characteristic,
+    "characteristic": partial(characteristic, "characteristic", PROJECTIONS),
+    "solver": partial(characteristic, "solver", SOLVERS),
 }
 
 

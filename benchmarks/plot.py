@@ -1,15 +1,17 @@
-"""Draw the result files, from the CSV alone: `python -m benchmarks.plot [CSV ...] [--out docs/img]`.
+"""Draw the result files: `python -m benchmarks.plot [CSV ...] [--out docs/img]`.
 
-A file with overhead rows becomes overhead bars, one of guidance methods bars of what they reached; any other becomes
-speed-ups over the literal way. Picture names are the
-files' names.
+A file with overhead rows becomes overhead bars, one of guidance methods bars of what they reached, one of
+Characteristic Guidance the course of its residuals (from the JSON beside the CSV, which alone has them); any other
+becomes speed-ups over the literal way. Picture names are the files' names.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,6 +20,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from scfg_fast.guidance import CharacteristicGuidance
 
 from .report import RESULTS, ROOT, Row, read
 
@@ -154,12 +159,16 @@ def plot_speedups(rows: Sequence[Row], path: Path) -> Path:
 
 
 def plot_guidance(rows: Sequence[Row], path: Path) -> Path:
-    """What each method reached, one panel per metric, one bar per number of steps."""
+    """What each method reached, one panel per metric, one bar per setting; whiskers are standard errors."""
     titles = {
+        "objects": "named nouns found by a judge",
+        "exact": "all of them, and no other noun",
+        "background": "background as asked for",
         "found": "noun found by another classifier",
         "found_by_guide": "noun found by the guiding classifier",
         "in_place": "share of the noun's cells in the mask",
         "saturation": "saturation",
+        "clipped": "channel values clipped",
         "seconds_per_picture": "seconds per picture",
     }
     metrics = [metric for metric in titles if any(row.metric == metric for row in rows)]
@@ -171,12 +180,16 @@ def plot_guidance(rows: Sequence[Row], path: Path) -> Path:
         figure.subplots_adjust(left=0.16, right=0.985, top=0.78, bottom=0.16, wspace=0.12)
         for axes, metric in zip(panels, metrics, strict=True):
             for index, size in enumerate(sizes):
-                found = _pick([row for row in rows if row.sizes == size], metric)
+                here = [row for row in rows if row.sizes == size]
+                found, errors = _pick(here, metric), _pick(here, f"{metric}_error")
                 at = [names.index(name) + (index - (len(sizes) - 1) / 2) * 0.8 / len(sizes) for name in found]
                 values = [float(row.value or 0.0) for row in found.values()]
+                spread = [float(errors[name].value or 0.0) if name in errors else 0.0 for name in found]
                 axes.barh(at, values, height=0.72 / len(sizes), color=shades[index % 3], label=size, zorder=2)
-                for y, value in zip(at, values, strict=True):
-                    axes.text(value, y, f" {value:.2f}", va="center", fontsize=7.5, zorder=4)
+                if errors:
+                    axes.errorbar(values, at, xerr=spread, fmt="none", ecolor="#222222", elinewidth=1, zorder=3)
+                for y, value, error in zip(at, values, spread, strict=True):
+                    axes.text(value + error, y, f" {value:.2f}", va="center", fontsize=7.5, zorder=4)
             axes.set_ylim(len(names) - 0.4, -0.6)
             axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
             axes.set_title(titles[metric], fontsize=9)
@@ -186,14 +199,74 @@ def plot_guidance(rows: Sequence[Row], path: Path) -> Path:
         return _finish(figure, rows, f"Guidance: {rows[0].op}", path)
 
 
+def _convergence_panel(axes: Axes, curves: Sequence[dict[str, Any]], tolerance: float) -> None:
+    """One line per image and step, up to where it ended; curves as `benchmarks.guidance characteristic` writes them."""
+    shades = plt.get_cmap("Blues")
+    last_step = max(1, max(curve["step"] for curve in curves))
+    used, done = [], []
+    for curve in curves:
+        colour = shades(0.35 + 0.6 * curve["step"] / last_step)
+        for course, converged in zip(zip(*curve["residuals"], strict=True), curve["converged"], strict=True):
+            end = next((k for k, value in enumerate(course) if value < tolerance), len(course) - 1)
+            used.append(end)
+            done.append(converged)
+            line = dict(color=colour) if converged else dict(color=COLOURS["literal"], linestyle=(0, (4, 2)))
+            axes.plot(range(end + 1), course[: end + 1], linewidth=0.8, alpha=0.7, zorder=2 if converged else 1, **line)
+            marker = dict(marker="o", s=8) if converged else dict(marker="x", s=16, linewidths=0.9)
+            axes.scatter([end], [course[end]], color=line["color"], zorder=3, **marker)
+    axes.axhline(tolerance, color="#b8860b", linestyle="--", linewidth=1.2, zorder=1)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.grid(True, color="#e6e6e6", zorder=0)
+    axes.set_xlabel(
+        f"evaluations; mean {sum(used) / len(used):.1f}, {sum(done)} of {len(done)} converged", fontsize=8.5
+    )
+
+
+def plot_convergence(rows: Sequence[Row], details: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Residual over evaluations of Characteristic Guidance, one panel per projection, weight and number of steps."""
+    tolerance = CharacteristicGuidance().tolerance
+    columns = 2 if len(details) > 1 else 1
+    count = -(-len(details) // columns)
+    tall = 1.7 + 2.6 * count
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            count, columns, figsize=(5.4 * columns, tall), sharex=True, sharey=True, squeeze=False
+        )
+        figure.subplots_adjust(left=0.085, right=0.985, top=1 - 1.0 / tall, bottom=0.8 / tall, wspace=0.06, hspace=0.36)
+        for axes, (case, curves) in zip(panels.flat, details.items(), strict=False):
+            _, projection, weight, steps = case.split("/")
+            axes.set_title(f"{projection}, guidance {weight[1:]}, {steps[5:]} steps")
+            axes.tick_params(labelbottom=True)
+            _convergence_panel(axes, curves, tolerance)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("RMS residual")
+        early, late = (plt.get_cmap("Blues")(shade) for shade in (0.35, 0.95))
+        handles = [
+            Line2D([], [], color=early, marker="o", markersize=3, label="converged, first step"),
+            Line2D([], [], color=late, marker="o", markersize=3, label="converged, last step"),
+            Line2D([], [], color=COLOURS["literal"], marker="x", markersize=4, linestyle=(0, (4, 2)),
+                   label="not converged: plain guidance in that step"),
+            Line2D([], [], color="#b8860b", linestyle="--", label="tolerance"),
+        ]  # fmt: skip
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1 - 0.34 / tall), ncols=4, frameon=False, fontsize=8
+        )
+        return _finish(figure, rows, "Characteristic Guidance: one line per image and step", path)
+
+
 def plot(table: Path, folder: Path) -> Path:
     """Draw one CSV into `folder`; returns the picture's path.
 
     Raises:
         ValueError: the file holds nothing to draw.
+        FileNotFoundError: rows of Characteristic Guidance without the JSON file beside them.
     """
     rows = read(table)
     path = folder / f"{table.stem}.png"
+    if any(row.op in ("characteristic", "solver") for row in rows):
+        record = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
+        return plot_convergence(rows, record["details"], path)
     if any(row.metric == "time_ratio" for row in rows):
         return plot_overhead(rows, path)
     if any(row.metric == "speedup" for row in rows):
@@ -204,9 +277,7 @@ def plot(table: Path, folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plot", description="Draw result files, from the CSV alone."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw result files.")
     parser.add_argument("tables", type=Path, nargs="*", help="CSV files; default: all in benchmarks/results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img", help="folder; default: docs/img")
     arguments = parser.parse_args(argv)

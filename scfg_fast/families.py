@@ -152,15 +152,23 @@ FAMILIES = (
     Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=_argument_scale),
     Family("Sana", ("SanaPipeline",), ("transformer",), scale=_argument_scale),
     Family("LTX-Video", ("LTXPipeline",), ("transformer",)),
-    Family("Flux", ("FluxPipeline",), ("transformer",), True, _true_scale, packed=True, switch=TRUE_CFG),
-    Family("Chroma", ("ChromaPipeline",), ("transformer",), True, _argument_scale, packed=True),
+    Family(
+        "Flux", ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), ("transformer",), True, _true_scale,
+        packed=True, switch=TRUE_CFG,
+    ),
+    Family(
+        "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, _argument_scale, packed=True
+    ),
     Family(
         "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale, switch=TRUE_CFG,
         undone_by=SAME_LENGTH,
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
     Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale, undone_by=SAME_LENGTH),
-    Family("Z-Image", ("ZImagePipeline",), ("transformer",), scale=_offset_scale, rereads=True, undone_by=SAME_LENGTH),
+    Family(
+        "Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("transformer",), scale=_offset_scale, rereads=True,
+        undone_by=SAME_LENGTH,
+    ),
     Family("Wan", ("WanPipeline",), ("transformer", "transformer_2"), True, _wan_scale),
 )  # fmt: skip
 

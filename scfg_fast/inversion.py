@@ -79,10 +79,12 @@ def invert(
         Latents [B, C, H, W] for the ``latents`` of a call with the same arguments.
 
     Raises:
-        ValueError: the scheduler is not a `DDIMScheduler`, spaces its steps otherwise than "leading" or "trailing",
-            clips or predicts the sample; not exactly one of `image` and `latents` is given; an argument that cannot be
-            chosen; or something is enabled that an inversion cannot take.
+        ValueError: the pipeline has no UNet; the scheduler is not a `DDIMScheduler`, spaces its steps otherwise than
+            "leading" or "trailing", clips or predicts the sample; not exactly one of `image` and `latents` is given; an
+            argument that cannot be chosen; or something is enabled that an inversion cannot take.
     """
+    if getattr(pipe, "unet", None) is None:
+        raise ValueError(f"invert: {type(pipe).__name__} has no UNet; pipelines of Stable Diffusion and SDXL have")
     scheduler = pipe.scheduler
     if type(scheduler).__name__ != "DDIMScheduler":
         raise ValueError(

@@ -163,10 +163,10 @@ def key_bias(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
         mask = mask[:, 0, -1]
     elif mask.ndim == 3:
         mask = mask[:, -1]
-    mask = mask[:, :tokens]
+    text = mask[:, :tokens]
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
-    return mask
+        return torch.zeros(text.shape, device=mask.device).masked_fill(~text, MASKED)
+    return text if mask.shape[1] == tokens else text - mask[:, -1:]  # what image keys get too makes no difference
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ def step_weight(lam: float, sigma: float, next_sigma: float, *, flow: bool = Fal
 class CFGPlusPlus:
     """Renoise with the unconditional prediction, in an unmodified DDIM, Euler or DPM-Solver++ scheduler.
 
-    `guidance_scale` only turns guidance on (any value above 1) and bounds the rates of S-CFG; the strength is `lam`.
+    `guidance_scale` only turns guidance on (any value above 1); the strength is `lam`.
 
     Args:
         lam: in [0, 1] in the paper (0.6 is its default); larger values are allowed.

@@ -41,16 +41,15 @@ What differs from the published code (its defaults for `anneal` and `reuse` are 
   by 1 / sqrt(abar), and its test stricter by as much.
 * A sample with a NaN or an infinity ends there; published, it changes the least squares of the whole batch.
 
-Measured with the bundled model (float32, tolerance 1e-4, DDIM of 15 steps, guidance 5 and 12, four or five levels):
+Measured with the bundled model: 3 pictures of 10 DDIM steps in float32, at most 20 evaluations, with guidance 5 and 15
+(`python -m benchmarks.guidance solver --pictures 3 --steps 10`, benchmarks/results/guidance-solver.csv). Evaluations
+are means over the samples that converged, of 30 in all:
 
-* Annealing makes convergence poor. One direction per image takes 8 to 11 evaluations at `anneal=0.4`, 7 to 13 with the
-  published joint solve, 1 to 6 at `anneal=1`, for the same dx. It spoils warm starts (10 and 11 evaluations instead of
-  3 and 4). Per channel at guidance 12 it kept samples from converging within 20 that did without.
-* The warm start shrinks the shift by the ratio of squared sigmas, 0.42 and 0.51 between two pairs of neighbouring
-  steps, where the norms of the solutions were in the ratio 0.99 and 0.85. It saves no evaluation then: over one run
-  at guidance 5 and `anneal=1`, 62 against 54 with `reuse=0`.
-* One direction per channel takes 3 to 19 evaluations and may stall; more memory does not help. With the identity no
-  sample came below the tolerance in 40: the residual fell to a fifth.
+* the default: 3.9 at guidance 5, 4.5 at 15, where 2 did not converge;
+* `anneal=0.4`: 9.7, and 8.4 with 1 that did not converge;
+* `reuse=1`: 4.2 and 4.2. It saves nothing at guidance 5; at 15 all converged;
+* `bases=1`, per channel: 7.2 and 7.3, up to 17;
+* the identity: 2 of 60 converged (`characteristic` in the place of `solver`; guidance-characteristic.csv).
 
 Source: Zheng and Lan, "Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale",
 ICML 2024 (arXiv 2312.07586), and the behaviour of its published web UI extension.
@@ -87,7 +86,7 @@ class CharacteristicGuidance:
         regularization: reg at the first step of the run; 0 for none.
         regularization_range: larger values keep reg up for longer.
         anneal: in (0, 1], relaxation of sqrt(reg) towards the step's value per iteration. 1 for no annealing, which
-            takes a third of the evaluations (see the module).
+            takes about half of the evaluations (see the module).
         tolerance: a sample is done when the root mean square of its residual over C, H, W is below it; in units of x,
             whose own is about 1.
         max_iterations: most evaluations of both predictions in a step, beyond the pipeline's own. A sample that is not

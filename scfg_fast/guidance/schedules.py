@@ -66,8 +66,8 @@ class WeightSchedule:
 
     Args:
         shape: one of `SHAPES`, a table of factors on the weight (entry by entry if it is as long as the run, else
-            resampled linearly), or a function of the progress in [0, 1] that returns a factor. Weights below 0 are
-            refused when they come up.
+            resampled linearly), or a function of the progress in [0, 1], or of the noise level, that returns a factor.
+            Weights below 0 are refused when they come up.
         floor: c of the clamped shapes, as a weight in the chosen convention (the paper's SD 1.5: 2, SDXL: 4); other
             shapes ignore it.
         power: s of `"power-cosine"` (SD 1.5: 1, SDXL: 0.1).
@@ -79,6 +79,7 @@ class WeightSchedule:
         interval: (start, stop) fractions of the steps, or noise levels if `interval_in="sigma"`: guided inside, the
             conditional prediction alone outside. Steps with weight 1 compute the conditional half of the batch alone.
         interval_in: `"progress"` or `"sigma"`.
+        shape_in: what a function is called with: `"progress"` or `"sigma"`, `Step.sigma`.
         half_batch: whether steps with weight 1 leave out the unconditional half. It stays anyway where the batch size
             must not change: under `torch.compile`, with attention arguments, and with caches that replace the forward
             of blocks.
@@ -94,6 +95,7 @@ class WeightSchedule:
     grid: str = "midpoint"
     interval: tuple[float, float] = (0.0, 1.0)
     interval_in: str = "progress"
+    shape_in: str = "progress"
     half_batch: bool = True
 
     def __post_init__(self) -> None:
@@ -109,8 +111,11 @@ class WeightSchedule:
             reasons.append(f"convention={self.convention!r} is unknown, use one of {CONVENTIONS}")
         if self.grid not in GRIDS:
             reasons.append(f"grid={self.grid!r} is unknown, use one of {GRIDS}")
-        if self.interval_in not in ("progress", "sigma"):
-            reasons.append(f"interval_in={self.interval_in!r} is unknown, use 'progress' or 'sigma'")
+        for name in ("interval_in", "shape_in"):
+            if getattr(self, name) not in ("progress", "sigma"):
+                reasons.append(f"{name}={getattr(self, name)!r} is unknown, use 'progress' or 'sigma'")
+        if self.shape_in == "sigma" and not callable(self.shape):
+            reasons.append("shape_in='sigma' needs a function; named shapes and tables are over the progress")
         low, high = self.interval
         if not 0.0 <= low <= high:
             reasons.append(f"interval must be 0 <= start <= stop, got {self.interval}")
@@ -121,8 +126,8 @@ class WeightSchedule:
 
     @property
     def needs_levels(self) -> bool:
-        """Only an interval in noise levels does."""
-        return self.interval_in == "sigma"
+        """Only an interval or a function in noise levels does."""
+        return "sigma" in (self.interval_in, self.shape_in)
 
     def check(self, scheduler: Any, eta: float = 0.0) -> None:
         """Every scheduler will do; noise levels are asked for step by step."""
@@ -131,7 +136,7 @@ class WeightSchedule:
         """The weight w of a step; see the module's formulas.
 
         Raises:
-            ValueError: the interval is in sigma and the scheduler publishes none.
+            ValueError: the interval or the function is in sigma and the scheduler publishes none.
         """
         if not self._inside(step):
             return 1.0
@@ -144,7 +149,7 @@ class WeightSchedule:
             floor = self.floor / unit if unit > 0.0 else 0.0
             return shape_value(self.shape, progress, floor=floor, power=self.power)
         if callable(self.shape):
-            return float(self.shape(progress))
+            return float(self.shape(progress if self.shape_in == "progress" else self._sigma(step)))
         last = len(self.shape) - 1
         if step.count == last + 1:
             return self.shape[step.index]
@@ -164,12 +169,16 @@ class WeightSchedule:
     def _inside(self, step: Step) -> bool:
         low, high = self.interval
         if self.interval_in == "sigma":
-            if step.sigma is None:
-                raise ValueError(
-                    "WeightSchedule: this scheduler publishes no noise levels; give the interval in progress"
-                )
-            return low <= step.sigma <= high
+            return low <= self._sigma(step) <= high
         return in_part(step.index, step.count, low, high)
+
+    @staticmethod
+    def _sigma(step: Step) -> float:
+        if step.sigma is None:
+            raise ValueError(
+                "WeightSchedule: this scheduler publishes no noise levels; give the interval and the shape in progress"
+            )
+        return step.sigma
 
 
 def mean_factor(shape: str, *, floor: float = 0.0, power: float = 1.0, samples: int = 4096) -> float:

@@ -29,12 +29,12 @@ import scfg_fast
 from scfg_fast import SCFGConfig
 from scfg_fast.families import LOSS_SCHEDULERS, overflows
 from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from tests.pipelines.loops import NEGATIVES, PROMPTS, Literal
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 4
 SCALE = 6.0
-PROMPTS, NEGATIVES = ["a red cat", "a blue boat"], ["", "a car"]
 TIGHT = CharacteristicGuidance(projection="identity", tolerance=1e-5, memory=4)
 
 
@@ -66,32 +66,19 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-class Literal:
-    """The parts of one call of a tiny Stable Diffusion pipeline, for loops written out."""
-
-    def __init__(self, pipe, *, seeds: tuple[int, ...] = (0, 1)) -> None:
-        cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=NEGATIVES)
-        self.text = torch.cat([uncond, cond])
-        self.pipe, self.scheduler = pipe, pipe.scheduler
-        self.scheduler.set_timesteps(STEPS)
-        noise = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.start = torch.cat(noise).to(pipe.unet.dtype) * self.scheduler.init_noise_sigma
-
-    def halves(self, uncond_input: torch.Tensor, cond_input: torch.Tensor, t: torch.Tensor):
-        both = torch.cat([uncond_input, cond_input])
-        return self.pipe.unet(both, t, encoder_hidden_states=self.text).sample.chunk(2)
-
-
 # Loss guidance -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_loss_guidance_is_the_published_loop(repeats: int, kind: str) -> None:
+@pytest.mark.parametrize("family, kind, repeats", [
+    ("sd", "epsilon", 1), ("sd", "v_prediction", 1), ("sd", "epsilon", 3), ("sd", "v_prediction", 3),
+    ("sdxl", "epsilon", 3),
+])  # fmt: skip
+def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: int) -> None:
     """Algorithms 2 and 3 of 2403.12404, written out with DDIM's own formulas."""
-    pipe = tiny_sd_pipeline(prediction_type=kind).to(dtype=torch.float64)
+    pipe = tiny_sd_pipeline(prediction_type=kind) if family == "sd" else tiny_sdxl_pipeline()
+    pipe = pipe.to(dtype=torch.float64)
     rho, random = 0.05, torch.Generator().manual_seed(7)
-    loop = Literal(pipe)
+    loop = Literal(pipe, STEPS)
     x, alphas = loop.start, pipe.scheduler.alphas_cumprod.double()
     for t in loop.scheduler.timesteps:
         a, before = alphas[t], int(t) - 1000 // STEPS
@@ -169,8 +156,7 @@ def test_rates_hold_in_the_gradient() -> None:
     handle = scfg_fast.enable(pipe, on_regions=lambda step, regions: rates.append(regions.rate.clone()))
     handle.loss = LossGuidance(lambda x0: _keep(x0, seen), scale=0.0, space="latents")
     run(pipe, num_inference_steps=1)
-    loop = Literal(pipe)
-    loop.scheduler.set_timesteps(1)
+    loop = Literal(pipe, 1)
     t = loop.scheduler.timesteps[0]
     with torch.no_grad():
         uncond, cond = loop.halves(loop.start, loop.start, t)
@@ -249,11 +235,11 @@ def test_time_travel_takes_back_the_history(scheduler) -> None:
 # Characteristic Guidance ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family, kind", [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")])
 @pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
-def test_characteristic_guidance_solves_its_equation(kind: str, config: SCFGConfig) -> None:
+def test_characteristic_guidance_solves_its_equation(family: str, kind: str, config: SCFGConfig) -> None:
     """Every step's result satisfies dx = sqrt(1 - abar) (eps_u(x2) - eps_c(x1)), checked with the denoiser alone."""
-    pipe = tiny_sd_pipeline(prediction_type=kind)
+    pipe = tiny_sd_pipeline(prediction_type=kind) if family == "sd" else tiny_sdxl_pipeline()
     rates: list[torch.Tensor] = []
     # At the noise, random weights that predict v make a shift of v / sqrt(abar): too steep to solve for.
     first = 0 if kind == "epsilon" else STEPS // 2
@@ -271,7 +257,7 @@ def test_characteristic_guidance_solves_its_equation(kind: str, config: SCFGConf
     del pipe.scheduler.step
 
     assert len(handle.stats.characteristic) == STEPS - first
-    loop, at = Literal(pipe), first
+    loop, at = Literal(pipe, STEPS), first
     for index, solved in enumerate(handle.stats.characteristic, first):
         assert solved.converged.all() and solved.step == index
         x = inputs[at][0]
@@ -347,9 +333,8 @@ def test_characteristic_guidance_through_the_documented_rescale(rescale: float) 
 
 
 @pytest.mark.parametrize("config", [SCFGConfig.pixels(), SCFGConfig.pixels(rate_min=0.4, rate_max=1.0)])
-def test_the_per_pixel_rule_in_the_pipeline(config: SCFGConfig) -> None:
-    pipe = tiny_sd_pipeline()
-    loop = Literal(pipe)
+def test_the_per_pixel_rule_in_the_pipeline(pipe, config: SCFGConfig) -> None:
+    loop = Literal(pipe, STEPS)
     x = loop.start
     with torch.no_grad():
         for t in loop.scheduler.timesteps:
@@ -375,7 +360,7 @@ def test_the_per_pixel_rule_needs_a_range() -> None:
 
 def two_m_cfgpp(pipe, lam: float) -> torch.Tensor:
     """DPM-Solver++ 2M with CFG++ in the consistent form, in denoised samples, as the solver's paper writes steps."""
-    loop = Literal(pipe)
+    loop = Literal(pipe, STEPS)
     sigmas = loop.scheduler.sigmas.double()
     x, old, steps = loop.start.double(), None, len(loop.scheduler.timesteps)
     with torch.no_grad():
@@ -396,8 +381,7 @@ def two_m_cfgpp(pipe, lam: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("options", [{}, {"final_sigmas_type": "sigma_min", "lower_order_final": False}])
-def test_cfgpp_in_a_multistep_solver(lam: float, options: dict) -> None:
-    pipe = tiny_sd_pipeline()
+def test_cfgpp_in_a_multistep_solver(pipe, lam: float, options: dict) -> None:
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
     expected = two_m_cfgpp(pipe, lam)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(lam))
@@ -437,10 +421,17 @@ def test_the_multistep_form_is_consistent(monkeypatch) -> None:
     images = {}
     for order in (1, 2):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=order)
-        with_constant_denoiser(monkeypatch, pipe)
+        constant = with_constant_denoiser(monkeypatch, pipe)
         scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.8))
         images[order] = run(pipe)
     assert relative(images[2], images[1]) < 2e-6
+    uncond, cond = constant.targets
+    guided = uncond + 0.8 * (cond - uncond)
+    sigmas = pipe.scheduler.sigmas.double()
+    x = Literal(pipe, STEPS).start.double() * (1 + sigmas[0] ** 2).sqrt()
+    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        x = guided + after / sigma * (x - uncond)  # Euler CFG++
+    assert relative(images[2], x / (1 + sigmas[-1] ** 2).sqrt()) < 2e-6
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
     # The inconsistent form, on numbers: D_g - D_u,old instead of D_u - D_u,old.
@@ -450,14 +441,14 @@ def test_the_multistep_form_is_consistent(monkeypatch) -> None:
     assert extra == pytest.approx(-math.expm1(-h) * lam * (d_c - d_u) / (2 * r)) and extra > 0.1
 
 
-def test_regions_and_cfgpp_in_a_multistep_solver() -> None:
-    """With lam of the identity in one step, S-CFG in the multistep solver is S-CFG in the first-order one."""
-    pipe = tiny_sd_pipeline()
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
+def test_cfgpp_in_the_solvers_first_order_is_its_weights(pipe, config: SCFGConfig) -> None:
+    """Renoised and added up, or plain guidance with the weight of the identity in every step: the same."""
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1)
-    handle = scfg_fast.enable(pipe, schedule=CFGPlusPlus(1.2))
+    handle = scfg_fast.enable(pipe, config, schedule=CFGPlusPlus(1.2))
     actual = run(pipe)
     weights = handle.stats.weights
-    assert handle.stats.steps_applied == STEPS and min(weights) > 1.05
+    assert handle.stats.steps_applied == (0 if config is PLAIN else STEPS) and min(weights) > 1.05
 
     def set_next(pipe, step, timestep, tensors):
         pipe._guidance_scale = weights[min(step + 1, STEPS - 1)]
@@ -494,6 +485,42 @@ def test_rates_of_one_change_nothing_of_the_other(rates: str, name: str, rescale
     assert handle.stats.steps_applied > 0
 
 
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "interval, all of it": dict(schedule=WeightSchedule(interval=(0.0, 1.0))),
+    "interval in sigma, all of it": dict(schedule=WeightSchedule(interval=(0.0, 1e9), interval_in="sigma")),
+    "table of one": dict(schedule=WeightSchedule([1.0])),
+    "per pixel, rates of one": dict(config=SCFGConfig.pixels(rate_min=1.0, rate_max=1.0)),
+    "characteristic, no part of the run": dict(characteristic=CharacteristicGuidance(stop=0.0)),
+    "loss, no part of the run": dict(loss=LossGuidance(to_dark, stop=0.0)),
+    "loss, steps of nothing": dict(loss=LossGuidance(to_dark, scale=0.0)),
+}
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("name", list(NEUTRAL))
+def test_neutral_parameters_change_no_bit(pipe, name: str, rescale: float) -> None:
+    """Of the stock pipeline; but rates of one are multiplied in another order, the stock formula within 1e-6."""
+    options = dict(num_inference_steps=3, guidance_rescale=rescale)
+    expected = run(pipe, **options)
+    scfg_fast.enable(pipe, **({"config": PLAIN} | NEUTRAL[name]))
+    actual = run(pipe, **options)
+    exact = name != "per pixel, rates of one" or rescale > 0.0
+    assert torch.equal(actual, expected) if exact else relative(actual, expected) < 1e-6
+
+
+def test_omega_zero_is_the_conditional_prediction(pipe) -> None:
+    """Characteristic Guidance has nothing to exaggerate then: bit by bit the stock run at guidance_scale 1."""
+    expected = run(pipe, guidance_scale=1.0)
+    handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule([0.0]), characteristic=TIGHT)
+    assert torch.equal(run(pipe), expected)
+    assert handle.stats.weights == [1.0] * STEPS and not handle.stats.characteristic
+    strong = CharacteristicGuidance(regularization=1e9, regularization_range=1e9)
+    handle = scfg_fast.enable(pipe, PLAIN, characteristic=strong)
+    actual = run(pipe)
+    assert len(handle.stats.characteristic) == STEPS and all(s.converged.all() for s in handle.stats.characteristic)
+    assert relative(actual, run(pipe, scfg_kwargs={"enabled": False})) < 1e-4
+
+
 @pytest.mark.parametrize("options", [
     dict(config=SCFGConfig.pixels()), dict(config=PLAIN, characteristic=TIGHT), dict(characteristic=TIGHT),
     dict(config=PLAIN, loss=LATENT_LOSS), dict(loss=LATENT_LOSS), dict(config=SCFGConfig.pixels(), loss=LATENT_LOSS),
@@ -526,13 +553,46 @@ CORRECTIONS = {
     "characteristic": dict(characteristic=CharacteristicGuidance(max_iterations=3)),
 }
 
+METHODS: dict[str, dict[str, Any]] = CORRECTIONS | {
+    "schedule": dict(schedule=WeightSchedule("linear")),
+    "interval": dict(schedule=WeightSchedule(interval=(0.3, 1.0))),
+    "interval in sigma": dict(schedule=WeightSchedule(interval=(0.0, 5.0), interval_in="sigma")),
+    "cfg++": dict(schedule=CFGPlusPlus(0.6)),
+    "cfg++ in a multistep solver": dict(schedule=CFGPlusPlus(0.6)),
+    "per pixel": dict(config=SCFGConfig.pixels()),
+    "rescale": dict(config=SCFGConfig()),
+}
 
-@pytest.mark.parametrize("name", list(CORRECTIONS))
-@pytest.mark.parametrize("failing", ["denoiser", "scheduler", "callback"])
-def test_an_exception_leaves_a_stock_pipeline(pipe, monkeypatch, name: str, failing: str) -> None:
-    expected = run(pipe)
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_an_exception_leaves_a_stock_pipeline(pipe, monkeypatch, name: str) -> None:
+    """In the third call of the denoiser, of the scheduler's step and of the callback, one after the other."""
+    if name == "cfg++ in a multistep solver":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    options: dict[str, Any] = dict(num_inference_steps=3, guidance_rescale=0.7 if name == "rescale" else 0.0)
+    expected = run(pipe, **options)
     before = dict(pipe.unet.attn_processors)
-    scfg_fast.enable(pipe, **CORRECTIONS[name])
+    scfg_fast.enable(pipe, **METHODS[name])
+    for failing in ("denoiser", "scheduler", "callback"):
+        fail = _third_call_fails()
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+            if failing == "denoiser":
+                patch.setattr(pipe.unet, "forward", _first(fail, pipe.unet.forward))
+            elif failing == "scheduler":
+                patch.setattr(type(pipe.scheduler), "step", _first(fail, type(pipe.scheduler).step))
+            else:
+                options["callback_on_step_end"] = lambda pipe, step, t, tensors, fail=fail: (fail(), tensors)[1]
+            run(pipe, **options)
+        assert torch.is_grad_enabled() and "step" not in vars(pipe.scheduler)
+        assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+        assert all(pipe.unet.attn_processors[key] is processor for key, processor in before.items())
+    del options["callback_on_step_end"]
+    assert torch.equal(run(pipe, scfg_kwargs={"enabled": False}, **options), expected)
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe, **options), expected)
+
+
+def _third_call_fails() -> Callable[[], None]:
     calls = []
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -540,20 +600,7 @@ def test_an_exception_leaves_a_stock_pipeline(pipe, monkeypatch, name: str, fail
         if len(calls) == 3:
             raise RuntimeError("on purpose")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
-        options: dict[str, Any] = {}
-        if failing == "denoiser":
-            patch.setattr(pipe.unet, "forward", _first(fail, pipe.unet.forward))
-        elif failing == "scheduler":
-            patch.setattr(type(pipe.scheduler), "step", _first(fail, type(pipe.scheduler).step))
-        else:
-            options["callback_on_step_end"] = lambda pipe, step, t, tensors: (fail(), tensors)[1]
-        run(pipe, **options)
-    assert torch.is_grad_enabled() and "step" not in vars(pipe.scheduler)
-    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
-    assert all(pipe.unet.attn_processors[key] is processor for key, processor in before.items())
-    scfg_fast.disable(pipe)
-    assert torch.equal(run(pipe), expected)
+    return fail
 
 
 def _first(before: Callable, then: Callable) -> Callable:
@@ -632,7 +679,7 @@ def test_loss_guidance_looks_at_the_picture_that_cfgpp_denoises() -> None:
         loss=LossGuidance(lambda x0: _keep(x0, seen), scale=0.0, space="latents"),
     )
     run(pipe)
-    loop = Literal(pipe)
+    loop = Literal(pipe, STEPS)
     t = loop.scheduler.timesteps[0]
     with torch.no_grad():
         uncond, cond = loop.halves(loop.start, loop.start, t)

@@ -21,6 +21,8 @@ from diffusers import (
 import scfg_fast
 from scfg_fast import SCFGConfig
 from scfg_fast.guidance import CFGPlusPlus, Step, WeightSchedule
+from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from tests.pipelines.loops import NEGATIVES, PROMPTS, Literal
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PLAIN = SCFGConfig(rates="none")
@@ -36,7 +38,7 @@ def pipe(request) -> DiffusionPipeline:
 def run(pipe, **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    return pipe(["a red cat", "a blue boat"], negative_prompt=["", "a car"], generator=generators, **options).images
+    return pipe(PROMPTS, negative_prompt=NEGATIVES, generator=generators, **options).images
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -84,9 +86,8 @@ def test_a_schedule_is_the_pipeline_with_another_scale_in_every_step(pipe, confi
     assert relative(constant, expected) > 1e-3
 
 
-def test_the_direction_of_a_run() -> None:
+def test_the_direction_of_a_run(pipe) -> None:
     """Linear rises from the noise to the picture: the published third-party code runs it backwards."""
-    pipe = tiny_sd_pipeline()
     handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule("linear"))
     run(pipe)
     assert handle.stats.weights == sorted(handle.stats.weights) and handle.stats.weights[0] < SCALE
@@ -170,8 +171,7 @@ def test_zero_terminal_snr() -> None:
     assert torch.isfinite(run(pipe)).all() and handle.stats.weights[0] == pytest.approx(0.6)
 
 
-def test_an_interval_in_noise_levels() -> None:
-    pipe = tiny_sd_pipeline()
+def test_an_interval_in_noise_levels(pipe) -> None:
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule(interval=(0.3, 5.0), interval_in="sigma"))
     run(pipe)
@@ -180,17 +180,26 @@ def test_an_interval_in_noise_levels() -> None:
     assert 0 < handle.stats.weights.count(1.0) < STEPS
 
 
+def test_a_function_of_the_noise_level(pipe) -> None:
+    handle = scfg_fast.enable(pipe, PLAIN)
+    handle.schedule = WeightSchedule(lambda sigma: sigma / (1.0 + sigma), shape_in="sigma")
+    actual = run(pipe)
+    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    expected = (1.0 + (SCALE - 1.0) * sigmas / (1.0 + sigmas)).tolist()
+    assert handle.stats.weights == pytest.approx(expected, rel=1e-5)
+    handle.schedule = None
+    assert relative(run_with_scales(pipe, expected), actual) < 1e-5
+
+
 def cfgpp_run(pipe, lam: float, sampler: str) -> torch.Tensor:
     """CFG++ written out: guided denoised sample, unconditional renoising; no weight anywhere."""
-    cond, uncond = pipe.encode_prompt(["a red cat", "a blue boat"], "cpu", 1, True, negative_prompt=["", "a car"])
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(STEPS)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    x = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators]) * scheduler.init_noise_sigma
+    loop = Literal(pipe, STEPS)
+    x, scheduler = loop.start, loop.scheduler
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(torch.cat([x, x]), t)
-            eps_u, eps_c = pipe.unet(scaled, t, encoder_hidden_states=torch.cat([uncond, cond])).sample.chunk(2)
+            scaled = scheduler.scale_model_input(x, t)
+            eps_u, eps_c = loop.halves(scaled, scaled, t)
             guided = eps_u + lam * (eps_c - eps_u)
             if sampler == "ddim":
                 alphas = scheduler.alphas_cumprod
@@ -204,30 +213,55 @@ def cfgpp_run(pipe, lam: float, sampler: str) -> torch.Tensor:
     return x
 
 
+SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_cfgpp_is_its_own_update_in_an_unmodified_scheduler(sampler: str, lam: float) -> None:
-    pipe = tiny_sd_pipeline()
-    if sampler == "euler":
-        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_cfgpp_is_its_own_update_in_an_unmodified_scheduler(pipe, sampler: str, lam: float) -> None:
+    pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
     expected = cfgpp_run(pipe, lam, sampler)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(lam))
     assert relative(run(pipe), expected) < 2e-5
     assert len(handle.stats.weights) == STEPS
 
 
-def test_cfgpp_of_equal_predictions_is_any_weight() -> None:
-    """With the same prompt in both halves every lam gives the same image."""
-    pipe = tiny_sd_pipeline()
+@pytest.mark.parametrize("sampler", [*SAMPLERS.values(), DPMSolverMultistepScheduler])
+def test_cfgpp_with_lam_zero_is_unconditional_sampling_bit_by_bit(pipe, sampler) -> None:
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+    loop = Literal(pipe, STEPS)
+    x = loop.start
+    with torch.no_grad():
+        for t in loop.scheduler.timesteps:
+            scaled = loop.scheduler.scale_model_input(x, t)
+            x = loop.scheduler.step(loop.halves(scaled, scaled, t)[0], t, x).prev_sample
+    scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.0))
+    assert torch.equal(run(pipe), x)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS.values(), DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig()], ids=["plain", "scfg"])
+def test_cfgpp_with_lam_of_the_identity_is_plain_guidance(pipe, config: SCFGConfig, sampler) -> None:
+    """One step, where one lam says one weight; in the multistep solver that step is of first order."""
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+    handle = scfg_fast.enable(pipe, config)
+    expected = run(pipe, num_inference_steps=1)
+    handle.schedule = CFGPlusPlus(lam_for_mean_weight(SCALE, pipe.scheduler, 1))
+    assert relative(run(pipe, num_inference_steps=1), expected) < 2e-6
+    assert handle.stats.weights == pytest.approx([SCALE])
+
+
+def test_cfgpp_of_equal_predictions_is_any_weight(pipe) -> None:
+    """With the same prompt in both halves every lam gives the stock image."""
     handle = scfg_fast.enable(pipe, PLAIN)
     images = []
-    for lam in (0.2, 0.9):
-        handle.schedule = CFGPlusPlus(lam)
+    for schedule in (None, CFGPlusPlus(0.2), CFGPlusPlus(0.9)):
+        handle.schedule = schedule
         images.append(
             pipe("a cat", negative_prompt="a cat", generator=torch.Generator().manual_seed(0), num_inference_steps=3,
                  guidance_scale=5.0, output_type="latent").images
         )  # fmt: skip
-    assert relative(*images) < 1e-5
+    assert relative(images[1], images[0]) < 1e-5 and relative(images[2], images[0]) < 1e-5
 
 
 def test_img2img_takes_the_levels_of_its_own_steps() -> None:
@@ -254,9 +288,8 @@ def test_a_run_that_ends_early_takes_the_levels_of_its_own_steps() -> None:
     assert 1 < len(handle.stats.weights) < 10 and handle.stats.weights == whole[: len(handle.stats.weights)]
 
 
-def test_cfgpp_and_regions_multiply() -> None:
+def test_cfgpp_and_regions_multiply(pipe) -> None:
     """S-CFG with CFG++ is the pipeline's S-CFG at the weight of every step."""
-    pipe = tiny_sd_pipeline()
     handle = scfg_fast.enable(pipe, schedule=CFGPlusPlus(1.0))
     actual = run(pipe)
     weights = handle.stats.weights
@@ -265,15 +298,16 @@ def test_cfgpp_and_regions_multiply() -> None:
     assert relative(run_with_scales(pipe, weights), actual) < 1e-5
 
 
-def test_a_schedule_with_perturbed_attention_guidance() -> None:
+@pytest.mark.parametrize("config", [PLAIN, SCFGConfig(), SCFGConfig.pixels()], ids=["plain", "scfg", "pixels"])
+@pytest.mark.parametrize("schedule", [WeightSchedule("linear"), CFGPlusPlus(1.2)], ids=["linear", "cfg++"])
+def test_a_weight_with_perturbed_attention_guidance(config: SCFGConfig, schedule) -> None:
     pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
     pipe.set_progress_bar_config(disable=True)
-    schedule = WeightSchedule("linear")
-    for config in (PLAIN, SCFGConfig()):
-        handle = scfg_fast.enable(pipe, config)
-        expected = run_with_scales(pipe, weights_of(schedule), pag_scale=2.0)
-        handle.schedule = schedule
-        assert relative(run(pipe, pag_scale=2.0), expected) < 2e-5
+    handle = scfg_fast.enable(pipe, config, schedule=schedule)
+    actual = run(pipe, pag_scale=2.0)
+    weights = handle.stats.weights
+    handle.schedule = None
+    assert relative(run_with_scales(pipe, weights, pag_scale=2.0), actual) < 2e-5
 
 
 class ClippingDDIM:
@@ -320,8 +354,7 @@ def test_a_schedule_of_another_type_is_refused_where_it_is_given(schedule) -> No
         run(pipe, scfg_kwargs={"schedule": schedule})
 
 
-def test_per_call_and_disabled() -> None:
-    pipe = tiny_sd_pipeline()
+def test_per_call_and_disabled(pipe) -> None:
     stock = run(pipe)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule("linear"))
     scheduled = run(pipe)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
 
 import scfg_fast
 from scfg_fast import SCFGConfig, bundled_model_path, invert
 from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
-from tests.pipelines.tiny import tiny_sd_pipeline
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 10
@@ -41,11 +41,15 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def tiny_pipeline(family: str) -> DiffusionPipeline:
+    return tiny_sdxl_pipeline() if family == "sdxl" else tiny_sd_pipeline()
+
+
+@pytest.mark.parametrize("family, kind", [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("schedule", [None, CFGPlusPlus(0.6)], ids=["cfg", "cfg++"])
-def test_a_frozen_denoiser_returns_the_picture(monkeypatch, schedule, spacing: str, kind: str) -> None:
-    pipe = tiny_sd_pipeline(prediction_type=kind)
+def test_a_frozen_denoiser_returns_the_picture(monkeypatch, schedule, spacing: str, family: str, kind: str) -> None:
+    pipe = tiny_pipeline(family) if family == "sdxl" else tiny_sd_pipeline(prediction_type=kind)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
     freeze(monkeypatch, pipe)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=schedule)
@@ -75,9 +79,10 @@ def test_a_trained_denoiser_comes_near_and_nearer_with_more_steps(record_propert
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.2
 
 
-def test_a_picture_and_an_edit() -> None:
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_picture_and_an_edit(family: str) -> None:
     """A picture goes in as pixels; another prompt makes another picture of the same noise."""
-    pipe = tiny_sd_pipeline()
+    pipe = tiny_pipeline(family)
     pixels = np.random.default_rng(0).random((1, 128, 128, 3)).astype(np.float32)
     call = dict(num_inference_steps=5, guidance_scale=3.0)
     scfg_fast.enable(pipe, schedule=CFGPlusPlus(0.3))
@@ -94,13 +99,31 @@ def _encoded(pipe, pixels: np.ndarray) -> torch.Tensor:
         return pipe.vae.encode(values).latent_dist.mode() * pipe.vae.config.scaling_factor
 
 
-def test_an_exception_leaves_the_scheduler(monkeypatch) -> None:
-    pipe = tiny_sd_pipeline()
-    stock = pipe.scheduler
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("schedule", [None, CFGPlusPlus(0.6)], ids=["cfg", "cfg++"])
+def test_an_exception_leaves_a_stock_pipeline(monkeypatch, schedule, family: str) -> None:
+    pipe = tiny_pipeline(family)
+    stock, before = pipe.scheduler, dict(pipe.unet.attn_processors)
+    scfg_fast.enable(pipe, schedule=schedule)
     monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         invert(pipe, PROMPTS, latents=picture(pipe), **CALL)
-    assert pipe.scheduler is stock
+    assert pipe.scheduler is stock and "step" not in vars(stock)
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+    assert all(pipe.unet.attn_processors[key] is processor for key, processor in before.items())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_neutral_inversions(family: str) -> None:
+    """Enabled without anything is the stock pipeline bit by bit; lam = 0 is the inversion of the negative prompt."""
+    pipe = tiny_pipeline(family)
+    expected = invert(pipe, PROMPTS, latents=picture(pipe), **CALL)
+    alone = invert(pipe, CALL["negative_prompt"], latents=picture(pipe), **(CALL | {"guidance_scale": 1.0}))
+    handle = scfg_fast.enable(pipe, PLAIN)
+    assert torch.equal(invert(pipe, PROMPTS, latents=picture(pipe), **CALL), expected)
+    handle.schedule = CFGPlusPlus(0.0)
+    assert relative(invert(pipe, PROMPTS, latents=picture(pipe), **CALL), alone) < 2e-5
+    assert relative(expected, alone) > 1e-2
 
 
 @pytest.mark.parametrize("options, message", [

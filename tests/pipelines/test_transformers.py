@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
+import diffusers
 import pytest
 import torch
 
 import scfg_fast
 from scfg_fast import SCFGConfig, SCFGError, SCFGWarning
 from scfg_fast.capture import BlockInfo, choose_layers
-from scfg_fast.guidance import CharacteristicGuidance
-from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny
+from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance
+from tests.pipelines.tiny import tiny_vae
+from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny, sd3
 from tests.reference.transformers import reference_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets the guided prediction back")
@@ -271,6 +274,11 @@ def test_what_needs_a_unet_is_refused_by_name() -> None:
         pipe(**tiny.call([0], prompt="a cat", prompt_embeds=None, pooled_prompt_embeds=None))
 
 
+def test_an_inversion_needs_a_unet() -> None:
+    with pytest.raises(ValueError, match="invert: PixArtSigmaPipeline has no UNet"):
+        scfg_fast.invert(TINY["pixart"].pipeline(), "a cat", latents=torch.zeros(1, 4, 16, 24))
+
+
 def test_layers_are_taken_from_the_middle_of_the_stack() -> None:
     blocks = [BlockInfo(f"transformer_blocks.{i}", 2, i / 23) for i in range(24)]
     chosen = [int(block.name.split(".")[1]) for block in choose_layers(blocks, SCFGConfig())]
@@ -290,3 +298,99 @@ def test_a_reader_of_positions_is_what_the_layer_does_in_half_precision() -> Non
     result = run(pipe, call)
     assert result.dtype == torch.bfloat16 and result.isfinite().all()
     assert handle.regions.rate.dtype == torch.float32 and handle.stats.steps_applied == 3
+
+
+PICTURE = torch.rand(BATCH, 3, 128, 192, generator=torch.Generator().manual_seed(9))
+HOLE = torch.zeros(BATCH, 1, 128, 192)
+HOLE[:, :, 24:96, 32:160] = 1.0
+VARIANTS = [
+    ("sd3", "StableDiffusion3Img2ImgPipeline", dict(image=PICTURE)),
+    ("sd3 of 16 channels", "StableDiffusion3InpaintPipeline", dict(image=PICTURE, mask_image=HOLE)),
+    ("flux", "FluxImg2ImgPipeline", dict(image=PICTURE)),
+    ("flux", "FluxInpaintPipeline", dict(image=PICTURE, mask_image=HOLE)),
+    ("chroma", "ChromaImg2ImgPipeline", dict(image=PICTURE)),
+    ("z-image", "ZImageImg2ImgPipeline", dict(image=PICTURE)),
+]
+
+
+@pytest.mark.parametrize("name, cls, more", VARIANTS, ids=[cls for _, cls, _ in VARIANTS])
+def test_pipelines_that_begin_with_a_picture(name: str, cls: str, more: dict) -> None:
+    tiny = TINY.get(name) or sd3(channels=16)
+    base = tiny.pipeline()
+    vae = tiny_vae(16, channels=16 if "16" in name else 4)
+    vae.register_to_config(shift_factor=0.0)
+    components = {key: value for key, value in base.components.items() if key != "vae"}
+    pipe = getattr(diffusers, cls)(**components, vae=vae)
+    pipe.set_progress_bar_config(disable=True)
+    layout = dataclasses.replace(tiny.layout, grid=(1, 8, 12))
+    if cls == "ChromaImg2ImgPipeline":  # its mask is a number that is added: padding is attended, and comes last
+        layout = dataclasses.replace(layout, start=[tiny.text_tokens - 1] * BATCH)
+
+    def call() -> dict:
+        options = dict(height=128, width=192, num_inference_steps=4, strength=0.75, **more)
+        return tiny.call(EVERYONE, **options)
+
+    stock = run(pipe, call())
+    handle = scfg_fast.enable(pipe)
+    guided = run(pipe, call())
+    assert handle.stats.steps_applied == 3 and not handle.stats.steps_skipped
+    layers = [tuple(f"{layer}.{part}" for part in tiny.layers) for layer in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe, call()), stock)
+    expected = reference_run(pipe, call(), layers, layout, tiny.text_tokens)[0]
+    assert distance(stock, expected) > 1e-4
+    assert distance(guided, expected) <= TOLERANCE
+
+
+def test_pixart_alpha_is_told_the_size_of_the_picture() -> None:
+    tiny = TINY["pixart"]
+    base = tiny.pipeline()
+    pipe = diffusers.PixArtAlphaPipeline(**base.components)
+    pipe.set_progress_bar_config(disable=True)
+    handle = scfg_fast.enable(pipe)
+    guided = run(pipe, tiny.call(EVERYONE))
+    layers = [tuple(f"{layer}.{part}" for part in tiny.layers) for layer in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    expected = reference_run(pipe, tiny.call(EVERYONE), layers, tiny.layout, tiny.text_tokens)[0]
+    assert handle.stats.steps_applied == 3 and distance(guided, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_the_per_pixel_rule(name: str) -> None:
+    """Rates by energy, between two passes and in packed patches and videos too."""
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    config = SCFGConfig.pixels()
+    handle = scfg_fast.enable(pipe, config)
+    actual = run(pipe, tiny.call(EVERYONE))
+    assert handle.stats.layers == () and handle.stats.steps_applied == 3
+    scfg_fast.disable(pipe)
+    layout, state = tiny.layout, {}
+
+    def rewrite(module, args, kwargs, output):
+        if layout.two_pass and "cond" not in state:
+            state["cond"] = output[0]
+            return None
+        uncond, cond = (output[0], state.pop("cond")) if layout.two_pass else output[0].chunk(2)
+        scale = tiny.call(EVERYONE).get("guidance_scale") or tiny.call(EVERYONE)["true_cfg_scale"]
+        u, t = layout.images(uncond), layout.images(cond)
+        energy = (t - u).square().mean(1, keepdim=True)
+        low, high = energy.amin((2, 3), keepdim=True), energy.amax((2, 3), keepdim=True)
+        rate = config.rate_max - (energy - low) / (high - low) * (config.rate_max - config.rate_min)
+        moved = layout.back(u - scale / (scale - 1.0) * (rate - 1.0) * (t - u), uncond)
+        return (moved if layout.two_pass else torch.cat([moved, cond]),)
+
+    hook = pipe.transformer.register_forward_hook(rewrite, with_kwargs=True)
+    expected = run(pipe, tiny.call(EVERYONE))
+    hook.remove()
+    assert distance(actual, expected) <= 2e-5
+
+
+def test_cfg_plus_plus_in_a_flow_is_a_weight_per_step() -> None:
+    tiny = TINY["sd3"]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe, SCFGConfig(rates="none"), schedule=CFGPlusPlus(0.4))
+    result = run(pipe, tiny.call(EVERYONE))
+    sigmas = pipe.scheduler.sigmas.tolist()
+    weights = [0.4 * now * (1.0 - then) / (now - then) for now, then in itertools.pairwise(sigmas)]
+    assert handle.stats.weights == pytest.approx(weights, rel=1e-6) and result.isfinite().all()

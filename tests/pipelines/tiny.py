@@ -113,9 +113,10 @@ def tiny_unet(
     return _sharpen(unet, attention_gain)
 
 
-def tiny_vae(sample_size: int) -> AutoencoderKL:
+def tiny_vae(sample_size: int, channels: int = 4) -> AutoencoderKL:
     """An autoencoder that halves three times, for latents of `sample_size` pixels a side."""
     return AutoencoderKL(
+        latent_channels=channels,
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -105,12 +105,13 @@ FIRST_FOUR: dict[str, Callable] = dict(images=lambda x: x[:, :4], back=lambda x,
 HEIGHT, WIDTH = 128, 192  # latents of 16 x 24: cells of 4 x 6
 
 
-def sd3() -> Tiny:
+def sd3(channels: int = 4) -> Tiny:
     text, tokens = embeddings(1, 13, 32), embeddings(2, 13, 32)
 
     def pipeline() -> Any:
         transformer = made(
-            "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=5,
+            "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=channels, out_channels=channels,
+            num_layers=5,
             attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
             pooled_projection_dim=16, pos_embed_max_size=32, qk_norm="rms_norm", dual_attention_layers=(0,),
         )  # fmt: skip

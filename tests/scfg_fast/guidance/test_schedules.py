@@ -91,7 +91,8 @@ def test_conventions() -> None:
     """The paper schedules omega = guidance_scale - 1: never below the conditional prediction, and 1 stays 1."""
     assert weights(shape="linear", grid="left")[0] == 1.0
     assert weights(shape="linear", grid="left", convention="guidance_scale")[0] == 0.0
-    assert set(weights(shape="linear", scale=1.0)) == {1.0}
+    for shape in SHAPES:
+        assert set(weights(shape=shape, scale=1.0, floor=2.0)) == {1.0}
     assert sum(weights(shape="linear", convention="guidance_scale")) / N == pytest.approx(SCALE)
 
 
@@ -117,11 +118,22 @@ def test_an_interval_in_progress_or_sigma() -> None:
         schedule.weight(Step(0, 3, 4.0))
 
 
+def test_a_function_of_the_noise_level() -> None:
+    schedule = WeightSchedule(lambda sigma: 1.0 / (1.0 + sigma), shape_in="sigma")
+    assert schedule.needs_levels and not WeightSchedule(lambda tau: tau).needs_levels
+    assert [schedule.weight(Step(i, 2, 4.0, sigma)) for i, sigma in enumerate((2.0, 0.5))] == [2.0, 3.0]
+    with pytest.raises(ValueError, match="publishes no noise levels"):
+        schedule.weight(Step(0, 3, 4.0))
+    with pytest.raises(ValueError, match="shape_in='sigma' needs a function"):
+        WeightSchedule("linear", shape_in="sigma")
+
+
 def test_every_mistake_is_named_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         WeightSchedule(
-            shape="triangle", convention="gamma", grid="right", interval=(0.7, 0.2), interval_in="t", power=0.0
-        )
-    for word in ("shape=", "convention=", "grid=", "interval must", "interval_in=", "power must"):
+            shape="triangle", convention="gamma", grid="right", interval=(0.7, 0.2), interval_in="t", shape_in="t",
+            power=0.0,
+        )  # fmt: skip
+    for word in ("shape=", "convention=", "grid=", "interval must", "interval_in=", "shape_in=", "power must"):
         assert word in str(caught.value)
     assert "'linear'" in str(caught.value) and len(SHAPES) == 10
