@@ -18,8 +18,8 @@ from tests.reference.deepfloyd import replaced_run
 
 NAMES = STAGE_ONE + STAGE_TWO
 TOLERANCE = 5e-6
-# The first steps of a run divide by a signal near zero, clip, and so magnify any rounding some hundred times, in stock too;
-# these do not. The double-precision test has all of a run.
+# The first steps of a run divide by a signal near zero and clip, which magnifies rounding some hundred times, in stock
+# too; these do not. The double-precision test has all of a run.
 LATE = {"timesteps": [300, 225, 150, 75], "guidance_scale": 4.0}
 
 
