@@ -18,7 +18,8 @@ class CompletedMaps(Protocol):
     """What a captured block leaves behind for the step: see `processors.CrossAttentionCapture`."""
 
     tokens: torch.Tensor | None  # [B, T, N] completed maps of the conditional samples
-    start: torch.Tensor | None  # [B, N] completed start-token map of the unconditional samples
+    start: torch.Tensor | None  # [B, N] completed start-token map of the unconditional samples; or [B, 2, N], with the
+    # sum of the other tokens' where rows do not sum to 1
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,17 @@ class BlockInfo:
         name: its name in `named_modules()`, for example `mid_block.attentions.0.transformer_blocks.0`.
         level: downsampling factor of its token grid against the latent: 1, 2, 4, 8, ...
         depth: in a transformer, whose blocks are all of one level: where it lies, 0 to 1. None in a UNet.
+        joint: a single layer that attends to text and picture in one softmax (DeepFloyd IF).
     """
 
     name: str
     level: int
     depth: float | None = None
+    joint: bool = False
+
+
+JOINT_LAYERS = 3
+"""How many joint layers of a level are captured by default: the last ones, as in the published code."""
 
 
 def grid_size(height: int, width: int, level: int) -> tuple[int, int]:
@@ -77,7 +84,14 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
             f"no attention layer at the downsampling factors {sorted(levels)} that cell={config.cell} needs; this "
             f"model has attention at {have}. Pass SCFGConfig(levels=[...]) to choose among them."
         )
+    if config.layers == "auto" and any(block.joint for block in chosen):
+        return [block for block in chosen if block in last_of_level(chosen, block.level)]
     return chosen
+
+
+def last_of_level(blocks: Sequence[BlockInfo], level: int) -> list[BlockInfo]:
+    """The last `JOINT_LAYERS` of one level."""
+    return [block for block in blocks if block.level == level][-JOINT_LAYERS:]
 
 
 CENTRAL_BLOCKS = 4
@@ -103,7 +117,7 @@ class StepMaps:
 
     Attributes:
         tokens: per layer [B, T, N_l].
-        start: per layer [B, N_l].
+        start: per layer [B, N_l] or [B, 2, N_l].
         sizes: per layer (h_l, w_l).
         size: (h, w) of the grid of cells.
         missing: names of chosen layers that left nothing usable in this step.

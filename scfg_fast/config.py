@@ -14,10 +14,14 @@ _RATES = ("regions", "pixels", "none")
 _FIDELITIES = ("official", "paper")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
+_BENCHMARKS = ("auto", "foreground", "image")
 _BACKENDS = ("auto", "triton", "torch")
 
 PAPER: dict[str, Any] = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
 """What the published equations change; see `SCFGConfig.paper`."""
+
+DEEPFLOYD: dict[str, Any] = dict(rate_min=None, rate_max=None)
+"""What the published code changes for DeepFloyd IF; see `SCFGConfig.deepfloyd`."""
 
 PIXELS: dict[str, Any] = dict(rates="pixels", rate_min=5.0 / 7.5, rate_max=12.0 / 7.5)
 """The per-pixel rule with the published range; see `SCFGConfig.pixels`."""
@@ -35,7 +39,7 @@ class SCFGConfig:
         levels: downsampling factors of the attention layers to capture, or `"auto"`: `cell` and `2 * cell`, as far as
             the model has them.
         layers: names of the transformer blocks to capture, as in `unet.named_modules()`, or `"auto"`: all at these
-            levels.
+            levels; of DeepFloyd IF the last three at each, as in the code.
         powers: R of the completion, (S + (R-1) S S)/R in `"official"`, mean of S^1..S^R in `"paper"`.
         blur_sigma: 3x3 smoothing of the maps and of the rate; acts as sigma * sqrt(2), as the published code does. 0
             for none.
@@ -51,6 +55,9 @@ class SCFGConfig:
         foreground: the half of the batch whose start token decides what is foreground: `"unconditional"` as in the
             code, `"conditional"`, or `"auto"`: unconditional, unless the pipeline replaces an empty negative prompt by
             zeros (SDXL, Kolors). Zeros make that half attend to all tokens alike, which leaves no foreground at all.
+        benchmark: whose mean guidance norm every region is brought to: `"foreground"`, `"image"` for that of the whole
+            image, or `"auto"`: the foreground, but the image in the first stage of DeepFloyd IF with
+            `fidelity="official"`, as in the code.
         backend: `"auto"`, `"triton"` or `"torch"`. `"auto"` takes Triton for what its kernels can compute and torch for
             the rest; the others mean just that, or an error that lists every reason.
 
@@ -73,6 +80,7 @@ class SCFGConfig:
     reuse_every: int = 1
     tokens: str = "all"
     foreground: str = "auto"
+    benchmark: str = "auto"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -93,6 +101,8 @@ class SCFGConfig:
             yield f"tokens={self.tokens!r} is unknown, use one of {_TOKENS}"
         if self.foreground not in _FOREGROUNDS:
             yield f"foreground={self.foreground!r} is unknown, use one of {_FOREGROUNDS}"
+        if self.benchmark not in _BENCHMARKS:
+            yield f"benchmark={self.benchmark!r} is unknown, use one of {_BENCHMARKS}"
         if self.backend not in _BACKENDS:
             yield f"backend={self.backend!r} is unknown, use one of {_BACKENDS}"
         for name in ("cell", "powers", "reuse_every"):
@@ -138,6 +148,15 @@ class SCFGConfig:
         those of the code.
         """
         return cls(**{**PAPER, **overrides})
+
+    @classmethod
+    def deepfloyd(cls, **overrides: Any) -> SCFGConfig:
+        """The published code for DeepFloyd IF, with `overrides`: the only clamp is `max_scale`.
+
+        `enable(pipe)` and `supports(pipe)` take this for an IF pipeline where no configuration is given. What else
+        differs there, the layers and the benchmark, is what `"auto"` means for IF.
+        """
+        return cls(**{**DEEPFLOYD, **overrides})
 
     @classmethod
     def pixels(cls, **overrides: Any) -> SCFGConfig:

@@ -14,7 +14,7 @@ import torch
 
 from .capture import BlockInfo
 from .config import SCFGConfig
-from .processors import find_blocks, wrap_block, wrap_layers
+from .processors import find_blocks, find_joint_layers, wrap_block, wrap_joint, wrap_layers
 from .readers import (
     Reader,
     read_cogview4,
@@ -54,7 +54,7 @@ class Denoiser(Protocol):
         """The blocks that can be captured, in the order of the model."""
 
     def layers(self) -> tuple[str, ...]:
-        """Names of the attention modules of a block that get a processor."""
+        """Names of the attention modules of a block that get a processor; "" for the block itself."""
 
     def wrap(self, info: BlockInfo, block: torch.nn.Module, config: SCFGConfig) -> tuple[BlockInfo, tuple[Any, ...]]:
         """The block as it will be captured, and a processor for each of its `layers`."""
@@ -90,6 +90,24 @@ class UNet:
 
     def view(self, model: torch.nn.Module) -> View:
         return Images()
+
+
+@dataclass(frozen=True)
+class JointUNet(UNet):
+    """`UNet2DConditionModel` with the blocks of DeepFloyd IF: joint attention, and a learned variance."""
+
+    def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
+        return find_joint_layers(model)
+
+    def layers(self) -> tuple[str, ...]:
+        return ("",)
+
+    def wrap(self, info: BlockInfo, block: torch.nn.Module, config: SCFGConfig) -> tuple[BlockInfo, tuple[Any, ...]]:
+        return info, (wrap_joint(cast(Any, block), config),)
+
+    def view(self, model: Any) -> View:
+        """IF's pipelines take the second half of the channels for the variance, always."""
+        return Images(model.config.out_channels // 2)
 
 
 def _patch_size(model: Any) -> int:
@@ -247,7 +265,7 @@ def denoiser_of(model: torch.nn.Module) -> Denoiser | None:
     """How a model is read, or None for one that S-CFG does not know. A subclass is read as its base."""
     for cls in type(model).__mro__:
         if cls.__name__ == "UNet2DConditionModel":
-            return UNet()
+            return JointUNet() if "SimpleCrossAttn" in str(cast(Any, model.config).mid_block_type) else UNet()
         if cls.__name__ in TRANSFORMERS and cls.__module__.startswith("diffusers."):
             return TRANSFORMERS[cls.__name__]
     return None

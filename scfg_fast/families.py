@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -75,6 +75,9 @@ class Family:
         undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "": always, or when
             `cfg_normalization` says so.
         switch: the arguments that turn guidance on, for messages.
+        config: what `enable` takes where no configuration is given: the published values.
+        benchmark: what `benchmark="auto"` means in the published code.
+        variance: whether the denoiser predicts a variance beside the noise.
     """
 
     name: str
@@ -86,6 +89,9 @@ class Family:
     rereads: bool = False
     undone_by: str = ""
     switch: str = "guidance_scale > 1"
+    config: SCFGConfig = field(default_factory=SCFGConfig)
+    benchmark: str = "foreground"
+    variance: bool = False
 
 
 FAMILIES = (
@@ -129,6 +135,15 @@ FAMILIES = (
     ),
     Family("Kolors", ("KolorsPipeline", "KolorsPAGPipeline")),
     Family(
+        "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=_argument_scale,
+        config=SCFGConfig.deepfloyd(), benchmark="image", variance=True,
+    ),
+    Family(
+        "DeepFloyd IF, stage II",
+        ("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
+        scale=_argument_scale, config=SCFGConfig.deepfloyd(), variance=True,
+    ),
+    Family(
         "Stable Diffusion 3",
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         ("transformer",),
@@ -165,7 +180,6 @@ WHY_NOT = (
     ("Onnx", "runs its denoiser outside of torch; load the torch weights with StableDiffusionPipeline"),
     ("FluxFill", "is guidance-distilled: there are no two predictions"),
     ("FluxControlPipeline", "is guidance-distilled: there are no two predictions"),
-    ("IF", "predicts a variance too and attends to text and picture jointly, which this version cannot read"),
 )
 """Part of a class name -> why pipelines with it are not supported; for those that people ask about."""
 
@@ -173,7 +187,7 @@ WHY_NOT = (
 def why_not(pipe: DiffusionPipeline) -> str:
     """Why a pipeline of no family is not supported, in a sentence."""
     name = type(pipe).__name__
-    known = next((reason for part, reason in WHY_NOT if part in name and (part != "IF" or name.startswith("IF"))), None)
+    known = next((reason for part, reason in WHY_NOT if part in name), None)
     families = ", ".join(family.name for family in FAMILIES)
     because = f": it {known}" if known else ""
     return f"{name} is not supported{because}; this version supports {families} pipelines"
@@ -239,7 +253,8 @@ def read_call(
     mask = None
     if config.tokens == "words":
         tokenizer: Any = tokenizer_of(pipe) if family.denoisers == ("unet",) else None
-        known = getattr(tokenizer, "eos_token_id", None) is not None and tokenizer.padding_side == "right"
+        ends = (getattr(tokenizer, name, None) is not None for name in ("bos_token_id", "eos_token_id"))
+        known = all(ends) and tokenizer.padding_side == "right"
         if prompts is None or not known:
             raise ValueError(
                 "scfg_fast: tokens='words' needs the prompt's text and a tokenizer of CLIP's layout (start, words, "
@@ -280,6 +295,20 @@ def _packed_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
     factor, default = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
     height, width = (2 * (int(arguments.get(name) or default) // factor) for name in ("height", "width"))
     return height, width
+
+
+def default_config(pipe: DiffusionPipeline) -> SCFGConfig:
+    """The published values for a pipeline, or of Stable Diffusion for one of no family."""
+    family = family_of(pipe)
+    return SCFGConfig() if family is None else family.config
+
+
+def with_benchmark(pipe: DiffusionPipeline, config: SCFGConfig) -> SCFGConfig:
+    """The configuration with `benchmark` settled for this pipeline; the paper has one rule for all."""
+    if config.benchmark != "auto":
+        return config
+    published = cast(Family, family_of(pipe)).benchmark
+    return config.replace(benchmark=published if config.fidelity == "official" else "foreground")
 
 
 def cells_of(pipe: Any, config: SCFGConfig) -> SCFGConfig:
@@ -354,6 +383,8 @@ def _check_corrections(
     if family.denoisers != ("unet",):
         raise ValueError(f"scfg_fast: {what}: for pipelines with a UNet, this is {family.name}; use a schedule, or CFG")
     reasons = []
+    if family.variance:
+        reasons.append("the denoiser predicts a variance beside the noise; use a schedule, or CFG")
     if characteristic is not None and (loss is not None or renoises):
         reasons.append("an implicit solution has no gradient and no unconditional part here; use one at a time")
     if float(arguments.get("pag_scale") or 0.0) > 0.0:
@@ -426,11 +457,14 @@ def _guidance_rescale(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> flo
 
 
 def _num_steps(pipe: Any, arguments: dict[str, Any]) -> int:
-    """Denoiser calls of this run. The adapter pipelines do not publish the number; theirs is the scheduler's, cut."""
+    """Denoiser calls of this run. The adapter and IF pipelines do not publish the number; theirs is the scheduler's,
+    cut."""
     published = getattr(pipe, "num_timesteps", None)
     if published is not None:
         return published
     count, end = len(pipe.scheduler.timesteps), arguments.get("denoising_end")
+    if arguments.get("strength") is not None:  # image to image starts late
+        count = min(int(count * arguments["strength"]), count)
     return max(1, round(count * end)) if isinstance(end, float) and 0.0 < end < 1.0 else count
 
 

@@ -222,7 +222,7 @@ class RegionFinder:
         options: dict[str, Any] = dict(
             cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
             blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, rescale=rescale,
-            backend=config.backend,
+            benchmark="foreground" if config.benchmark == "auto" else config.benchmark, backend=config.backend,
         )  # fmt: skip
         if maps is not None:
             result, rate, token_index, foreground = segment_and_guide(
@@ -493,7 +493,8 @@ class GuidanceHook:
             self.stats.steps_applied += 1
             if self.on_regions is not None and self.regions is not None:
                 self.on_regions(self._step, self.regions)
-        rewritten = view.close(rewritten, output[0], self._geometry)
+        whole = torch.cat([output[0], output[0]]) if self._half else output[0]
+        rewritten = view.close(rewritten, whole, self._geometry)
         if isinstance(output, tuple):
             return (rewritten, *output[1:])
         return type(output)(**{**output, next(iter(output)): rewritten})

@@ -35,7 +35,7 @@ class CapturedBlock:
 
     Attributes:
         info: the block.
-        layers: names of its captured attention modules, in the order in which they run.
+        layers: names of its captured attention modules, in the order in which they run; "" for the block itself.
         captures: their processors; the last one holds what the block leaves.
     """
 
@@ -83,7 +83,7 @@ class CaptureSet:
         modules: dict[str, Any] = {info.name: (info, module) for info, module in denoiser.blocks(model)}
         chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
         names = denoiser.layers()
-        inner = [getattr(module, name).processor for _, module in chosen for name in names]
+        inner = [module.get_submodule(name).processor for _, module in chosen for name in names]
         settings = ([info.name for info, _ in chosen], config.cell, config.fidelity, config.powers, config.backend)
         if self._settings != settings or [reference() for reference in self._inner] != inner:
             wrapped = [denoiser.wrap(info, module, config) for info, module in chosen]
@@ -130,7 +130,7 @@ def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterat
         for block in blocks:
             module = model.get_submodule(block.info.name)
             for name, processor in zip(block.layers, block.captures, strict=True):
-                attn: Any = getattr(module, name)
+                attn: Any = module.get_submodule(name)
                 for store in (attn.__dict__, attn._modules):
                     before.append((store, "processor" in store, store.get("processor")))
                 attn.__dict__["processor"] = processor

@@ -22,7 +22,7 @@ from scfg_kernels import available_backends
 from .capture import choose_layers
 from .config import SCFGConfig
 from .denoisers import Denoiser, UNet, denoiser_of
-from .families import cells_of, denoisers_of, family_of, read_call, why_not
+from .families import cells_of, default_config, denoisers_of, family_of, read_call, why_not, with_benchmark
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
@@ -153,7 +153,7 @@ class Handle:
         context = read_call(pipe, bound.arguments, config, schedule, characteristic, loss)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        config = cells_of(pipe, config)
+        config = with_benchmark(pipe, cells_of(pipe, config))
         called = denoisers_of(pipe)
         models = [unwrap(denoiser) for denoiser in called]
         with contextlib.ExitStack() as undo:
@@ -251,9 +251,9 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
 
     Args:
         pipe: any diffusers pipeline.
-        config: the configuration to judge; default `SCFGConfig()`.
+        config: the configuration to judge; default as for `enable`.
     """
-    config = _checked(config or SCFGConfig())
+    config = _checked(default_config(pipe) if config is None else config)
     family = family_of(pipe)
     if family is None:
         return Support(False, [why_not(pipe)])
@@ -295,7 +295,8 @@ def enable(
 
     Args:
         pipe: an unmodified diffusers pipeline (see `supports`).
-        config: parameters; default `SCFGConfig()`, the published code's.
+        config: parameters; default the published code's: `SCFGConfig()`, but for DeepFloyd IF
+            `SCFGConfig.deepfloyd()`.
         schedule: weight of each step in the place of guidance_scale, for example
             `scfg_fast.guidance.WeightSchedule("linear")` or `CFGPlusPlus(0.6)`. Composes with S-CFG; with
             `SCFGConfig(rates="none")` it works alone.
@@ -313,7 +314,7 @@ def enable(
     Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule`, `characteristic`, `loss` or
     any `SCFGConfig` field may be overridden the same way.
     """
-    config, schedule = config or SCFGConfig(), _checked_schedule(schedule)
+    config, schedule = default_config(pipe) if config is None else config, _checked_schedule(schedule)
     characteristic = _checked_settings("characteristic", characteristic, CharacteristicGuidance)
     loss = _checked_settings("loss", loss, LossGuidance)
     support = supports(pipe, config)

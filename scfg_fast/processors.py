@@ -28,7 +28,7 @@ from scfg_kernels import attention_map, complete, cross_attention_map, self_atte
 
 from .capture import BlockInfo
 from .config import SCFGConfig
-from .readers import Compared, Reader, capture_maps, start_column
+from .readers import Compared, Reader, capture_maps, read_added_kv, start_column
 from .views import Geometry, turned
 
 
@@ -207,6 +207,61 @@ class CrossAttentionCapture(_Capture):
         return out
 
 
+class JointAttentionCapture:
+    """Processor of a captured layer with added keys (DeepFloyd IF): text and picture in one softmax, whose rows are
+    split and not divided by their sums, as in the published code.
+
+    The output is the user's processor's own, the map is made beside it. `tokens` and `layout` are those of
+    `CrossAttentionCapture`; `start` [B, 2, N] has the sum of all other tokens' completed maps beside the start token's.
+    T5 has no start token: its first token stands there, as in the published code.
+    """
+
+    def __init__(self, inner, config: SCFGConfig) -> None:
+        self.inner = inner
+        self.active = True
+        self.fidelity, self.powers, self.backend = config.fidelity, config.powers, config.backend
+        self.layout = BatchLayout()
+        self.geometry: Geometry | None = None  # of no interest here: tokens of a UNet are counted
+        self.tokens: torch.Tensor | None = None
+        self.start: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Drop what is held: maps, and the user's processor, which may have weights that are unloaded."""
+        self.tokens = self.start = self.inner = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> torch.Tensor:
+        self.tokens = self.start = None
+        if self.active and encoder_hidden_states is not None and attention_mask is None:
+            self._observe(read_added_kv(attn, hidden_states, encoder_hidden_states))
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+
+    def _observe(self, compared: Compared) -> None:
+        text, image = cast(torch.Tensor, compared.text), cast(torch.Tensor, compared.image)
+        used, unconditional = self.layout.rows(compared.query.shape[0])
+        query, keys = compared.query[used], torch.cat([text, image], 2)[used]
+        joint = attention_map(query, keys, backend=self.backend)  # [B, N, T + N]
+        cross, own = joint[:, :, : text.shape[2]], joint[:, :, text.shape[2] :]
+        self.tokens = self._complete(own[unconditional:], cross[unconditional:])
+        if unconditional:
+            columns = cross[:unconditional]
+            two = torch.stack([columns[:, :, 0], columns[:, :, 1:].sum(2)], 2)
+            self.start = self._complete(own[:unconditional], two)
+        else:
+            self.start = torch.stack([self.tokens[:, 0], self.tokens[:, 1:].sum(1)], 1)
+
+    def _complete(self, own: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+        """[B, N, N], [B, N, T] -> [B, T, N]."""
+        return complete(own, cross, fidelity=self.fidelity, powers=self.powers, backend=self.backend)[0]
+
+
 class TransformerCapture:
     """Processor of a captured layer in a transformer: the output is the user's processor's own, the maps are made
     beside it on the grid of cells.
@@ -358,11 +413,35 @@ def wrap_layers(
     return tuple(reversed(captures))
 
 
+def wrap_joint(attn: Attention, config: SCFGConfig) -> JointAttentionCapture:
+    """The processor for one layer with added keys, around the one that it has now. Installs nothing."""
+    inner: Any = attn.processor
+    return _class_for(JointAttentionCapture, inner)(inner, config)
+
+
 def find_blocks(unet: torch.nn.Module) -> Iterator[tuple[BlockInfo, BasicTransformerBlock]]:
     """Every transformer block of a UNet with a self- and a cross-attention layer over image tokens, in the order of the
-    model.
+    model."""
+    for name, module, level in _modules_with_level(unet):
+        if not isinstance(module, BasicTransformerBlock) or module.attn2 is None:
+            continue
+        if not module.attn1.is_cross_attention and module.attn2.is_cross_attention:
+            yield BlockInfo(name, level), module
 
-    Its level comes from the structure: the downsamplers before it minus the upsamplers before it.
+
+def find_joint_layers(unet: torch.nn.Module) -> Iterator[tuple[BlockInfo, Attention]]:
+    """Every attention layer of a UNet over text and picture jointly, in the order of the model."""
+    for name, module, level in _modules_with_level(unet):
+        if not isinstance(module, Attention) or module.added_kv_proj_dim is None:
+            continue
+        if not module.only_cross_attention:
+            yield BlockInfo(name, level, joint=True), module
+
+
+def _modules_with_level(unet: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int]]:
+    """Name, module and level of everything between the first and the last convolution, in the order of the model.
+
+    The level comes from the structure: the downsamplers before a stage minus the upsamplers before it.
     """
     level = 1
     stages = [(f"down_blocks.{i}", stage) for i, stage in enumerate(getattr(unet, "down_blocks", []))]
@@ -371,10 +450,7 @@ def find_blocks(unet: torch.nn.Module) -> Iterator[tuple[BlockInfo, BasicTransfo
     stages += [(f"up_blocks.{i}", stage) for i, stage in enumerate(getattr(unet, "up_blocks", []))]
     for stage_name, stage in stages:
         for name, module in stage.named_modules():
-            if not isinstance(module, BasicTransformerBlock) or module.attn2 is None:
-                continue
-            if not module.attn1.is_cross_attention and module.attn2.is_cross_attention:
-                yield BlockInfo(f"{stage_name}.{name}", level), module
+            yield f"{stage_name}.{name}", module, level
         if getattr(stage, "downsamplers", None):
             level *= 2
         if getattr(stage, "upsamplers", None):

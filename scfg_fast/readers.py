@@ -245,6 +245,16 @@ def read_wan(
     return Compared(query, text=key) if cross else Compared(query, image=key)
 
 
+def read_added_kv(attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Compared:
+    """DeepFloyd IF's UNets: joint attention with added keys, over [B, C, h, w]."""
+    picture = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+    text = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
+    query, key, image = (
+        _heads(x, attn.heads).transpose(1, 2) for x in (attn.to_q(picture), attn.add_k_proj(text), attn.to_k(picture))
+    )
+    return Compared(query, key, image)
+
+
 def _rotated_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Neighbouring components [..., 2i], [..., 2i + 1] rotated; cos and sin hold every angle twice."""
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)

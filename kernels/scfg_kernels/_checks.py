@@ -9,6 +9,7 @@ import torch
 
 FIDELITIES = ("official", "paper")
 REWRITES = ("guided", "unconditional")
+BENCHMARKS = ("foreground", "image")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -78,6 +79,10 @@ def check_fidelity(reasons: Reasons, fidelity: str) -> None:
     reasons.unless(fidelity in FIDELITIES, f"fidelity={fidelity!r} is unknown; use 'official' or 'paper'")
 
 
+def check_benchmark(reasons: Reasons, benchmark: str) -> None:
+    reasons.unless(benchmark in BENCHMARKS, f"benchmark={benchmark!r} is unknown; use 'foreground' or 'image'")
+
+
 def check_cell(reasons: Reasons, cell: int) -> bool:
     return reasons.unless(cell >= 1, f"cell must be at least 1, got {cell}")
 
@@ -94,7 +99,7 @@ def check_maps(
     size: tuple[int, int],
     token_mask: torch.Tensor | None,
 ) -> None:
-    """Completed maps of every layer, tokens [B, T, N_l] and start [B, N_l], and token_mask [B, T].
+    """Completed maps of every layer, tokens [B, T, N_l] and start [B, N_l] or [B, 2, N_l], and token_mask [B, T].
 
     Devices are not compared.
     """
@@ -111,8 +116,9 @@ def check_maps(
     for index, (x, s, (lh, lw)) in enumerate(zip(tokens, start, sizes, strict=True)):
         full = (batch, count, lh * lw)
         reasons.unless(tuple(x.shape) == full, f"tokens[{index}] must be {full}, got {tuple(x.shape)}")
-        single = (batch, lh * lw)
-        reasons.unless(tuple(s.shape) == single, f"start[{index}] must be {single}, got {tuple(s.shape)}")
+        single, paired = (batch, lh * lw), (batch, 2, lh * lw)
+        expected = paired if start[0].dim() == 3 else single
+        reasons.unless(tuple(s.shape) == expected, f"start[{index}] must be {expected}, got {tuple(s.shape)}")
     if token_mask is not None:
         fits = tuple(token_mask.shape) == (batch, count) and token_mask.dtype == torch.bool
         reasons.unless(

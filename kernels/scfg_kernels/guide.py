@@ -12,7 +12,7 @@ guidance_scale:
 A latent pixel belongs to cell (row // cell, column // cell): sums run over cells first, then over regions, which is the
 nearest upsampling of the masks by `cell` at 1/cell^2 of the work. G is the 3x3 Gaussian of `segment`, after the clamps:
 a convex mean, so the bounds still hold. Region sums are one small product with the masks, no atomics: the result is
-deterministic.
+deterministic. With benchmark = "image" F is every cell, which is the published choice for DeepFloyd IF's first stage.
 
 Two outputs are possible, chosen by `rewrite`:
 
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from ._checks import (
     Reasons,
     cell_grid,
+    check_benchmark,
     check_cell,
     check_fidelity,
     check_predictions,
@@ -117,15 +118,16 @@ def _guide(
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    benchmark: str = "foreground",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["guide"](
             uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale,
+            blur_sigma, fidelity, rewrite, rescale, benchmark,
         )  # fmt: skip
     return guide_torch(
         uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-        blur_sigma, fidelity, rewrite, rescale,
+        blur_sigma, fidelity, rewrite, rescale, benchmark,
     )  # fmt: skip
 
 
@@ -144,6 +146,7 @@ def guide_torch(
     fidelity: str,
     rewrite: str,
     rescale: float,
+    benchmark: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(cond.dtype, torch.float32)
     batch, _, height, width = cond.shape
@@ -159,6 +162,8 @@ def guide_torch(
     cells = torch.stack([cell_norm, cell_area], -1).double()
     members = ids.unsqueeze(1) == torch.arange(num_tokens, device=ids.device).view(1, -1, 1)  # [B, T, S]
     region = (members.double() @ cells).to(dtype)  # [B, T, 2]
+    if benchmark == "image":
+        foreground = torch.ones_like(foreground)
     fore = (foreground.flatten(1).unsqueeze(1).double() @ cells).to(dtype)  # [B, 1, 2]
     fore_mean = fore[..., 0] / (fore[..., 1] + EPSILON)  # [B, 1]
 
@@ -189,6 +194,7 @@ def _(
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    benchmark: str = "foreground",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
@@ -211,6 +217,7 @@ def guide(
     fidelity: str = "official",
     rewrite: str = "guided",
     rescale: float = 0.0,
+    benchmark: str = "foreground",
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale the guidance of every region to the foreground's level and combine.
@@ -229,6 +236,7 @@ def guide(
         fidelity: `"official"` or `"paper"`; they differ here only for an empty foreground.
         rewrite: `"guided"` or `"unconditional"`, see the module's formulas.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
+        benchmark: whose mean norm every region is brought to: `"foreground"`, or `"image"` for the whole image's.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
@@ -243,6 +251,7 @@ def guide(
     reasons.unless(num_tokens >= 1, f"num_tokens must be at least 1, got {num_tokens}")
     check_smoothing(reasons, blur_sigma)
     check_fidelity(reasons, fidelity)
+    check_benchmark(reasons, benchmark)
     shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
     if check_cell(reasons, cell) and shaped:
         grid = cell_grid(cond, cell)
@@ -260,5 +269,5 @@ def guide(
     chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, h * w))
     return _guide(
         uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
-        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale),
+        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale), benchmark,
     )  # fmt: skip

@@ -11,7 +11,10 @@ For the layers l with completed maps X_l [T, N_l], all brought to one grid of n 
 where a_l is the start token's A_l in the *unconditional* sample and m_l its mean over space. That is the published test
 (channel [start token, all other tokens], each divided by its own spatial mean, averaged over layers, larger one wins, a
 tie is background) written with one channel: rows sum to 1 before and after completion, resizing and smoothing, so the
-other channel is 1 - a_l.
+other channel is 1 - a_l. Where rows do not sum to 1 (text and picture in one softmax, DeepFloyd IF), the other channel
+b_l is given too, and
+
+    foreground[s]  <=>  sum_l  a_l[s] / m_l - b_l[s] / mean(b_l)  <  0
 
 Resizing and smoothing are linear and keep constants, so every layer is divided by its mean *before* them, layers of one
 size are added up, and each size is resized and smoothed once. The mean after smoothing is a fixed weighted mean of X_l
@@ -140,9 +143,13 @@ def segment_torch(
         x = layers[0] * inverse[0]
         for index, layer in enumerate(layers[1:], 1):
             x.addcmul_(layer, inverse[index])
-        starts = torch.stack([start[index] for index in members]).to(dtype)  # [L, B, N]
+        starts = torch.stack([start[index] for index in members]).to(dtype)  # [L, B, N] or [L, B, 2, N]
         m = (starts * weights).sum(-1, keepdim=True)
-        s = ((starts - m) / (m * (1.0 - m))).sum(0)
+        if starts.dim() == 3:
+            s = ((starts - m) / (m * (1.0 - m))).sum(0)
+        else:
+            against, others = ((starts - m) / m).unbind(2)
+            s = (against - others).sum(0)
         token_score = token_score + rows @ x.unflatten(-1, size) @ columns.T
         start_score = start_score + rows @ s.unflatten(-1, size) @ columns.T
     if token_mask is not None:
@@ -181,7 +188,8 @@ def segment(
 
     Args:
         tokens: per captured layer, the completed maps of the conditional samples [B, T, N_l].
-        start: per captured layer, the completed start-token map of the unconditional samples [B, N_l].
+        start: per captured layer, the completed start-token map of the unconditional samples [B, N_l]; or [B, 2, N_l]
+            in all layers, that map and the sum of all other tokens', where the rows of the maps do not sum to 1.
         sizes: per captured layer, (h_l, w_l) with h_l w_l = N_l.
         size: (h, w) of the grid of cells; maps of any other size are resized to it.
         blur_sigma: smoothing of the maps, in cells; 0 for none.
@@ -190,7 +198,7 @@ def segment(
 
     Returns:
         token_index [B, h, w] int64 and foreground [B, h, w] bool. Foreground is where the start token attends less than
-        its mean.
+        its mean; with two channels, where it falls further below its mean than the others do.
 
     Raises:
         ValueError: shapes do not fit; every reason is listed.

@@ -17,6 +17,7 @@ import torch
 from ._checks import (
     Reasons,
     cell_grid,
+    check_benchmark,
     check_cell,
     check_fidelity,
     check_maps,
@@ -48,18 +49,19 @@ def _segment_and_guide(
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    benchmark: str = "foreground",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["segment_and_guide"](
             tokens, start, sizes, token_mask, uncond, cond, guidance_scale, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale,
+            blur_sigma, fidelity, rewrite, rescale, benchmark,
         )  # fmt: skip
     _, h, w = cell_grid(cond, cell)
     with outside_autocast(cond.device):
         ids, foreground = segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
         result, rate = guide_torch(
             uncond, cond, ids, foreground, guidance_scale, tokens[0].shape[1], cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale,
+            blur_sigma, fidelity, rewrite, rescale, benchmark,
         )  # fmt: skip
     return result, rate, ids, foreground
 
@@ -82,6 +84,7 @@ def _(
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    benchmark: str = "foreground",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     grid = cell_grid(cond, cell)
@@ -107,6 +110,7 @@ def segment_and_guide(
     fidelity: str = "official",
     rewrite: str = "guided",
     rescale: float = 0.0,
+    benchmark: str = "foreground",
     token_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +118,8 @@ def segment_and_guide(
 
     Args:
         tokens: per captured layer, the completed maps of the conditional samples [B, T, N_l].
-        start: per captured layer, the completed start-token map of the unconditional samples [B, N_l].
+        start: per captured layer, the completed start-token map of the unconditional samples [B, N_l], or [B, 2, N_l]
+            with the sum of all other tokens', see `segment`.
         sizes: per captured layer, (h_l, w_l) with h_l w_l = N_l.
         size: (h, w) of the grid of cells, (ceil(H / cell), ceil(W / cell)).
         uncond: unconditional prediction [B, C, H, W] (noise, v or x0), fp16, bf16, fp32 or fp64, any strides.
@@ -127,6 +132,7 @@ def segment_and_guide(
         fidelity: `"official"` or `"paper"`; they differ here only for an empty foreground.
         rewrite: `"guided"` or `"unconditional"`, see the formulas of `guide`.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
+        benchmark: `"foreground"` or `"image"`, see `guide`.
         token_mask: [B, T] bool, which tokens may own a region; None means all.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
@@ -142,6 +148,7 @@ def segment_and_guide(
     check_smoothing(reasons, blur_sigma)
     check_maps(reasons, tokens, start, sizes, size, token_mask)
     check_fidelity(reasons, fidelity)
+    check_benchmark(reasons, benchmark)
     shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
     if check_cell(reasons, cell) and shaped:
         batch, *cells = cell_grid(cond, cell)
@@ -160,5 +167,5 @@ def segment_and_guide(
     return _segment_and_guide(
         list(tokens), list(start), [length for pair in sizes for length in pair], token_mask, uncond, cond,
         scale_tensor(guidance_scale, cond), cell, low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
-        float(rescale),
+        float(rescale), benchmark,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from scfg_kernels import guide
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 
 from tests.kernels.cases import DTYPES, TOKENS, by_name, one_hot, random_step, step_by_operators, step_by_reference
-from tests.reference import official
+from tests.reference import deepfloyd, official
 
 RATE_NOISE = 3e-6
 """Relative error of an fp32 rate: two means over up to 4096 pixels and a quotient, each summed in its own order."""
@@ -73,6 +73,29 @@ def test_rate_agrees_with_the_literal_reference(rng, latent, options):
     assert rate.shape == (2, 1, height, width) and rate.dtype == torch.float32 and rate.is_contiguous()
     _, expected = reference(uncond, cond, ids, foreground, 7.5, dtype=torch.float64, cell=cell, **options)
     torch.testing.assert_close(rate.double(), expected, rtol=RATE_NOISE, atol=0)
+
+
+@pytest.mark.parametrize("options", **by_name({name: OPTIONS[name] for name in ("defaults", "no-clamps")}))
+@pytest.mark.parametrize("latent", **by_name({name: LATENTS[name] for name in ("64x64", "65x97", "cell-1")}))
+def test_the_whole_image_as_benchmark(rng, latent, options):
+    """Of DeepFloyd IF's first stage: the numerator is the mean norm over all pixels, whatever the foreground is."""
+    height, width, cell = latent
+    uncond, cond = predictions(rng, height, width)
+    ids, foreground = regions(rng, height, width, cell)
+    options = {"cell": cell, **options}
+    _, rate = guide(uncond, cond, ids, foreground, 7.5, num_tokens=TOKENS, benchmark="image", **options)
+    double = uncond.double(), cond.double()
+    expected = deepfloyd.region_rates(*double, one_hot(ids, TOKENS), None, cell)
+    bounds = [options.get(name, default) for name, default in (("rate_min", 0.8), ("rate_max", 3.0))]
+    expected = expected.clamp(*bounds) if any(bounds) else expected
+    expected = expected.clamp(max=2.0) if options.get("max_scale", 15.0) else expected
+    torch.testing.assert_close(rate.double(), official.smooth(expected), rtol=RATE_NOISE, atol=0)
+    for fidelity in ("official", "paper"):
+        empty = guide(
+            uncond, cond, ids, torch.zeros_like(foreground), 7.5, num_tokens=TOKENS, benchmark="image",
+            fidelity=fidelity, **options,
+        )  # fmt: skip
+        assert torch.equal(empty[1], rate)
 
 
 @pytest.mark.parametrize("latent", **by_name(LATENTS))
@@ -407,7 +430,9 @@ def test_opcheck(rng, dtype, layout, rewrite, rescale):
     uncond, cond = (as_layout(x, layout) for x in predictions(rng, 9, 7, dtype=dtype))
     ids, foreground = regions(rng, 9, 7, 4, tokens=5)
     arguments = (uncond, cond, ids, foreground, torch.tensor([3.0, 7.5]), 5, 4, 0.8, 3.0, 15.0, 0.5)
-    torch.library.opcheck(torch.ops.scfg_kernels.guide.default, (*arguments, "official", rewrite, "torch", rescale))
+    for benchmark in ("foreground", "image"):
+        options = ("official", rewrite, "torch", rescale, benchmark)
+        torch.library.opcheck(torch.ops.scfg_kernels.guide.default, (*arguments, *options))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])

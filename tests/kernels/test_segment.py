@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scfg_kernels import segment, smooth
+from scfg_kernels import complete, segment, smooth
 from scfg_kernels.testing import Recorder, assert_as_accurate_as, assert_masks_agree
 
 from tests.kernels.cases import (
@@ -14,7 +14,7 @@ from tests.kernels.cases import (
     segment_by_operators,
     token_margin,
 )
-from tests.reference import official
+from tests.reference import deepfloyd, official
 
 BAND = 1e-5
 """Relative distance to a tie inside which fp32 rounding may decide: a score is near 1 and carries some 30 roundings."""
@@ -202,6 +202,65 @@ class TestForeground:
         ids, foreground = segment(tokens, start, sizes, size)
         assert torch.equal(segment(others, start, sizes, size)[1], foreground)
         assert torch.equal(segment(tokens, other_start, sizes, size)[0], ids)
+
+
+class TestTwoChannels:
+    """Maps whose rows do not sum to 1: the start token, and all others, are given."""
+
+    @staticmethod
+    def layers(rng, sizes, dtype=torch.float32):
+        """As `random_layers`, with a share of every row, another in every cell, lost to keys that are no tokens."""
+        tokens, _, cond, uncond = random_layers(rng, sizes, dtype=dtype)
+        uncond = [x * (0.2 + 0.6 * torch.rand(*x.shape[:2], 1, generator=rng, dtype=dtype)) for x in uncond]
+        start = [torch.stack([x[..., 0], x[..., 1:].sum(-1)], 1) for x in uncond]
+        return tokens, start, cond, uncond
+
+    @pytest.mark.parametrize("sigma", [0.0, 0.5])
+    @pytest.mark.parametrize("grid", **by_name({name: GRIDS[name] for name in ("square", "odd-non-square", "one-row")}))
+    def test_agrees_with_the_literal_reference(self, rng, grid, sigma):
+        sizes, size = grid
+        tokens, start, cond, uncond = self.layers(rng, sizes)
+        ids, foreground = segment(tokens, start, sizes, size, blur_sigma=sigma)
+        assert_agrees_with_reference(ids, foreground, cond, uncond, sizes, size, sigma)
+        single = segment(tokens, [x[:, 0].contiguous() for x in start], sizes, size, blur_sigma=sigma)
+        assert not torch.equal(single[1], foreground), "the second channel must matter"
+
+    @pytest.mark.parametrize("latent_hw", [(64, 64), (40, 72)])
+    def test_with_completed_maps_of_one_softmax_over_text_and_picture(self, rng, latent_hw):
+        """DeepFloyd IF: the columns of a joint map are split, and its unconditional half is completed as two."""
+        sizes = [tuple(length // factor for length in latent_hw) for factor in (4, 4, 8)]
+        joint = [random_maps(rng, 4, h * w, 21 + h * w, gain=2.0) for h, w in sizes]
+        split = [(x[:, :, :21], x[:, :, 21:]) for x in joint]
+        tokens = [complete(own[2:], cross[2:])[0] for cross, own in split]
+        two = [torch.stack([cross[:2, :, 0], cross[:2, :, 1:].sum(-1)], 2) for cross, _ in split]
+        start = [complete(own[:2], columns)[0] for columns, (_, own) in zip(two, split, strict=True)]
+        ids, foreground = segment(tokens, start, sizes, sizes[0])
+        layers = [deepfloyd.split_joint_map(x.double())[::-1] for x in joint]
+        masks, expected = deepfloyd.segmentation(layers, sizes, sizes[0])
+        assert torch.equal(ids, official.token_ids(masks))
+        assert torch.equal(foreground, expected[:, 0] > 0) and 0.2 < float(foreground.float().mean()) < 0.8
+
+    def test_of_rows_that_sum_to_one_the_second_channel_says_nothing_new(self, rng):
+        sizes, size = GRIDS["square"]
+        tokens, start, _, _ = random_layers(rng, sizes, dtype=torch.float64)
+        paired = [torch.stack([x, 1.0 - x], 1) for x in start]
+        assert torch.equal(segment(tokens, paired, sizes, size)[1], segment(tokens, start, sizes, size)[1])
+
+    def test_equal_channels_are_background(self, rng):
+        start = torch.rand(1, 1, 64, generator=rng).expand(1, 2, 64).contiguous()
+        assert not segment([torch.full((1, 2, 64), 0.5)], [start], [(8, 8)], (8, 8))[1].any()
+
+    def test_one_layer_with_and_one_without_is_refused(self, rng):
+        sizes, size = [(4, 4), (4, 4)], (4, 4)
+        tokens, start, _, _ = self.layers(rng, sizes)
+        with pytest.raises(ValueError, match=r"start\[1\] must be \(2, 2, 16\), got \(2, 16\)"):
+            segment(tokens, [start[0], start[1][:, 0]], sizes, size)
+
+    def test_opcheck(self, rng):
+        sizes, size = GRIDS["odd-non-square"]
+        tokens, start, _, _ = self.layers(rng, sizes)
+        flat = [length for pair in sizes for length in pair]
+        torch.library.opcheck(torch.ops.scfg_kernels.segment.default, (tokens, start, flat, *size, 0.5, None, "torch"))
 
 
 @pytest.mark.parametrize("latent_hw", [(64, 64), (65, 97), (4, 100)], ids=["64x64", "65x97", "one-row-of-cells"])

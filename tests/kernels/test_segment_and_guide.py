@@ -79,6 +79,7 @@ def test_equals_segment_followed_by_guide(rng, latent, batch, dtype, rewrite, fi
         pytest.param({"blur_sigma": 1.3}, id="wide-blur"),
         pytest.param({"rate_min": None, "rate_max": None, "max_scale": None}, id="no-clamps"),
         pytest.param({"rate_min": 0.95, "rate_max": 1.05, "max_scale": 7.0}, id="narrow"),
+        pytest.param({"benchmark": "image"}, id="whole-image"),
     ],
 )
 def test_options_reach_both(rng, options):
@@ -107,6 +108,14 @@ def test_any_layout_of_the_predictions(rng, layout):
 def test_any_dtype_of_the_maps_beside_any_of_the_predictions(rng, map_dtype):
     for dtype in (torch.float16, torch.float64):
         assert_same(random_inputs(rng, 13, 25, dtype=dtype, map_dtype=map_dtype))
+
+
+def test_maps_whose_rows_do_not_sum_to_one(rng):
+    tokens, start, *rest = random_inputs(rng, 13, 25)
+    paired = [torch.stack([x, torch.rand(x.shape, generator=rng)], 1) for x in start]
+    assert_same((tokens, paired, *rest), benchmark="image", rate_min=None, rate_max=None)
+    regions = segment_and_guide(tokens, paired, *rest, 7.5)[2:]
+    assert not torch.equal(regions[1], segment_and_guide(tokens, start, *rest, 7.5)[3])
 
 
 def test_strided_maps(rng):
@@ -186,6 +195,7 @@ class TestChecks:
             pytest.param({"guidance_scale": torch.ones(3)}, "a number, [] or [2]", id="scales"),
             pytest.param({"guidance_scale": -1.0}, "guidance_scale must not be negative, got -1.0", id="negative"),
             pytest.param({"rewrite": "both"}, "rewrite='both' is unknown", id="rewrite"),
+            pytest.param({"benchmark": "sky"}, "benchmark='sky' is unknown", id="benchmark"),
             pytest.param({"rescale": 2.0}, "rescale must lie in 0..1, got 2.0", id="rescale"),
             pytest.param(
                 {"rescale": 0.7, "rewrite": "unconditional"}, "rescale needs rewrite='guided'", id="rescale-rewritten"

@@ -14,7 +14,8 @@ def test_the_defaults_are_the_published_codes_values() -> None:
     assert SCFGConfig().to_dict() == {
         "rates": "regions", "fidelity": "official", "cell": 4, "levels": "auto", "layers": "auto", "powers": 4,
         "blur_sigma": 0.5, "rate_min": 0.8, "rate_max": 3.0, "max_scale": 15.0, "start": 0.0,
-        "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "backend": "auto",
+        "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "benchmark": "auto",
+        "backend": "auto",
     }  # fmt: skip
     assert SCFGConfig.official() == SCFGConfig()
 
@@ -23,6 +24,12 @@ def test_paper_has_no_smoothing_and_no_clamps() -> None:
     config = SCFGConfig.paper(powers=3)
     assert (config.fidelity, config.powers, config.blur_sigma) == ("paper", 3, 0.0)
     assert config.rate_min is config.rate_max is config.max_scale is None
+
+
+def test_deepfloyd_has_one_clamp() -> None:
+    config = SCFGConfig.deepfloyd(benchmark="foreground")
+    assert config == SCFGConfig(rate_min=None, rate_max=None, benchmark="foreground")
+    assert config.max_scale == 15.0
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,7 @@ def test_it_is_immutable_and_hashable() -> None:
 BAD = {
     "fidelity": "exact", "cell": 3, "levels": [5], "layers": [], "powers": 0, "blur_sigma": -1.0, "rate_min": -0.5,
     "max_scale": float("inf"), "start": 0.9, "stop": 0.1, "reuse_every": 1.5, "tokens": "nouns", "backend": "cuda",
+    "benchmark": "sky",
 }  # fmt: skip
 
 

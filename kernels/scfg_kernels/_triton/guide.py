@@ -121,8 +121,8 @@ def guide_cells(
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Everything after the argmax; ids int32 and foreground int1 [BLOCK_S]; `cell_rates` is scratch [S]."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
@@ -153,8 +153,9 @@ def guide_cells(
             square += d * d
         norm += tl.sum(tl.sqrt_rn(square), 1)
 
-    fore_area = tl.sum(tl.where(foreground, area, 0.0), 0)
-    fore_mean = tl.div_rn(tl.sum(tl.where(foreground & valid, norm, 0.0), 0), fore_area + 1e-8)
+    benchmark = valid if IMAGE else foreground & valid
+    fore_area = tl.sum(tl.where(benchmark, area, 0.0), 0)
+    fore_mean = tl.div_rn(tl.sum(tl.where(benchmark, norm, 0.0), 0), fore_area + 1e-8)
     rates = tl.zeros([BLOCK_S], tl.float32)
     for first in tl.range(0, tokens, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)[:, None]
@@ -201,8 +202,8 @@ def guide_kernel(
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     CELLS: tl.constexpr = GRID_W * ((H + CELL - 1) // CELL)
@@ -218,7 +219,7 @@ def guide_kernel(
         sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, BLOCK_T, BLOCK_S, BLOCK_P,
+        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_S, BLOCK_P,
     )  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def prediction_constants(
-    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, config: SegmentConfig
+    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, config: SegmentConfig
 ) -> dict[str, Any]:
     """Constants of `guide_cells`, and the launch options."""
     return {
@@ -240,6 +241,7 @@ def prediction_constants(
         "PAPER": fidelity == "paper",
         "UNCONDITIONAL": rewrite == "unconditional",
         "RESCALE": rescale > 0.0,
+        "IMAGE": benchmark == "image",
         "BLOCK_T": config.block_t,
         "BLOCK_S": config.block_s,
         "BLOCK_P": config.block_p,
@@ -264,6 +266,7 @@ def launch(
     fidelity: str,
     rewrite: str,
     rescale: float,
+    benchmark: str,
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
@@ -280,6 +283,6 @@ def launch(
             uncond, cond, token_index, foreground, scale, result, rate, cell_rates, num_tokens, channels,
             kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
             *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-            **prediction_constants(cond, cell, fidelity, rewrite, rescale, config),
+            **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
         )  # fmt: skip
     return result, rate

@@ -5,6 +5,7 @@ With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaus
     score[t] = sum_l r_l / ( <w, r_l> / S + 1e-8 )       w: how often a cell counts in the mean of G r
     id       = argmax_t (G score[t])                     lowest index on a tie
     a        = sum_l (r_l - m_l) / (m_l (1 - m_l))       of the start token;  foreground: G a < -1e-6 L
+               or, where the sum r' of all others is given, sum_l (r_l - m_l) / m_l - (r'_l - m'_l) / m'_l
 
 G and the resize are linear and keep constants, so a layer's mean after G is a weighted mean before it, and G runs once
 for all layers. Scores go through memory (4 (T + 1) S bytes per sample, written and read by the same program) because
@@ -102,8 +103,8 @@ def _resized(
 @triton.jit
 def segment_cells(
     maps, starts, token_mask, scores, sample, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]; `scores` is scratch [tokens + 1, S]."""
     CELLS: tl.constexpr = GRID_H * GRID_W
@@ -115,9 +116,15 @@ def segment_cells(
 
     contrast = tl.zeros([BLOCK_S], tl.float32)
     for layer in tl.static_range(LAYERS):
-        a = _resized(starts[layer], sample, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
+        image = sample * 2 if PAIRED else sample
+        a = _resized(starts[layer], image, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
         m = tl.sum(a * weight, 0)
-        contrast += (a - m) / (m * (1.0 - m))
+        if PAIRED:
+            b = _resized(starts[layer], image + 1, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
+            n = tl.sum(b * weight, 0)
+            contrast += (a - m) / m - (b - n) / n
+        else:
+            contrast += (a - m) / (m * (1.0 - m))
     tl.store(scores + tokens * CELLS + cell, contrast, mask=valid)
 
     for first in tl.range(0, tokens, BLOCK_T):
@@ -158,14 +165,14 @@ def segment_cells(
 @triton.jit
 def segment_kernel(
     maps, starts, token_mask, scores, ids_out, foreground_out, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     scores += sample * (tokens + 1) * (GRID_H * GRID_W)
     ids, foreground = segment_cells(
         maps, starts, token_mask, scores, sample, tokens, edge,
-        LAYERS, SIZES, GRID_H, GRID_W, MASKED, BLOCK_T, BLOCK_S,
+        LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     )  # fmt: skip
     cell = tl.arange(0, BLOCK_S)
     at = sample * (GRID_H * GRID_W) + cell
@@ -179,11 +186,14 @@ def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[tor
     return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
 
 
-def map_constants(sizes: Sequence[int], token_mask: torch.Tensor | None, config: SegmentConfig) -> dict[str, Any]:
+def map_constants(
+    start: Sequence[torch.Tensor], sizes: Sequence[int], token_mask: torch.Tensor | None, config: SegmentConfig
+) -> dict[str, Any]:
     """Constants of `segment_cells` but for the grid, and the launch options."""
     return {
         "LAYERS": len(sizes) // 2,
         "SIZES": tuple(sizes),
+        "PAIRED": start[0].dim() == 3,
         "MASKED": token_mask is not None,
         "BLOCK_T": config.block_t,
         "BLOCK_S": config.block_s,
@@ -214,6 +224,6 @@ def launch(
     with device_guard(device):
         segment_kernel[(batch,)](
             tuple(tokens), tuple(start), token_mask, scores, ids, foreground, count, kernel_weights(blur_sigma)[0],
-            GRID_H=h, GRID_W=w, **map_constants(sizes, token_mask, config),
+            GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground

@@ -25,10 +25,10 @@ def segment_and_guide_kernel(
     tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, MASKED: tl.constexpr,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
-    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
@@ -36,7 +36,7 @@ def segment_and_guide_kernel(
     scores += sample * (tokens + 2) * (GRID_H * GRID_W)
     ids, foreground = segment_cells(
         maps, starts, token_mask, scores, sample, tokens, edge,
-        LAYERS, SIZES, GRID_H, GRID_W, MASKED, BLOCK_T, BLOCK_S,
+        LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     )  # fmt: skip
     cell = tl.arange(0, BLOCK_S)
     at = sample * (GRID_H * GRID_W) + cell
@@ -48,7 +48,7 @@ def segment_and_guide_kernel(
         rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, BLOCK_T, BLOCK_S, BLOCK_P,
+        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_S, BLOCK_P,
     )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def launch(
     fidelity: str,
     rewrite: str,
     rescale: float,
+    benchmark: str,
     config: SegmentConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prediction, rate, ids and foreground; `config` overrides the choice."""
@@ -80,8 +81,8 @@ def launch(
     scores = torch.empty((batch, count + 2, h * w), dtype=torch.float32, device=cond.device)
     scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(h * w)
-    constants = prediction_constants(cond, cell, fidelity, rewrite, rescale, config)
-    constants |= map_constants(sizes, token_mask, config)
+    constants = prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config)
+    constants |= map_constants(start, sizes, token_mask, config)
     with device_guard(cond.device):
         segment_and_guide_kernel[(batch,)](
             tuple(tokens), tuple(start), token_mask, scores, ids, foreground, uncond, cond, scale, result, rate,

@@ -20,6 +20,7 @@ CASES = {
     "channels-last": ((1, 16, 8, 12), torch.float32, "channels_last", 5.0, {"rate_max": None, "max_scale": None}),
     "paper": ((1, 4, 8, 8), torch.float32, "contiguous", 7.5, {"fidelity": "paper", "blur_sigma": 0.0}),
     "unconditional": ((1, 4, 8, 8), torch.float16, "contiguous", 7.5, {"rewrite": "unconditional"}),
+    "whole-image": ((1, 3, 5, 10), torch.float32, "contiguous", 7.5, {"benchmark": "image"}),
     "cells-of-three": ((1, 3, 7, 10), torch.float32, "contiguous", 7.5, {"cell": 3}),
     "rescaled": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
     "rescaled-ragged": ((2, 3, 13, 18), torch.float32, "sliced", torch.tensor([7.5, 3.0]), {"rescale": 1.0}),

@@ -11,21 +11,23 @@ from tests.kernels.cases import by_name
 from tests.kernels.triton.simulation import ARCHITECTURES, run
 
 CASES = {
-    # name: (batch, tokens, layer sizes, grid, blur_sigma, masked, dtype)
-    "two-sizes": (2, 20, [(6, 7), (6, 7), (3, 4)], (6, 7), 0.5, False, torch.float32),
-    "masked-unsmoothed": (2, 7, [(6, 7)], (6, 7), 0.0, True, torch.float32),
-    "one-row": (1, 5, [(1, 4), (2, 2)], (1, 4), 0.5, False, torch.float32),
-    "finer-than-the-grid": (1, 5, [(7, 9)], (4, 5), 0.5, False, torch.float32),
-    "half": (1, 5, [(4, 4)], (4, 4), 0.5, False, torch.float16),
+    # name: (batch, tokens, layer sizes, grid, blur_sigma, masked, dtype, channels of the start)
+    "two-sizes": (2, 20, [(6, 7), (6, 7), (3, 4)], (6, 7), 0.5, False, torch.float32, 1),
+    "two-channels": (2, 7, [(6, 7), (3, 4)], (6, 7), 0.5, False, torch.float32, 2),
+    "masked-unsmoothed": (2, 7, [(6, 7)], (6, 7), 0.0, True, torch.float32, 1),
+    "one-row": (1, 5, [(1, 4), (2, 2)], (1, 4), 0.5, False, torch.float32, 1),
+    "finer-than-the-grid": (1, 5, [(7, 9)], (4, 5), 0.5, False, torch.float32, 1),
+    "half": (1, 5, [(4, 4)], (4, 4), 0.5, False, torch.float16, 1),
 }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("batch", "tokens", "sizes", "size", "sigma", "masked", "dtype"), **by_name(CASES))
-def test_regions(rng, arch, batch, tokens, sizes, size, sigma, masked, dtype):
+@pytest.mark.parametrize(("batch", "tokens", "sizes", "size", "sigma", "masked", "dtype", "channels"), **by_name(CASES))
+def test_regions(rng, arch, batch, tokens, sizes, size, sigma, masked, dtype, channels):
     shape = [(batch, tokens, h * w) for h, w in sizes]
     maps = [guarded_copy(torch.randn(s, generator=rng).softmax(1).to(dtype)).tensor for s in shape]
-    starts = [guarded_copy(torch.rand(s[0], s[2], generator=rng).to(dtype)).tensor for s in shape]
+    lead = (batch,) if channels == 1 else (batch, channels)
+    starts = [guarded_copy(torch.rand(*lead, h * w, generator=rng).to(dtype)).tensor for h, w in sizes]
     mask = torch.rand(batch, tokens, generator=rng) < 0.5 if masked else None
     options = {"blur_sigma": sigma, "token_mask": mask}
     actual, launches = run(arch, lambda: segment(maps, starts, sizes, size, **options, backend="triton"))

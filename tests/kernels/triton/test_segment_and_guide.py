@@ -21,16 +21,20 @@ CASES = {
     "ragged": ((13, 25), 3, 3, torch.float32, "channels_last", STRIDED, True, {}),
     "paper": ((13, 25), 1, 4, torch.float32, "contiguous", 5.0, True, {"fidelity": "paper", "blur_sigma": 0.0}),
     "rescaled": ((13, 25), 2, 4, torch.float16, "contiguous", torch.tensor([7.5, 4.0]), False, {"rescale": 0.7}),
+    "deepfloyd": ((9, 7), 2, 3, torch.float32, "contiguous", 7.0, False, {"benchmark": "image", "rate_min": None}),
     "cells-of-three": ((7, 10), 2, 1, torch.float32, "contiguous", torch.tensor(5.0).expand(2), False, {"cell": 3}),
 }
 
 
-def random_inputs(rng, latent, batch, channels, dtype, layout, masked, cell=4):
-    """Positional arguments but for the scale, and the token mask. Every tensor but a sliced one has exact storage."""
+def random_inputs(rng, latent, batch, channels, dtype, layout, masked, cell=4, paired=False):
+    """Positional arguments but for the scale, and the token mask. Every tensor but a sliced one has exact storage.
+
+    `paired` start maps have the sum of all other tokens beside them.
+    """
     h, w = (-(-length // cell) for length in latent)
     sizes = [(h, w), (h, w), (-(-h // 2), -(-w // 2))]
     maps = [torch.randn(batch, TOKENS, lh * lw, generator=rng).softmax(1) for lh, lw in sizes]
-    starts = [torch.rand(batch, lh * lw, generator=rng) for lh, lw in sizes]
+    starts = [torch.rand(batch, *(2,) * paired, lh * lw, generator=rng) for lh, lw in sizes]
     u, c = (torch.randn(batch, channels, *latent, generator=rng).to(dtype) for _ in range(2))
     mask = torch.rand(batch, TOKENS, generator=rng) < 0.5 if masked else None
     return (maps, starts, sizes, (h, w), as_layout(u, layout), as_layout(c, layout)), mask
@@ -41,7 +45,8 @@ def random_inputs(rng, latent, batch, channels, dtype, layout, masked, cell=4):
     ("latent", "batch", "channels", "dtype", "layout", "scale", "masked", "options"), **by_name(CASES)
 )
 def test_one_launch_gives_what_two_give(rng, arch, latent, batch, channels, dtype, layout, scale, masked, options):
-    inputs, mask = random_inputs(rng, latent, batch, channels, dtype, layout, masked, options.get("cell", 4))
+    cell, paired = options.get("cell", 4), "benchmark" in options  # DeepFloyd IF has both
+    inputs, mask = random_inputs(rng, latent, batch, channels, dtype, layout, masked, cell, paired)
     call = {**options, "token_mask": mask, "backend": "triton"}
     (result, rate, ids, foreground), launches = run(arch, lambda: segment_and_guide(*inputs, scale, **call))
     assert len(launches) == 1
