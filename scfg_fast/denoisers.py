@@ -24,6 +24,7 @@ from .readers import (
     read_ltx,
     read_lumina2,
     read_qwen,
+    read_sana,
     read_sd3,
     read_self,
     read_wan,
@@ -241,7 +242,7 @@ TRANSFORMERS: dict[str, Transformer] = {
     # Padded on the left: the first column is padding, or the start token of a prompt that fills a multiple of 16.
     "CogView4Transformer2DModel": Transformer(dict(attn1=read_cogview4)),
     # Linear self-attention has no map; Gemma's start token comes first, padding is masked.
-    "SanaTransformer2DModel": Transformer(dict(attn2=read_cross), opened=_images, foreground="conditional"),
+    "SanaTransformer2DModel": Transformer(dict(attn2=read_sana), opened=_images, foreground="conditional"),
     "LTXVideoTransformer3DModel": Transformer(
         dict(attn1=read_ltx, attn2=read_ltx), size=_of_arguments, opened=lambda model: Packed(1),
         start_token="last", foreground="conditional",

@@ -55,7 +55,7 @@ def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) 
     return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
 
-SAME_LENGTH = "sets the guided prediction back to the length of the conditional one"
+SAME_LENGTH = "sets every guided token back to the length of the conditional prediction"
 TRUE_CFG = "true_cfg_scale > 1 and a negative_prompt; without them the model's own distilled guidance is all there is"
 
 
@@ -71,9 +71,7 @@ class Family:
         scale: guidance_scale s as the pipeline uses it in this step; at most 1 for no guidance. Takes the pipeline, the
             arguments of the call, and the denoiser.
         packed: whether latents are packed patches, and the denoiser is not told their size.
-        rereads: whether the pipeline uses the conditional prediction for more than the guidance.
-        undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "": always, or when
-            `cfg_normalization` says so.
+        undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "".
         switch: the arguments that turn guidance on, for messages.
         config: what `enable` takes where no configuration is given: the published values.
         benchmark: what `benchmark="auto"` means in the published code.
@@ -86,7 +84,6 @@ class Family:
     two_pass: bool = False
     scale: Callable[[Any, dict[str, Any], torch.nn.Module], float] = _property_scale
     packed: bool = False
-    rereads: bool = False
     undone_by: str = ""
     switch: str = "guidance_scale > 1"
     config: SCFGConfig = field(default_factory=SCFGConfig)
@@ -165,10 +162,9 @@ FAMILIES = (
         undone_by=SAME_LENGTH,
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
-    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale, undone_by=SAME_LENGTH),
+    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale),
     Family(
-        "Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("transformer",), scale=_offset_scale, rereads=True,
-        undone_by=SAME_LENGTH,
+        "Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("transformer",), scale=_offset_scale,
     ),
     Family("Wan", ("WanPipeline",), ("transformer", "transformer_2"), True, _wan_scale),
 )  # fmt: skip
@@ -277,10 +273,10 @@ def read_call(
         loss=loss,
         decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
         two_pass=family.two_pass,
-        rereads=family.rereads or arguments.get("skip_guidance_layers") is not None,
+        rereads=arguments.get("skip_guidance_layers") is not None or bool(arguments.get("cfg_normalization")),
         size=_packed_size(pipe, arguments) if family.packed else None,
         switch=family.switch,
-        undone_by=family.undone_by if arguments.get("cfg_normalization", True) else "",
+        undone_by=family.undone_by,
     )
 
 

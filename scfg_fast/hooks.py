@@ -44,6 +44,8 @@ from .views import Geometry
 # Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
 MIN_SCALE_OF_REWRITE = 1.05
 
+ONE_PASS = "the denoiser ran once: no guidance"
+
 
 class SCFGWarning(UserWarning):
     """S-CFG left a step or a layer to plain guidance; the message says why and what to do."""
@@ -162,12 +164,12 @@ class FirstPass:
 
     Attributes:
         sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
-        prediction: [B, C, H, W].
+        prediction: [B, C, H, W], or None where the step is left to the pipeline.
         maps: what each captured block left.
     """
 
     sample: Any
-    prediction: torch.Tensor
+    prediction: torch.Tensor | None
     maps: list[Left]
 
 
@@ -316,6 +318,7 @@ class GuidanceHook:
 
     def remove(self) -> None:
         self._undo.close()
+        self._leave_first_pass()
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
@@ -333,7 +336,10 @@ class GuidanceHook:
             self.stats.samples += len(sample)
             self._prepare(self._capturing and self.context.foreground == "unconditional", "unconditional")
             return None
-        self._first = None
+        if self._leave_first_pass() and self.stats.steps_applied == 0:
+            self._complain(
+                "the denoiser ran once in a step, S-CFG expected it twice on the very same latents, conditional first."
+            )
         self._step += 1
         self._read_levels(argument(args, kwargs, 1, "timestep"))
         self._geometry = self._now.denoiser.geometry(self._now.module, sample, kwargs, self.context.size)
@@ -352,6 +358,16 @@ class GuidanceHook:
         if self.corrections.needs_levels:
             self._inputs = copied(args), copied(kwargs)
         return (args, kwargs) if self._half else None
+
+    def _leave_first_pass(self) -> bool:
+        """Forget a conditional pass that no other followed: the pipeline guided nothing in that step. Whether it was
+        so."""
+        first, self._first = self._first, None
+        if first is None or first.prediction is None:
+            return False
+        self.stats.steps_skipped[ONE_PASS] = self.stats.steps_skipped.get(ONE_PASS, 0) + 1
+        self.stats.weights[-1] = 1.0
+        return True
 
     def _prepare(self, active: bool, branch: str) -> None:
         """The captured layers for the next run of the denoiser."""
@@ -457,25 +473,30 @@ class GuidanceHook:
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
         corrections = self.corrections
-        if corrections.inside:
-            return None
-        if self._aside:
+        if corrections.inside or self._aside:
             return None
         first_pass = self.context.two_pass and not self._second
         sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
-        if self._blocked and not corrections.needs_levels:
-            self._first = FirstPass(sample, output[0], []) if first_pass else None
+        if self._nothing_to_do():
+            reason = cast(str, self._skip)
             if not self._second:
-                self.stats.steps_skipped[self._blocked] = self.stats.steps_skipped.get(self._blocked, 0) + 1
+                self.stats.steps_skipped[reason] = self.stats.steps_skipped.get(reason, 0) + 1
+            self._first = FirstPass(sample, None, []) if first_pass else None
             return None
         view = self._now.denoiser.view(self._now.module)
         prediction = view.open(output[0], self._geometry)
+        left = [_take(block) for block in self._now.blocks]
         if first_pass:
-            self._first = FirstPass(sample, prediction, [_take(block) for block in self._now.blocks])
+            self._first = FirstPass(sample, prediction, left)
             return None
-        if self._first is not None:
-            prediction = torch.cat([prediction, self._first.prediction])
-        maps = self._take_maps() if self._capturing else None
+        first, self._first = self._first, None
+        if first is not None:
+            prediction = torch.cat([prediction, cast(torch.Tensor, first.prediction)])
+            there = self.context.foreground == "unconditional"
+            left = [Left(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
+        del first
+        maps = self._collect(left) if self._capturing else None
+        del left
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
         self._rate = None
@@ -520,13 +541,16 @@ class GuidanceHook:
             return False
         return in_part(self._step, self.context.num_steps(), settings.start, settings.stop)
 
-    def _take_maps(self) -> StepMaps | None:
+    def _nothing_to_do(self) -> bool:
+        """Whether this run of the denoiser is left as it is, and unseen."""
+        if self._blocked or self._skip is None:
+            return self._blocked is not None and not self.corrections.needs_levels
+        plain = self._weight == self._scale_now() and not self._half
+        return plain and not self.corrections.needs_levels
+
+    def _collect(self, left: list[Left]) -> StepMaps | None:
         """What the layers left in this step."""
-        blocks, first = self._now.blocks, self._first
-        left = [_take(block) for block in blocks]
-        if first is not None:
-            there = self.context.foreground == "unconditional"
-            left = [Left(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
+        blocks = self._now.blocks
         size = (self._geometry.height, self._geometry.width)
         maps, missing = self._finder.take([(b.info, maps) for b, maps in zip(blocks, left, strict=True)], size)
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)

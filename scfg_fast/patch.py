@@ -164,7 +164,8 @@ class Handle:
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]
-            self._regions, self.stats = None, Stats(tuple(block.info.name for block in blocks), _backends(pipe, config))
+            names = tuple(dict.fromkeys(block.info.name for block in blocks))  # two denoisers have the same
+            self._regions, self.stats = None, Stats(names, _backends(pipe, config))
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
             for each in hooked:
                 undo.enter_context(installed(each.module, each.blocks))
@@ -278,7 +279,7 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
             for reason in why:
                 ops_of.setdefault(reason, []).append(op)
         reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]
-    return Support(not reasons, reasons, layers)
+    return Support(not reasons, reasons, list(dict.fromkeys(layers)))
 
 
 def enable(

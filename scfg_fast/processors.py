@@ -351,11 +351,13 @@ def _with_signature_of(base: type, inner: type) -> type:
     """
     signature = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) < 3:
+        return base  # it names nothing, as `forward` of a module does not: diffusers passes it nothing by name
     header = [p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None) for p in parameters]
     names = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters[3:]]
-    passed = ", ".join([p.name for p in parameters[:3]] + names)  # self, the module, its hidden states; others by name
+    passed = [p.name for p in parameters[:3]] + names  # self, the module, its hidden states; others by name
     scope: dict[str, Any] = {"call": base.__call__}  # type: ignore[attr-defined]
-    exec(f"def __call__{inspect.Signature(header)}: return call({passed})", scope)
+    exec(f"def __call__{inspect.Signature(header)}: return call({', '.join(passed)})", scope)
     call, optional = scope["__call__"], [p for p in parameters if p.default is not p.empty]
     call.__defaults__ = tuple(p.default for p in optional if p.kind is not p.KEYWORD_ONLY)
     call.__kwdefaults__ = {p.name: p.default for p in optional if p.kind is p.KEYWORD_ONLY}

@@ -19,11 +19,12 @@ There is no published S-CFG for transformers. The rules here are ours:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,30 +75,31 @@ def capture_maps(
         self map [B * frames, n, n] and cross map [B * frames, n, T], n cells per frame; None for keys that are not
         there.
     """
-    frames, height, width = geometry.frames, geometry.height // level, geometry.width // level
-    pool = max(1, cell // level)
-    count = frames * height * width  # what follows are reference images: keys, but not what is drawn
-    query = _frames(compared.query[:, :, :count], frames)
+    if geometry.frames > 1:
+        frames = [
+            capture_maps(frame, Geometry(1, geometry.height, geometry.width), level, cell, backend)
+            for frame in _frames(compared, geometry.frames)
+        ]
+        own, cross = (
+            None if parts[0] is None else torch.stack(cast(list, parts), 1).flatten(0, 1)
+            for parts in zip(*frames, strict=True)
+        )
+        return own, cross
+    height, width = geometry.height // level, geometry.width // level
+    count, pool = height * width, max(1, cell // level)
+    query = compared.query[:, :, :count]  # what follows are reference images: keys, but not what is drawn
     if pool > 1:
         query = _pooled(query, height, width, pool)
-    image = None if compared.image is None else _frames(compared.image, frames)
-    text, bias = compared.text, compared.bias
-    if text is not None and frames > 1:
-        text = text.repeat_interleave(frames, 0)
-        bias = None if bias is None else bias.repeat_interleave(frames, 0)
-    keys = [part for part in (text, image) if part is not None]
+    keys = [part for part in (compared.text, compared.image) if part is not None]
     key = torch.cat(keys, 2) if len(keys) > 1 else keys[0]
     scale = compared.scale if compared.scale is not None else query.shape[-1] ** -0.5
-    if bias is not None:
-        query, key = _with_bias(query, key, bias, scale)
+    if compared.bias is not None:
+        query, key = _with_bias(query, key, compared.bias, scale)
     probabilities = attention_map(query, key, scale=scale, backend=backend)
-    tokens = 0 if text is None else text.shape[2]
+    tokens = 0 if compared.text is None else compared.text.shape[2]
     cross = probabilities[:, :, :tokens] if tokens else None
-    own = (
-        None
-        if image is None
-        else _pooled_columns(probabilities[:, :, tokens : tokens + height * width], height, width, pool)
-    )
+    columns = probabilities[:, :, tokens : tokens + count]
+    own = None if compared.image is None else _pooled_columns(columns, height, width, pool)
     if cross is not None and own is not None:
         cross, own = _stochastic(cross), _stochastic(own)
     return own, cross
@@ -117,11 +119,12 @@ def start_column(bias: torch.Tensor | None, tokens: int, which: str) -> torch.Te
     return tokens - 1 - attended.flip(1).argmax(1)
 
 
-def _frames(x: torch.Tensor, frames: int) -> torch.Tensor:
-    """[B, H, frames * N, d] -> [B * frames, H, N, d]."""
-    if frames == 1:
-        return x
-    return x.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+def _frames(compared: Compared, frames: int) -> Iterator[Compared]:
+    """Frame by frame, one after another, so that keys are never copied for all of them at once."""
+    queries = compared.query.unflatten(2, (frames, -1)).unbind(2)
+    images = [None] * frames if compared.image is None else compared.image.unflatten(2, (frames, -1)).unbind(2)
+    for query, image in zip(queries, images, strict=True):
+        yield dataclasses.replace(compared, query=query, image=image)
 
 
 def _pooled(query: torch.Tensor, height: int, width: int, pool: int) -> torch.Tensor:
@@ -181,11 +184,21 @@ def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
 def read_cross(
     attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask=None, **_: Any
 ) -> Compared:
-    """Cross-attention of `Attention` without positions: PixArt, Sana."""
+    """Cross-attention of `Attention` without positions: PixArt."""
     if attn.norm_cross:
         encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
     query = _normed(attn.norm_q, _heads(attn.to_q(hidden_states), attn.heads).transpose(1, 2))
     key = _normed(attn.norm_k, _heads(attn.to_k(encoder_hidden_states), attn.heads).transpose(1, 2))
+    return Compared(query, key, bias=key_bias(attention_mask, key.shape[2]))
+
+
+def read_sana(
+    attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask=None, **_: Any
+) -> Compared:
+    """Cross-attention of Sana: norms over all heads at once, where there are any (1.5)."""
+    query = _normed(attn.norm_q, attn.to_q(hidden_states))
+    key = _normed(attn.norm_k, attn.to_k(encoder_hidden_states))
+    query, key = (_heads(x, attn.heads).transpose(1, 2) for x in (query, key))
     return Compared(query, key, bias=key_bias(attention_mask, key.shape[2]))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 
 import diffusers
+import peft
 import pytest
 import torch
 
@@ -14,10 +16,10 @@ from scfg_fast import SCFGConfig, SCFGError, SCFGWarning
 from scfg_fast.capture import BlockInfo, choose_layers
 from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance
 from tests.pipelines.tiny import tiny_vae
-from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny, sd3
+from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny, made, sd3
 from tests.reference.transformers import reference_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets the guided prediction back")
+pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets every guided token back")
 
 TOLERANCE = 5e-6
 EVERYONE = list(range(BATCH))
@@ -256,7 +258,7 @@ def test_qwen_image_is_told_that_it_undoes_lengths() -> None:
     tiny = TINY["qwen"]
     pipe = tiny.pipeline()
     handle = scfg_fast.enable(pipe)
-    with pytest.warns(SCFGWarning, match="back to the length of the conditional one") as caught:
+    with pytest.warns(SCFGWarning, match="back to the length of the conditional prediction") as caught:
         run(pipe, tiny.call([0]))
     assert len(caught) == 1 and handle.stats.steps_applied == 3
 
@@ -394,3 +396,146 @@ def test_cfg_plus_plus_in_a_flow_is_a_weight_per_step() -> None:
     sigmas = pipe.scheduler.sigmas.tolist()
     weights = [0.4 * now * (1.0 - then) / (now - then) for now, then in itertools.pairwise(sigmas)]
     assert handle.stats.weights == pytest.approx(weights, rel=1e-6) and result.isfinite().all()
+
+
+def test_sana_with_norms_of_queries_and_keys() -> None:
+    """As SANA 1.5 has them: over all heads at once."""
+    tiny = TINY["sana"]
+    pipe = tiny.pipeline()
+    options = dict(pipe.transformer.config, qk_norm="rms_norm_across_heads")
+    pipe.transformer = made("SanaTransformer2DModel", **{k: v for k, v in options.items() if not k.startswith("_")})
+    handle = scfg_fast.enable(pipe)
+    guided = run(pipe, tiny.call(EVERYONE))
+    layers = [(f"{name}.attn2",) for name in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    expected = reference_run(pipe, tiny.call(EVERYONE), layers, tiny.layout, tiny.text_tokens)[0]
+    assert distance(guided, expected) <= TOLERANCE
+
+
+def test_a_step_may_be_done_again_from_the_very_same_latents() -> None:
+    tiny = TINY["flux"]
+    pipe = tiny.pipeline()
+    kept: dict[str, torch.Tensor] = {}
+
+    def again(pipe, step: int, timestep, values: dict) -> dict:
+        if step == 0:
+            kept["latents"] = values["latents"]
+        return {"latents": kept["latents"]} if step == 1 else {}
+
+    handle = scfg_fast.enable(pipe)
+    seen: list[int] = []
+    handle.on_regions = lambda step, _: seen.append(step)
+    run(pipe, tiny.call(EVERYONE, num_inference_steps=4, callback_on_step_end=again))
+    assert handle.stats.steps_applied == 4 and seen == [0, 1, 2, 3] and handle.stats.samples == 4 * 2 * BATCH
+
+
+def test_maps_are_gone_when_the_scheduler_steps(tiny: Tiny) -> None:
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    maps: list[weakref.ref] = []
+    taken = handle._captures[0]
+    step = type(pipe.scheduler).step
+    alive: list[int] = []
+
+    def watch(module, args, output) -> None:
+        for block in taken._blocks:
+            if block.maps.tokens is not None:
+                maps.append(weakref.ref(block.maps.tokens))
+
+    def counted(self, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in maps))
+        return step(self, *args, **kwargs)
+
+    hook = pipe.transformer.register_forward_hook(watch)  # before ours, which takes the maps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.scheduler), "step", counted)
+        run(pipe, tiny.call([0]))
+    hook.remove()
+    assert maps and alive == [0, 0, 0]
+
+
+def test_where_lumina_2_cuts_guidance_off_the_step_has_weight_one() -> None:
+    tiny = TINY["lumina2"]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    run(pipe, tiny.call(EVERYONE, cfg_trunc_ratio=0.34))
+    assert handle.stats.steps_applied == 1 and sum(handle.stats.steps_skipped.values()) == 2
+    assert handle.stats.weights == [4.0, 1.0, 1.0] and handle.stats.mean_weight == 2.0
+
+
+def test_passes_that_cannot_be_told_apart_are_complained_of() -> None:
+    """A hook of the user's own that copies the latents: the second pass is not the first one's."""
+    tiny = TINY["cogview4"]
+    pipe = tiny.pipeline()
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"hidden_states": kwargs["hidden_states"].clone()}),
+        with_kwargs=True,
+    )
+    stock = run(pipe, tiny.call([0]))
+    scfg_fast.enable(pipe)
+    with pytest.warns(SCFGWarning, match="twice on the very same latents"):
+        assert torch.equal(run(pipe, tiny.call([0])), stock)
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", ["flux", "wan2.2"])
+def test_an_exception_between_the_passes(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    stock = run(pipe, tiny.call([0]))
+    models = [m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m is not None]
+    before = [processors(model) for model in models]
+    calls = []
+
+    def fail(*_) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # the unconditional pass of the second step, in Wan 2.2 of its second denoiser
+            raise RuntimeError("on purpose")
+
+    hooks = [model.register_forward_pre_hook(fail) for model in models]
+    scfg_fast.enable(pipe)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        pipe(**tiny.call([0]))
+    for hook in hooks:
+        hook.remove()
+    scfg_fast.disable(pipe)
+    for model, there in zip(models, before, strict=True):
+        assert all(processors(model)[key] is processor for key, processor in there.items())
+        assert not model._forward_hooks and not model._forward_pre_hooks
+    assert torch.equal(run(pipe, tiny.call([0])), stock)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_lora_through_peft(name: str) -> None:
+    """Queries and keys come from the layer's own modules, adapters included."""
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config)
+    handle = scfg_fast.enable(pipe)
+    guided = run(pipe, tiny.call(EVERYONE))
+    layers = [tuple(f"{layer}.{part}" for part in tiny.layers) for layer in handle.stats.layers]
+    scfg_fast.disable(pipe)
+    expected = reference_run(pipe, tiny.call(EVERYONE), layers, tiny.layout, tiny.text_tokens)[0]
+    assert distance(guided, expected) <= TOLERANCE
+
+
+def test_fused_projections() -> None:
+    tiny = TINY["flux"]
+    pipe = tiny.pipeline()
+    scfg_fast.enable(pipe)
+    expected = run(pipe, tiny.call(EVERYONE))
+    pipe.transformer.fuse_qkv_projections()
+    assert distance(run(pipe, tiny.call(EVERYONE)), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["pixart", "qwen", "z-image"])
+def test_several_images_per_prompt(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.pipeline()
+    handle = scfg_fast.enable(pipe)
+    generators = [torch.Generator().manual_seed(seed) for seed in (40, 50, 41, 51)]
+    run(pipe, tiny.call([0, 1], num_images_per_prompt=2, generator=generators))
+    assert handle.stats.steps_applied == 3 and handle.regions.token_index.shape[0] == 4
