@@ -48,6 +48,19 @@ def _add_times(record: Record, case: Case, samples: Mapping[str, Sequence[float]
         record.add(case, name, "time", "ms", times)
 
 
+def _add_graph(name: str, calls: dict[str, Callable[[], Any]], device: Device) -> str:
+    """Add the call of a provider as a graph; returns "ok", or why there is none. A replay must have the call's bits."""
+    try:
+        expected, (replay, filled) = calls[name](), device.captured(calls[name])
+    except RuntimeError as error:
+        return f"FAILED: no graph: {error}"
+    replay()
+    if not all(map(torch.equal, tree_leaves(filled), tree_leaves(expected))):
+        return "FAILED: a replay has other bits"
+    calls[f"{name} (graph)"] = replay
+    return "ok"
+
+
 def run_case(
     case: Case, device: Device, record: Record, budget: Budget, backend: str, rounds: tuple[int, int] = ROUNDS
 ) -> bool:
@@ -65,13 +78,10 @@ def run_case(
         record.add(case, "ours", "agreement", status=f"not run: {error}")
         del calls["ours"]
     for name in ("ours", "eager") if case.op == "step" and "ours" in calls else ():
-        expected, (replay, filled) = calls[name](), device.captured(calls[name])
-        replay()
-        if not all(map(torch.equal, tree_leaves(filled), tree_leaves(expected))):
-            record.add(case, f"{name} (graph)", "agreement", status="FAILED: a replay has other bits")
+        status = _add_graph(name, calls, device)
+        record.add(case, f"{name} (graph)", "agreement", status=status)
+        if name == "ours" and status != "ok":
             return False
-        record.add(case, f"{name} (graph)", "agreement")
-        calls[f"{name} (graph)"] = replay
     if "published" not in calls:
         record.add(case, "published", "time", "ms", status="not run: there is no published code")
     for name in list(calls):  # once untimed; what does not fit in memory is left out

@@ -19,7 +19,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.grid import BATCHES, CASES, HALF, Case, select
 from benchmarks.gpu.record import ROOT, Record, Row
-from benchmarks.gpu.run import OUT_OF_TIME, main, run, run_case
+from benchmarks.gpu.run import OUT_OF_TIME, _add_graph, main, run, run_case
 
 FIRST_OF_OP = {case.op: case.reduced() for case in reversed(CASES) if case.batch == 4}
 BY_OP = pytest.mark.parametrize("case", FIRST_OF_OP.values(), ids=list(FIRST_OF_OP))
@@ -206,3 +206,16 @@ raise SystemExit(main(["--dry-run", "--no-compile", "--filter", "guide sd15 b1 f
     )
     assert done.returncode == 0, done.stderr
     assert "0 disagree" in done.stdout
+
+
+def test_a_graph_must_repeat_the_call() -> None:
+    numbers = iter(range(10))
+    calls = {
+        "same": lambda: torch.ones(3),
+        "other": lambda: torch.tensor(next(numbers)),
+        "none": lambda: torch.ones(-1),
+    }
+    assert [_add_graph(name, calls, Cpu()).split(":")[0] for name in ("same", "other", "none")] == [
+        "ok", "FAILED", "FAILED",
+    ]  # fmt: skip
+    assert set(calls) == {"same", "other", "none", "same (graph)"}
