@@ -21,6 +21,7 @@ from benchmarks.gpu.grid import BATCHES, CASES, HALF, Case, select
 from benchmarks.gpu.record import ROOT, Record, Row
 from benchmarks.gpu.run import OUT_OF_TIME, _add_graph, main, run, run_case
 
+REDUCED = list(dict.fromkeys(case.reduced() for case in CASES))
 FIRST_OF_OP = {case.op: case.reduced() for case in reversed(CASES) if case.batch == 4}
 BY_OP = pytest.mark.parametrize("case", FIRST_OF_OP.values(), ids=list(FIRST_OF_OP))
 
@@ -57,6 +58,7 @@ def test_reduced_cases_are_small(case: Case) -> None:
     assert (small.op, small.dtype) == (case.op, case.dtype) and small.batch <= 2
     assert all(layer.rows <= 256 and layer.heads * layer.head_dim == 32 for layer in small.sizes.layers)
     assert small.sizes.side * 4 == case.sizes.side
+    assert len({small.name for small in REDUCED}) == len(REDUCED)
 
 
 def test_the_budget_hands_on_what_is_not_used() -> None:
@@ -87,13 +89,15 @@ def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
 def test_every_case_runs_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.csv"
     assert main(["--dry-run", "--no-compile", "--out", str(out)]) == 0
-    assert f"{len(CASES)} cases, 0 disagree, 0 not finished in time" in capsys.readouterr().out
+    assert f"{len(REDUCED)} cases, 0 disagree, 0 not finished in time" in capsys.readouterr().out
     rows = rows_of(out)
     assert {row["status"] for row in rows} == {
         "ok", "not measured on a CPU", "not run: there is no published code",
     }  # fmt: skip
     agreed = [row for row in rows if row["metric"] == "agreement" and row["provider"] == "ours"]
-    assert len(agreed) == len(CASES) and all(row["status"] == "ok" for row in agreed)
+    assert [row["case"] for row in agreed] == [case.name for case in REDUCED] and all(
+        row["status"] == "ok" for row in agreed
+    )
     for case in FIRST_OF_OP.values():
         timed = {row["provider"] for row in rows if row["case"] == case.name and row["metric"] == "time"}
         graphs = {"ours (graph)", "eager (graph)"} if case.op == "step" else set()
@@ -122,7 +126,7 @@ def test_what_does_not_fit_in_the_time_is_listed(tmp_path: Path, capsys: pytest.
     out = tmp_path / "gpu.csv"
     assert main(["--dry-run", "--minutes", "1e-9", "--out", str(out)]) == 0
     rows = rows_of(out)
-    assert {row["provider"] for row in rows} == {"ours", "compiled"} and len(rows) == 2 * len(CASES)
+    assert {row["provider"] for row in rows} == {"ours", "compiled"} and len(rows) == 2 * len(REDUCED)
     assert all(row["status"] == OUT_OF_TIME or "unrolls" in row["status"] for row in rows)
     assert "0 disagree" in capsys.readouterr().out
 
