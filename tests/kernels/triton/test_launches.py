@@ -76,8 +76,8 @@ def extra(pipe: StableDiffusionPipeline, config: SCFGConfig, steps: int, prompts
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_a_step_adds_one_launch_per_captured_block_and_one(pipe, prompts) -> None:
     added, triton, others = extra(pipe, SCFGConfig(), 1, prompts)
-    maps = "cross_attention_map"  # 8x8: all keys fit one sweep, which is that kernel
-    assert triton == {"self_attention_map": 5, maps: 7, "complete": BLOCKS, "segment_and_guide": 1}
+    assert (triton.pop("complete"), triton.pop("segment_and_guide")) == (BLOCKS, 1)
+    assert sum(triton.values()) == 2 * BLOCKS and all("attention_map" in name for name in triton)
     assert added == BLOCKS + 1 == 7
     # Both halves of the batch are the guided prediction; guidance_scale becomes a tensor once per call.
     assert others == {"aten::cat": 1, "aten::full": 1}
