@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: lint test bench overhead plot
+.PHONY: lint test test-twins test-ptx aot simulated bench bench-gpu overhead plot
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -9,6 +9,21 @@ lint:
 
 test:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
+
+test-twins:
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/triton
+
+test-ptx:
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels/triton tests/ptxsim
+
+aot:
+	$(PYTHON) -m benchmarks.aot --check
+
+simulated:
+	$(PYTHON) -m benchmarks.simulated
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 bench:
 	$(PYTHON) -m benchmarks.verify

@@ -7,16 +7,20 @@ from .driver import DEVICES, Launch
 from .errors import SimError
 from .machine import launch
 from .memory import GlobalMemory
+from .recording import TARGETS, RecordedLaunch, recorded
 
 __all__ = [
     "DEVICES",
+    "TARGETS",
     "Counters",
     "GlobalMemory",
     "Launch",
+    "RecordedLaunch",
     "Run",
     "SimError",
     "Traffic",
     "decode",
     "launch",
+    "recorded",
     "simulated",
 ]

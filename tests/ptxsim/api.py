@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
 
 from .driver import Launch, Options, SimulatedDriver
@@ -23,6 +24,25 @@ class Run:
     def __init__(self, driver: SimulatedDriver) -> None:
         self.arch = driver.arch
         self.launches: list[Launch] = driver.launches
+
+
+@contextmanager
+def installed(driver: DriverBase) -> Iterator[None]:
+    """Make `driver` Triton's active one; the previous one is active again afterwards, also after an exception.
+
+    Raises:
+        SimError: Triton is in interpreter mode, or keeps its driver where it is not looked for.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
+        raise SimError("TRITON_INTERPRET is set: kernels are interpreted, there is no PTX to execute")
+    if not hasattr(triton_driver, "_active"):
+        raise SimError("this version of Triton keeps its active driver elsewhere; the simulator knows 3.6 to 3.9")
+    previous = triton_driver._active
+    triton_driver.set_active(driver)
+    try:
+        yield
+    finally:
+        triton_driver._active = previous
 
 
 @contextmanager
@@ -52,14 +72,6 @@ def simulated(
         ValueError: unknown `arch`.
         SimError: Triton is in interpreter mode; or, from a launch, anything wrong or unknown in the program.
     """
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
-        raise SimError("TRITON_INTERPRET is set: kernels are interpreted, there is no PTX to execute")
-    if not hasattr(triton_driver, "_active"):
-        raise SimError("this version of Triton keeps its active driver elsewhere; the simulator knows 3.6 to 3.9")
     driver = SimulatedDriver(arch, Options(check_races, rewrite, shared_bytes, order))
-    previous = triton_driver._active
-    triton_driver.set_active(driver)
-    try:
+    with installed(driver):
         yield Run(driver)
-    finally:
-        triton_driver._active = previous

@@ -11,6 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,25 +106,29 @@ class _Utilities:
         }
 
 
-class SimulatedDriver(DriverBase):
-    """The driver that `simulated` installs; it collects the launches."""
+class CPUTensorDriver(DriverBase):
+    """A driver without a device: takes CPU tensors and hands launches to `launcher_cls`.
 
-    def __init__(self, arch: int, options: Options) -> None:
-        if arch not in DEVICES:
-            raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(map(str, DEVICES))}")
-        self.arch, self.options, self.launches = arch, options, []
-        self.utils = _Utilities(DEVICES[arch])
-        self.launcher_cls = Launcher
-        # Triton keeps one compiled kernel per device number, whatever its target, so every architecture is a device of
-        # its own.
-        self._device = 10_000 + arch
+    Args:
+        target: what Triton compiles for.
+        device: what launches are told about the card.
+        number: the device number. Triton keeps one compiled kernel per number, whatever its target or driver, so every
+            pair of the two needs its own.
+        launcher_cls: made by Triton once per compiled kernel, called at every launch.
+    """
+
+    def __init__(self, target: GPUTarget, device: Device, number: int, launcher_cls: type) -> None:
+        self.launches: list[Any] = []
+        self.utils = _Utilities(device)
+        self.launcher_cls = launcher_cls
+        self._target, self._number = target, number
 
     @classmethod
     def is_active(cls) -> bool:
         return False  # never chosen by itself
 
     def get_current_device(self) -> int:
-        return self._device
+        return self._number
 
     def set_current_device(self, device: object) -> None:
         pass
@@ -132,10 +137,10 @@ class SimulatedDriver(DriverBase):
         return 0
 
     def get_device_capability(self, device: object = None) -> tuple[int, int]:
-        return divmod(self.arch, 10)
+        return divmod(self._target.arch, 10)
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self._target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -156,21 +161,35 @@ class SimulatedDriver(DriverBase):
         self.get_benchmarker()
 
 
+class SimulatedDriver(CPUTensorDriver):
+    """The driver that `simulated` installs; it collects the launches."""
+
+    def __init__(self, arch: int, options: Options) -> None:
+        if arch not in DEVICES:
+            raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(map(str, DEVICES))}")
+        super().__init__(GPUTarget("cuda", arch, 32), DEVICES[arch], 10_000 + arch, Launcher)
+        self.arch, self.options = arch, options
+
+
+def compiled_files(metadata: Any) -> dict[str, Path]:
+    """What Triton's cache keeps of a compiled kernel, by kind: `"ptx"` and `"cubin"`, or `"amdgcn"` and `"hsaco"`."""
+    from triton.runtime.cache import get_cache_manager
+
+    group = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
+    return {Path(name).suffix[1:]: Path(path) for name, path in group.items()}
+
+
 class Launcher:
     """Executes one compiled kernel; Triton makes one per kernel and keeps it."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        from triton.runtime.cache import get_cache_manager
-
         self._metadata = metadata
         names = source.fn.arg_names if hasattr(source, "fn") else list(source.signature)
         self._arguments = list(zip(names, source.signature.values(), strict=False))
-        group = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
-        paths = [path for name, path in group.items() if name.endswith(".ptx")]
-        if not paths:
+        files = compiled_files(metadata)
+        if "ptx" not in files:
             raise SimError(f"{metadata.name} has no PTX in Triton's cache")
-        with open(paths[0], encoding="utf-8") as file:
-            self._ptx = file.read()
+        self._ptx = files["ptx"].read_text(encoding="utf-8")
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, stream: object, function: object, *rest: Any) -> None:
         """`rest`: packed metadata, launch metadata, enter hook, exit hook, then the kernel's arguments."""

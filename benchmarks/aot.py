@@ -1,0 +1,575 @@
+"""Compile the launch table ahead of time for GPUs that are not here, and report what the compilers made of it.
+
+    python -m benchmarks.aot [--check] [--targets sm_80 ...] [--filter WORDS]
+
+Every case calls a public operator with `backend="triton"` on CPU tensors while `tests.ptxsim.recorded` stands in for
+the device, so arguments are specialised and configurations chosen as on the card. Registers and spills come from the
+machine code: cubins are disassembled with the tools in the Triton wheel, AMD's assembly is read as it is.
+
+Without options everything is compiled and `benchmarks/results/aot.json` written, with the rules of `faults` that are
+broken. `--check` compares with that file: it ends with 1 if a rule is broken that was not before, or if registers,
+spills or shared memory grew by 10 % or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import scfg_kernels
+import torch
+import triton
+
+from tests.ptxsim import RecordedLaunch, recorded
+
+OUT = Path(__file__).parent / "results" / "aot.json"
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+SHARED_LIMITS = {"sm": 96 * 1024, "gfx": 64 * 1024}
+"""Bytes a program may have: what all cards of a maker offer, rounded down."""
+GROWTH_PERCENT = 10
+TOKENS = 77
+
+# The launch table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one class of sizes.
+
+    Attributes:
+        op: the public operator.
+        sizes: what distinguishes the case, for example `"sd15-16x16"`.
+        dtype: of q, k, v or of the predictions.
+        call: calls the operator with tensors of these sizes.
+        dot: whether it has matrix products for tensor cores.
+        vectors: whether its operands are read 16 bytes at a time, in no loop less than 4.
+    """
+
+    op: str
+    sizes: str
+    dtype: torch.dtype
+    call: Callable[[], Any]
+    dot: bool = False
+    vectors: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
+
+
+def _projected(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, H, N, d] as attention layers make it, a view of [B, N, H d]. Nothing is read, so nothing is filled."""
+    return torch.empty((batch, tokens, heads, head_dim), dtype=dtype).transpose(1, 2)
+
+
+def _attention(
+    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16
+) -> Case:
+    def call() -> Any:
+        shapes = (rows, keys) if op == "attention_map" else (rows, keys, keys)
+        operands = [_projected(2, tokens, heads, head_dim, dtype) for tokens in shapes]
+        return getattr(scfg_kernels, op)(*operands, backend="triton")
+
+    return Case(op, sizes, dtype, call, dot=True, vectors=True)
+
+
+def _complete(sizes: str, rows: int, fidelity: str = "official") -> Case:
+    def call() -> Any:
+        own, cross = torch.empty(2, rows, rows), torch.empty(2, rows, TOKENS)
+        return scfg_kernels.complete(own, cross, unconditional=1, fidelity=fidelity, backend="triton")
+
+    return Case("complete", sizes, torch.float32, call, vectors=True)
+
+
+def _guidance(
+    op: str, sizes: str, side: int, layers: Sequence[int], dtype: torch.dtype, channels: int = 4, masked: bool = False,
+    **options: Any,
+) -> Case:  # fmt: skip
+    """`segment`, `guide` or both; `layers`: side of each captured layer's map."""
+
+    def call() -> Any:
+        uncond, cond = torch.empty(2, channels, side, side, dtype=dtype).chunk(2)
+        grid = (-(-side // 4),) * 2
+        cells = grid[0] * grid[1]
+        maps = (
+            [torch.empty(1, TOKENS, n * n) for n in layers], [torch.empty(1, n * n) for n in layers],
+            [(n, n) for n in layers], grid,
+        )  # fmt: skip
+        mask = {"token_mask": torch.ones(1, TOKENS, dtype=torch.bool)} if masked else {}
+        scale = torch.tensor(7.5, dtype=torch.float32)
+        if op == "segment":
+            return scfg_kernels.segment(*maps, **mask, backend="triton")
+        if op == "segment_and_guide":
+            return scfg_kernels.segment_and_guide(*maps, uncond, cond, scale, **mask, **options, backend="triton")
+        ids = torch.empty(1, cells, dtype=torch.int64).view(1, *grid)
+        foreground = torch.empty(ids.shape, dtype=torch.bool)
+        return scfg_kernels.guide(
+            uncond, cond, ids, foreground, scale, num_tokens=TOKENS, **options, backend="triton"
+        )  # fmt: skip
+
+    return Case(op, sizes, dtype, call)
+
+
+def _pixels(sizes: str, side: int, dtype: torch.dtype, channels: int = 4, **options: Any) -> Case:
+    def call() -> Any:
+        uncond, cond = torch.empty(2, channels, side, side, dtype=dtype).chunk(2)
+        scale = torch.tensor(7.5, dtype=torch.float32)
+        return scfg_kernels.guide_pixels(
+            uncond, cond, scale, rate_min=0.5, rate_max=2.0, **options, backend="triton"
+        )  # fmt: skip
+
+    return Case("guide_pixels", sizes, dtype, call)
+
+
+def _cases() -> Iterator[Case]:
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    own, cross, alone = "self_attention_map", "cross_attention_map", "attention_map"
+    for dtype in (half, brain):
+        yield _attention(own, "sd15-16x16", 8, 256, 256, 160, dtype)
+        yield _attention(own, "sdxl-32x32", 20, 1024, 1024, 64, dtype)
+        yield _attention(cross, "sd15-16x16", 8, 256, TOKENS, 160, dtype)
+        yield _attention(cross, "sdxl-32x32", 20, 1024, TOKENS, 64, dtype)
+    yield _attention(own, "sd15-8x8", 8, 64, 64, 160)
+    yield _attention(own, "sd21-24x24", 20, 576, 576, 64)
+    yield _attention(own, "sd15-32x32", 8, 1024, 1024, 80)
+    yield _attention(cross, "sd15-64x64", 8, 4096, TOKENS, 40)
+    yield _attention(cross, "sd15-32x32", 8, 1024, TOKENS, 80)
+    yield _attention(cross, "head72-300tokens", 16, 1024, 300, 72)
+    yield _attention(cross, "head96", 8, 1024, TOKENS, 96)
+    yield _attention(cross, "head128-128tokens", 8, 1024, 128, 128)
+    yield _attention(cross, "sdxl-154tokens", 20, 1024, 2 * TOKENS, 64)
+    yield _attention(alone, "sd15-16x16", 8, 256, 256, 160)
+    yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64)
+    yield _attention(alone, "sd15-16x16-text", 8, 256, TOKENS, 160)
+    yield _complete("sd15-8x8", 64)
+    yield _complete("sd15-16x16", 256)
+    yield _complete("sd15-16x16-paper", 256, "paper")
+    yield _complete("sdxl-32x32", 1024)
+    sd15 = [16] * 5 + [8]
+    yield _guidance("segment", "sd15", 64, sd15, single)
+    yield _guidance("guide", "sd15", 64, sd15, half)
+    yield _guidance("guide", "sdxl", 128, [], half)
+    for dtype in (half, brain, single):
+        yield _guidance("segment_and_guide", "sd15", 64, sd15, dtype)
+    yield _guidance("segment_and_guide", "sd15-unconditional-masked", 64, sd15, half, masked=True,
+                    rewrite="unconditional")  # fmt: skip
+    yield _guidance("segment_and_guide", "sd15-rescaled", 64, sd15, half, rescale=0.7)
+    yield _guidance("segment_and_guide", "sd15-paper", 64, sd15, half, fidelity="paper", blur_sigma=0.0)
+    yield _guidance("segment_and_guide", "1024cells-16channels", 128, [32] * 4, half, channels=16)
+    yield _pixels("sd15", 64, half)
+    yield _pixels("sdxl", 128, brain)
+    yield _pixels("sdxl-rescaled", 128, half, rescale=0.7)
+    yield _pixels("sd3", 128, half, channels=16)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+
+# What the compilers made ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Per multiprocessor: 32-bit registers, warps (waves), programs and bytes of shared memory; how registers and
+    shared memory are handed out; lanes of a warp."""
+
+    registers: int
+    warps: int
+    programs: int
+    shared: int
+    register_unit: int
+    shared_reserved: int
+    lanes: int
+
+
+# NVIDIA: CUDA programming guide, technical specifications per compute capability; registers are handed out to warps in
+# 256s, and the system takes 1 KiB of shared memory per program. AMD: CDNA3 and CDNA4 instruction set guides; four SIMDs
+# of 512 registers per lane and 8 waves.
+MULTIPROCESSORS = {
+    "sm_80": Limits(65536, 64, 32, 167936, 256, 1024, 32),
+    "sm_86": Limits(65536, 48, 16, 102400, 256, 1024, 32),
+    "sm_89": Limits(65536, 48, 24, 102400, 256, 1024, 32),
+    "sm_90": Limits(65536, 64, 32, 233472, 256, 1024, 32),
+    "sm_100": Limits(65536, 64, 32, 233472, 256, 1024, 32),
+    "sm_120": Limits(65536, 48, 24, 102400, 256, 1024, 32),
+    "gfx942": Limits(4 * 512 * 64, 32, 32, 65536, 8 * 64, 0, 64),
+    "gfx950": Limits(4 * 512 * 64, 32, 32, 163840, 8 * 64, 0, 64),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel, compiled for one target.
+
+    Attributes:
+        kernel, grid, num_warps, num_stages: of the launch; a warp has 64 lanes on AMD.
+        registers: vector registers per lane, accumulation registers included.
+        spills: instructions that load or store spilled registers.
+        loop_spills, innermost_spills: those of them in any loop, and in loops that contain no other.
+        shared: bytes per program.
+        occupancy: resident warps over the most the multiprocessor can have, by registers, warps and shared memory.
+        matrix: what the products run on, `"mma"`, `"wgmma"`, `"tcgen05"`, `"mfma"`, or `""`.
+        float_atomics: atomic operations on floating-point numbers.
+        loads, stores: global accesses, by bytes per lane.
+        innermost_loads: loads in innermost loops.
+        instructions: all of them; `mix` counts some kinds.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    registers: int
+    spills: int
+    loop_spills: int
+    innermost_spills: int
+    shared: int
+    occupancy: float
+    matrix: str
+    float_atomics: int
+    loads: dict[int, int]
+    innermost_loads: dict[int, int]
+    stores: dict[int, int]
+    instructions: int
+    mix: dict[str, int] = field(default_factory=dict)
+
+
+def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
+    """Theoretical share of a multiprocessor's warps that are resident."""
+    limits = MULTIPROCESSORS[target]
+    per_warp = math.ceil(max(registers, 1) * limits.lanes / limits.register_unit) * limits.register_unit
+    programs = min(
+        limits.registers // per_warp // num_warps,
+        limits.warps // num_warps,
+        limits.programs,
+        limits.shared // (shared + limits.shared_reserved) if shared + limits.shared_reserved else limits.programs,
+    )
+    return programs * num_warps / limits.warps
+
+
+@dataclass(frozen=True)
+class Code:
+    """Machine code: names of the instructions, and [first, last] of every loop."""
+
+    instructions: list[str]
+    loops: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, text: str, label: str, instruction: str, branch: str) -> Code:
+        """Parse lines with three regular expressions: a label (name), an instruction (name, operands), and in a
+        branch's operands the label it goes to. A branch backwards closes a loop."""
+        labels: dict[str, int] = {}
+        found: list[str] = []
+        loops = []
+        for line in text.splitlines():
+            if match := re.match(label, line):
+                labels[match[1]] = len(found)
+            elif match := re.match(instruction, line):
+                target = re.search(branch, match[2])
+                start = labels.get(target[1]) if target else None
+                if start is not None and start < len(found):
+                    loops.append((start, len(found)))
+                found.append(match[1])
+        return cls(found, loops)
+
+    def in_loops(self) -> Code:
+        """The instructions in any loop."""
+        inside = [any(a <= i <= b for a, b in self.loops) for i in range(len(self.instructions))]
+        return Code(list(itertools.compress(self.instructions, inside)), [])
+
+    def in_innermost_loops(self) -> Code:
+        """The instructions in loops that contain no other."""
+        loops = self.loops
+        inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+        return Code(self.instructions, inner).in_loops()
+
+    def named(self, pattern: str) -> Counter[str]:
+        """How often each instruction occurs whose name matches `pattern` from its beginning."""
+        return Counter(filter(re.compile(pattern).match, self.instructions))
+
+    def count(self, pattern: str) -> int:
+        return self.named(pattern).total()
+
+
+def _by_bytes(names: Counter[str], width: Callable[[str], int]) -> dict[int, int]:
+    total: Counter[int] = Counter()
+    for name, count in names.items():
+        total[width(name)] += count
+    return dict(sorted(total.items()))
+
+
+# NVIDIA's machine code is documented by name only (CUDA binary utilities); widths are suffixes.
+_SASS = dict(
+    label=r"\s*\.(L_\w+):",
+    instruction=r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)",
+    branch=r"\(\.(L_\w+)\)",
+)
+_SASS_MIX = {
+    "matrix": r"(H|B|D|I|Q|O)G?MMA|UTC\w*MMA",
+    "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
+    "special": r"MUFU",
+    "async_copy": r"LDGSTS|UTMALDG|UBLKCP",
+    "shared_load": r"LDS",
+    "shared_store": r"STS",
+    "shuffle": r"SHFL",
+    "barrier": r"BAR|SYNCS",
+    "atomic": r"ATOM|RED\b|REDG|REDAS",
+    "branch": r"BRA",
+}
+PTX_FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.(?:[\w:]+\.)*(?:b?f16(?:x2)?|f32|f64)\b")
+_PTX_MATRIX = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"mma\.sync"}
+
+
+def _sass_bytes(name: str) -> int:
+    parts = name.split(".")
+    if width := [int(part) // 8 for part in parts if part in ("64", "128", "256")]:
+        return width[0]
+    return 2 if "U16" in parts or "S16" in parts else 1 if "U8" in parts or "S8" in parts else 4
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _nvidia(launch: RecordedLaunch) -> dict[str, Any]:
+    ptx = launch.files["ptx"].read_text(encoding="utf-8")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:  # the tools want a short name
+        cubin.write(launch.files["cubin"].read_bytes())
+        cubin.flush()
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        code = Code.of(_tool("nvdisasm", "-c", cubin.name), **_SASS)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    loads = r"LDG(?!DEPBAR)"  # LDGSTS too
+    return dict(
+        registers=registers,
+        spills=code.count("LDL|STL"),
+        loop_spills=code.in_loops().count("LDL|STL"),
+        innermost_spills=code.in_innermost_loops().count("LDL|STL"),
+        matrix=next((name for name, pattern in _PTX_MATRIX.items() if re.search(pattern, ptx)), ""),
+        float_atomics=len(PTX_FLOAT_ATOMIC.findall(ptx)),
+        loads=_by_bytes(code.named(loads), _sass_bytes),
+        innermost_loads=_by_bytes(code.in_innermost_loops().named(loads), _sass_bytes),
+        stores=_by_bytes(code.named(r"STG"), _sass_bytes),
+        instructions=len(code.instructions),
+        mix={kind: code.count(pattern) for kind, pattern in _SASS_MIX.items()},
+    )
+
+
+_GCN = dict(
+    label=r"\.(LBB\w+):", instruction=r"\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)(.*)", branch=r"\.(LBB\w+)"
+)
+_GCN_MIX = {
+    "matrix": r"v_s?mfma|v_wmma",
+    "fma": r"v_(pk_)?(fma|fmac|mul|add|sub)_f(16|32)",
+    "special": r"v_(exp|log|rcp|rsq|sqrt)",
+    "async_copy": r"(buffer|global)_load_lds",
+    "shared_load": r"ds_read|ds_load",
+    "shared_store": r"ds_write|ds_store",
+    "shuffle": r"ds_b?permute|v_permlane|v_mov_b32_dpp",
+    "barrier": r"s_barrier",
+    "atomic": r"(buffer|global|flat|ds)_atomic|ds_(add|max|min)_",
+    "branch": r"s_c?branch",
+}
+_GCN_FLOAT_ATOMIC = (
+    r"(buffer|global|flat)_atomic_(pk_)?(add|fadd|min|max|fmin|fmax)_(b?f|num_f)|ds_(pk_)?add_(rtn_)?b?f"
+)
+
+
+def _gcn_bytes(name: str) -> int:
+    if match := re.search(r"dwordx(\d)", name):
+        return 4 * int(match[1])
+    return 4 if "dword" in name else 2 if "short" in name else 1
+
+
+def _amd(launch: RecordedLaunch) -> dict[str, Any]:
+    text = launch.files["amdgcn"].read_text(encoding="utf-8")
+    code = Code.of(text, **_GCN)
+
+    def noted(name: str) -> int:
+        match = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
+        return int(match[1]) if match else 0
+
+    loads, spills = r"(buffer|global|flat)_load", r"scratch_(load|store)"
+    return dict(
+        registers=noted("vgpr_count"),
+        # Spilled registers from the compiler's notes; scratch instructions say where. Scalar registers that are kept in
+        # lanes of vector registers touch no memory and are not counted.
+        spills=max(noted("vgpr_spill_count"), code.count(spills)),
+        loop_spills=code.in_loops().count(spills),
+        innermost_spills=code.in_innermost_loops().count(spills),
+        matrix="mfma" if code.count(_GCN_MIX["matrix"]) else "",
+        float_atomics=code.count(_GCN_FLOAT_ATOMIC),
+        loads=_by_bytes(code.named(loads), _gcn_bytes),
+        innermost_loads=_by_bytes(code.in_innermost_loops().named(loads), _gcn_bytes),
+        stores=_by_bytes(code.named(r"(buffer|global|flat)_store"), _gcn_bytes),
+        instructions=len(code.instructions),
+        mix={kind: code.count(pattern) for kind, pattern in _GCN_MIX.items()},
+    )
+
+
+def analyse(launch: RecordedLaunch) -> Build:
+    """Facts about one compiled launch."""
+    facts = _amd(launch) if launch.target.startswith("gfx") else _nvidia(launch)
+    return Build(
+        kernel=launch.kernel, grid=launch.grid, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        shared=launch.shared_bytes,
+        occupancy=round(occupancy(launch.target, facts["registers"], launch.shared_bytes, launch.num_warps), 4),
+        **facts,
+    )  # fmt: skip
+
+
+def compile_case(case: Case, target: str) -> list[Build]:
+    """The builds of one call of the operator, one per launch."""
+    with recorded(target) as launches:
+        case.call()
+    return [analyse(launch) for launch in launches]
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+
+
+def faults(case: Case, target: str, builds: Sequence[Build]) -> list[str]:
+    """The rules that a case's builds break, in words."""
+    limit = SHARED_LIMITS[target[:3].rstrip("_")]
+    found = [] if builds else ["no launch"]
+    for build in builds:
+        loops = build.innermost_loads
+        rules = {
+            f"{build.innermost_spills} spill instructions in innermost loops": build.innermost_spills > 0,
+            f"{build.shared} bytes of shared memory, {limit} allowed": build.shared > limit,
+            "no program fits on a multiprocessor": build.occupancy == 0,
+            "no tensor-core instruction": case.dot and not build.matrix,
+            f"{build.float_atomics} floating-point atomics": build.float_atomics > 0,
+            "no 16-byte load": case.vectors and 16 not in build.loads,
+            f"loads below 4 bytes in innermost loops: {loops}": case.vectors and min(loops, default=16) < 4,
+        }
+        found += [f"{case.name} on {target}: {build.kernel}: {rule}" for rule, broken in rules.items() if broken]
+    return found
+
+
+def growth(name: str, now: Build, before: Build) -> list[str]:
+    """Which of registers, spills and shared memory grew by 10 % or more."""
+    grown = []
+    for what in ("registers", "spills", "shared"):
+        old, new = getattr(before, what), getattr(now, what)
+        if new > old and 100 * (new - old) >= GROWTH_PERCENT * old:
+            grown.append(f"{name}: {now.kernel}: {what} grew from {old} to {new}")
+    return grown
+
+
+Table = dict[str, list[Build]]
+
+
+def compare(now: Table, before: Table, whole: bool) -> list[str]:
+    """`growth` of every build, and cases that only one of the two has (only the new ones unless `whole`)."""
+    found = [f"{name} is not in the file" for name in now if name not in before]
+    if whole:
+        found += [f"{name} is in the file and was not compiled" for name in before if name not in now]
+    for name in now.keys() & before.keys():
+        if len(now[name]) != len(before[name]):
+            found.append(f"{name}: {len(before[name])} launches became {len(now[name])}")
+        for new, old in zip(now[name], before[name], strict=False):
+            found += growth(name, new, old)
+    return sorted(found)
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the file holds: version of Triton, broken rules in words, and builds by case and target."""
+
+    triton: str
+    broken: list[str]
+    builds: Table
+
+
+def write(record: Record, path: Path) -> None:
+    """One line per build, so that a change of one is a change of one line."""
+    entries = []
+    for name, builds in sorted(record.builds.items()):
+        lines = ",\n  ".join(json.dumps(asdict(build)) for build in builds)
+        entries.append(f"{json.dumps(name)}: [\n  {lines}\n]")
+    head = f'"triton": {json.dumps(record.triton)},\n"broken": {json.dumps(sorted(record.broken), indent=1)},\n'
+    every = ",\n".join(entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n{head}"builds": {{\n{every}\n}}\n}}\n', encoding="utf-8")
+
+
+def read(path: Path = OUT) -> Record:
+    """What `write` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    builds = {name: [_build(values) for values in found] for name, found in content["builds"].items()}
+    return Record(content["triton"], content["broken"], builds)
+
+
+def _build(values: dict[str, Any]) -> Build:
+    widths = {name: {int(k): n for k, n in values[name].items()} for name in ("loads", "innermost_loads", "stores")}
+    return Build(**{**values, **widths, "grid": tuple(values["grid"])})
+
+
+def line(build: Build) -> str:
+    """One build for the screen."""
+    wide = "/".join(str(build.loads.get(n, 0)) for n in (16, 8, 4, 2))
+    return (
+        f"{build.registers:4} regs {build.spills:3} spills ({build.loop_spills} in loops, "
+        f"{build.innermost_spills} innermost) {build.shared:6} B shared {100 * build.occupancy:4.0f} % occupancy  "
+        f"{build.matrix or '-':7} x{build.mix['matrix']:<4} loads 16/8/4/2 B: {wide}  {build.instructions} instructions"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--filter", default="", help="only cases whose name contains every one of these words")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: benchmarks/results/aot.json")
+    arguments = parser.parse_args(argv)
+    cases = [case for case in CASES if all(word in case.name for word in arguments.filter.split())]
+    if not cases:
+        parser.error(f"no case matches {arguments.filter!r}")
+    whole = len(cases) == len(CASES) and len(arguments.targets) == len(TARGETS)
+    began = time.perf_counter()
+    table: Table = {}
+    broken: list[str] = []
+    for case in cases:
+        for target in arguments.targets:
+            builds = table[f"{case.name}/{target}"] = compile_case(case, target)
+            broken += faults(case, target, builds)
+            for build in builds:
+                print(f"{case.name:48} {target:7} {line(build)}", flush=True)
+    print(f"{sum(map(len, table.values()))} builds in {time.perf_counter() - began:.0f} s")
+    failures = broken
+    if arguments.check:
+        before = read(arguments.out)
+        failures = [fault for fault in broken if fault not in before.broken]
+        if before.triton == triton.__version__:
+            failures += compare(table, before.builds, whole)
+        else:
+            print(f"no comparison of sizes: the file is from Triton {before.triton}, this is {triton.__version__}")
+    elif whole:
+        write(Record(triton.__version__, broken, table), arguments.out)
+        print(f"wrote {arguments.out.name}")
+    else:
+        print("nothing written: not the whole table")
+    for failure in failures:
+        print(f"{'FAILED' if arguments.check else 'BROKEN'} {failure}", file=sys.stderr)
+    return 1 if arguments.check and failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""`python -m benchmarks.gpu`."""
+
+from .run import main
+
+raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""Launches of whole guided steps, and what every operator's launch must be: repeatable, without floating-point atomics.
+
+A guided step may add one launch per captured block and one for the step to what plain guidance launches: the attention
+kernels take the place of `scaled_dot_product_attention` one for one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import scfg_kernels as ops
+import torch
+from diffusers import StableDiffusionPipeline
+from ptxsim import recorded, simulated
+from scfg_kernels._launch import OPS
+from scfg_kernels.testing import assert_as_accurate_as
+from torch.utils._pytree import tree_leaves
+
+import scfg_fast
+from benchmarks import aot
+from benchmarks.measure import CountOps
+from scfg_fast import SCFGConfig
+from tests.kernels.cases import random_maps, random_qkv
+from tests.kernels.triton.simulation import ARCHITECTURES
+from tests.pipelines.tiny import tiny_sd_pipeline
+
+BLOCKS = 6
+"""Captured blocks of Stable Diffusion 1.5, and of the tiny pipeline: five at latent / 4, one at latent / 8."""
+SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    """At SD 1.5's own latents, so that 16x16 and 8x8 are captured, and in a dtype that the attention kernels take."""
+    return tiny_sd_pipeline(sample_size=64, dtype=torch.bfloat16)
+
+
+def denoise(pipe: StableDiffusionPipeline, steps: int, prompts: int = 1, backend: str | None = None) -> torch.Tensor:
+    """`backend` is asked for in the call: `enable` itself refuses `"triton"` on a CPU."""
+    width, side = pipe.unet.config.cross_attention_dim, pipe.unet.config.sample_size
+    rng = torch.Generator().manual_seed(3)
+    uncond, cond = torch.randn(2, prompts, 77, width, generator=rng).to(pipe.unet.dtype)
+    latents = torch.randn(prompts, 4, side, side, generator=rng).to(pipe.unet.dtype)
+    return pipe(
+        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=latents, num_inference_steps=steps,
+        guidance_scale=7.5, output_type="latent", **({"scfg_kwargs": {"backend": backend}} if backend else {}),
+    ).images  # fmt: skip
+
+
+def counted(
+    pipe: StableDiffusionPipeline, config: SCFGConfig | None, steps: int, prompts: int = 1
+) -> tuple[Counter[str], Counter[str]]:
+    """Launches of Triton by kernel, and of torch by operator; plain guidance without a config."""
+    if config is not None:
+        scfg_fast.enable(pipe, config, strict=True)
+    try:
+        with recorded("sm_80") as launches, CountOps() as counter:
+            denoise(pipe, steps, prompts, None if config is None else "triton")
+    finally:
+        scfg_fast.disable(pipe)
+    return Counter(launch.kernel.removesuffix("_kernel") for launch in launches), +counter.counts.inside
+
+
+def extra(pipe: StableDiffusionPipeline, config: SCFGConfig, steps: int, prompts: int = 1) -> tuple[int, dict, dict]:
+    """Launches of attention and of Triton beyond plain guidance; Triton's by kernel; torch's others beyond plain."""
+    none, plain = counted(pipe, None, steps, prompts)
+    assert not none
+    triton, torch_ops = counted(pipe, config, steps, prompts)
+    torch_ops.subtract(plain)
+    return triton.total() + torch_ops.pop(SDPA, 0), dict(triton), {name: n for name, n in torch_ops.items() if n}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_step_adds_one_launch_per_captured_block_and_one(pipe, prompts) -> None:
+    added, triton, others = extra(pipe, SCFGConfig(), 1, prompts)
+    assert (triton.pop("complete"), triton.pop("segment_and_guide")) == (BLOCKS, 1)
+    assert sum(triton.values()) == 2 * BLOCKS and all("attention_map" in name for name in triton)
+    assert added == BLOCKS + 1 == 7
+    # Both halves of the batch are the guided prediction; guidance_scale becomes a tensor once per call.
+    assert others == {"aten::cat": 1, "aten::full": 1}
+
+
+def test_two_steps_launch_twice_as_much(pipe) -> None:
+    added, _, others = extra(pipe, SCFGConfig(), 2)
+    assert added == 2 * (BLOCKS + 1)
+    assert others == {"aten::cat": 2, "aten::full": 1}
+
+
+def test_steps_that_reuse_regions_add_one(pipe) -> None:
+    added, triton, others = extra(pipe, SCFGConfig(reuse_every=3), 3)
+    assert (triton["segment_and_guide"], triton["guide"]) == (1, 2)
+    assert added == BLOCKS + 1 + 2
+    assert others == {"aten::cat": 3, "aten::full": 1}
+
+
+def test_rates_per_pixel_add_one(pipe) -> None:
+    added, triton, others = extra(pipe, SCFGConfig.pixels(), 2)
+    assert (added, triton) == (2, {"guide_pixels": 2})
+    assert others == {"aten::cat": 2, "aten::full": 1}
+
+
+def test_one_rate_for_the_image_adds_nothing(pipe) -> None:
+    assert extra(pipe, SCFGConfig(rates="none"), 1) == (0, {}, {})
+
+
+def test_a_guided_step_executed_is_that_of_torch() -> None:
+    """All kernels together, in the simulator, against a step in fp64. 16x16 latents: maps of 4x4 and 2x2."""
+    pipe = tiny_sd_pipeline(sample_size=16, dtype=torch.float16)
+    results = {}
+    for name, dtype, backend in (
+        ("torch", torch.float16, "torch"), ("triton", torch.float16, "triton"), ("truth", torch.float64, "torch"),
+    ):  # fmt: skip
+        handle = scfg_fast.enable(pipe.to(dtype=dtype), strict=True)
+        try:
+            with simulated(80) as simulation:
+                latents = denoise(pipe, 1, backend=backend)
+        finally:
+            scfg_fast.disable(pipe)
+        assert len(simulation.launches) == (3 * BLOCKS + 1 if name == "triton" else 0)
+        results[name] = latents, handle.regions
+    (naive, naive_regions), (actual, regions), (truth, true_regions) = results.values()
+    assert torch.equal(regions.token_index, true_regions.token_index)
+    assert torch.equal(regions.foreground, true_regions.foreground)
+    assert_as_accurate_as(actual, naive, truth, name="latents")
+    assert_as_accurate_as(regions.rate, naive_regions.rate, true_regions.rate, name="rate")
+    assert regions.rate.std() > 0.1, "a step with one rate everywhere would prove nothing"
+
+
+def operators() -> dict[str, Callable[[], Any]]:
+    """A call of every operator; sizes with idle lanes everywhere."""
+    rng = torch.Generator().manual_seed(5)
+    q, k, v = random_qkv(rng, (1, 2, 17, 77, 40), torch.float16)
+    q2, k2, v2 = random_qkv(rng, (1, 2, 17, 140, 64), torch.float16)
+    own, cross = random_maps(rng, 2, 20, 20), random_maps(rng, 2, 20, 5)
+    maps = [random_maps(rng, 2, n, 11).mT.contiguous() for n in (28, 28, 8)]
+    starts = [torch.rand(2, n, generator=rng) for n in (28, 28, 8)]
+    regions = maps, starts, [(4, 7), (4, 7), (2, 4)], (4, 7)
+    u, c = torch.randn(2, 2, 4, 13, 25, generator=rng).half()
+    ids = torch.randint(11, (2, 4, 7), generator=rng)
+    options: dict[str, Any] = dict(backend="triton")
+    return {
+        "self_attention_map": lambda: ops.self_attention_map(q, q, q, **options),
+        "cross_attention_map": lambda: ops.cross_attention_map(q, k, v, **options),
+        "cross_attention_map, two sweeps": lambda: ops.cross_attention_map(q2, k2, v2, **options),
+        "attention_map": lambda: ops.attention_map(q, k, **options),
+        "complete": lambda: ops.complete(own, cross, unconditional=1, **options),
+        "segment": lambda: ops.segment(*regions, **options),
+        "guide": lambda: ops.guide(u, c, ids, ids < 4, 7.5, num_tokens=11, **options),
+        "segment_and_guide": lambda: ops.segment_and_guide(*regions, u, c, 7.5, rescale=0.7, **options),
+        "guide_pixels": lambda: ops.guide_pixels(u, c, 7.5, rate_min=0.5, rate_max=2.0, **options),
+    }
+
+
+def bits(result: Any) -> list[bytes]:
+    return [x.contiguous().view(torch.uint8).numpy().tobytes() for x in tree_leaves(result)]
+
+
+def test_every_operator_is_run_twice_below() -> None:
+    assert {name.split(",")[0] for name in operators()} == set(OPS)
+
+
+@pytest.mark.parametrize(
+    ("op", "arch"), [(op, arch) for op in operators() for arch in ARCHITECTURES if arch == 80 or "attention" in op]
+)
+def test_two_runs_are_equal_to_the_bit(op, arch) -> None:
+    """The second with the warps in another order; and no floating-point atomic, whose order a device does not keep."""
+    call, found = operators()[op], []
+    for order in ("lockstep", "backward"):
+        # One warp after another, warps that store the same word look like a race.
+        with simulated(arch, order=order, check_races=order == "lockstep") as simulation:
+            found.append(bits(call()))
+        assert simulation.launches
+        for launch in simulation.launches:
+            assert launch.counters.float_atomics == 0
+            assert not aot.PTX_FLOAT_ATOMIC.search(launch.ptx)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_float"),
+    [
+        ("atom.global.gpu.acq_rel.add.f32 %f1, [%rd1], %f2;", True),
+        ("@%p1 red.global.add.noftz.f16x2 [%rd1], %r1;", True),
+        ("atom.global.gpu.relaxed.add.v4.f32 {%r3, %r4, %r5, %r6}, [%rd0], {%r1, %r1, %r1, %r1};", True),
+        ("atom.shared::cta.max.u32 %r1, [%r2], %r3;", False),
+        ("redux.sync.add.s32 %r1, %r2, -1;", False),
+        ("ld.global.f32 %f1, [%rd1];", False),
+    ],
+)
+def test_float_atomics_are_recognised(line: str, is_float: bool) -> None:
+    assert bool(aot.PTX_FLOAT_ATOMIC.search(line)) == is_float
