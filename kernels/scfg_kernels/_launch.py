@@ -144,8 +144,9 @@ class AttentionConfig(LaunchConfig):
         heads: heads that one program works on at a time, one warp each.
         block_m: query rows.
         block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
-        block_d: columns of the head size at a time in a score.
+        block_d: columns of the head size at a time in one sweep; two sweeps keep whole queries in registers.
         sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
+        precision: of products of fp32 operands, `input_precision` of `tl.dot`; half precision has one way only.
     """
 
     heads: int
@@ -153,6 +154,7 @@ class AttentionConfig(LaunchConfig):
     block_n: tuple[int, int]
     block_d: int
     sweeps: int
+    precision: str
 
 
 MAX_ONE_SWEEP = 128
@@ -174,31 +176,49 @@ def two_widths(size: int, smallest: int = 16) -> tuple[int, int]:
     return (whole // 2, rest) if whole > smallest and rest < whole // 2 else (whole, 0)
 
 
-def attention_config(heads: int, keys: int, limits: DeviceLimits) -> AttentionConfig:
-    """Tiles of the three attention operators.
+def head_widths(size: int) -> tuple[int, int]:
+    """Columns of a head as one or two tiles. A size like 40 stays whole: heads of 80 bytes begin in the middle of a
+    32-byte sector, and two tiles would fetch the sectors between them twice."""
+    whole = next_power_of_2(size)
+    return (max(16, whole), 0) if whole <= 64 and size % 16 else two_widths(size)
+
+
+def attention_config(
+    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> AttentionConfig:
+    """Tiles of the three attention operators; head_dim is the larger one of keys and values.
 
     Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
-    tiles of eight heads do not fit in shared memory.
+    tiles of eight heads do not fit in shared memory. 16 rows, which gives small layers as many programs as they can
+    have, or 32, which reads K and V half as often, where those still are two programs for every multiprocessor.
+
+    fp32 operands take twice the registers and the shared memory. Their products are three TF32 products each, which is
+    as accurate as fp32 arithmetic (11 + 11 bits of each operand, sums in fp32), or fp32 arithmetic where a matrix core
+    has it (AMD).
     """
-    at_once = min(8, next_power_of_2(heads))
-    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024):
-        at_once = 4
     one_sweep = keys <= MAX_ONE_SWEEP
+    half = dtype != torch.float32
+    at_once = min(8, next_power_of_2(heads))
+    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024 or not half):
+        at_once = 4
+    if not half and not one_sweep and head_dim > 128:
+        at_once = min(2, at_once)
+    wide = half and not one_sweep and head_dim <= 64 and batch * -(-rows // 32) >= 2 * limits.multiprocessors
+    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 128 else 16, 0)
     return AttentionConfig(
         num_warps=at_once,
-        num_stages=2,
+        num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
         heads=at_once,
-        block_m=16,
-        block_n=two_widths(keys) if one_sweep else (32, 0),
-        block_d=32,
+        block_m=32 if wide else 16,
+        block_n=block_n,
+        block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
         sweeps=1 if one_sweep else 2,
+        precision="ieee" if half or limits.arch.startswith("gfx") else "tf32x3",
     )
 
 
 def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
     """Why the kernel of `op` cannot serve a model that computes in `dtype`; empty if it can."""
-    if op.endswith("attention_map") and dtype not in (torch.float16, torch.bfloat16):
-        return [f"the attention kernels compute products of fp16 and bf16 only, got {dtype}"]
     if dtype == torch.float64:
         return ["the kernel computes in fp32, fp64 needs the torch implementation"]
     return []
