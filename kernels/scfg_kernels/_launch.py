@@ -22,6 +22,7 @@ OPS = (
     "self_attention_map",
     "cross_attention_map",
     "attention_map",
+    "propagate",
     "complete",
     "segment",
     "guide",
@@ -146,7 +147,7 @@ class AttentionConfig(LaunchConfig):
         block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
         block_d: columns of the head size at a time in one sweep; two sweeps keep whole queries in registers.
         sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
-        precision: of products of fp32 operands, `input_precision` of `tl.dot`; half precision has one way only.
+        precision: of products of fp32 operands, the `input_precision` of `tl.dot`; others have one way only.
     """
 
     heads: int
@@ -157,8 +158,8 @@ class AttentionConfig(LaunchConfig):
     precision: str
 
 
-MAX_ONE_SWEEP = 128
-"""Keys up to which 16 rows of one head's scores fit in the registers of a warp."""
+MAX_ONE_SWEEP = 96
+"""Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
 MAX_KEYS = 1024
 """Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
 MAX_HEAD_DIM = 160
@@ -204,7 +205,7 @@ def attention_config(
     if not half and not one_sweep and head_dim > 128:
         at_once = min(2, at_once)
     wide = half and not one_sweep and head_dim <= 64 and batch * -(-rows // 32) >= 2 * limits.multiprocessors
-    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 128 else 16, 0)
+    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 96 else 16, 0)
     return AttentionConfig(
         num_warps=at_once,
         num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
@@ -213,7 +214,7 @@ def attention_config(
         block_n=block_n,
         block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
         sweeps=1 if one_sweep else 2,
-        precision="ieee" if half or limits.arch.startswith("gfx") else "tf32x3",
+        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
     )
 
 
@@ -224,18 +225,60 @@ def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
     return []
 
 
-def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
-    """Every reason why the attention kernels cannot take these operands; empty if they can."""
-    reasons = dtype_limits("attention_map", q.dtype)
-    operands = [q, k] if v is None else [q, k, v]
-    if k.shape[2] > MAX_KEYS:
-        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+def operand_limits(*operands: torch.Tensor) -> list[str]:
+    """Why the kernels cannot take these queries, keys and values, however many they are; empty if they can."""
+    reasons = dtype_limits("attention_map", operands[0].dtype)
     if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
         reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {[x.shape[3] for x in operands]}")
     if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
         reasons.append("the last dimension of q, k, v must have stride 1")
     if any(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31 for x in operands):
         reasons.append("a sample of q, k, v spans 2^31 elements or more")
+    return reasons
+
+
+def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
+    """Every reason why the attention kernels cannot take these operands; empty if they can."""
+    reasons = operand_limits(q, k) if v is None else operand_limits(q, k, v)
+    if k.shape[2] > MAX_KEYS:
+        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class PropagateConfig(LaunchConfig):
+    """Tiles of `propagate`: heads at a time, one warp each, query rows, keys, columns as two tiles side by side."""
+
+    heads: int
+    block_m: int
+    block_n: int
+    block_t: tuple[int, int]
+    precision: str
+
+
+def propagate_config(
+    batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> PropagateConfig:
+    """Tiles of `propagate`: those of attention in two sweeps, without an output; at most 128 columns at a time."""
+    tiles = attention_config(batch, heads, rows, MAX_ONE_SWEEP + 1, head_dim, dtype, limits)
+    return PropagateConfig(
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        heads=tiles.heads,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n[0],
+        block_t=two_widths(min(columns, 128)),
+        precision=tiles.precision,
+    )
+
+
+def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> list[str]:
+    """Every reason why the kernel of `propagate` cannot take these operands; empty if it can."""
+    reasons = operand_limits(q, k)
+    if x.dtype == torch.float64 and q.dtype != torch.float64:
+        reasons += dtype_limits("propagate", x.dtype)
+    if x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31:
+        reasons.append("a sample of x spans 2^31 elements or more")
     return reasons
 
 

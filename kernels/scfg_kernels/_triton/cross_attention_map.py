@@ -1,4 +1,4 @@
-r"""Cross-attention with its head-mean map in one sweep over the text tokens, T <= 128.
+r"""Cross-attention with its head-mean map in one sweep over the text tokens, T <= 96.
 
     s_h    = scale q_h k_h^T                               [BLOCK_M, T] of HEADS heads at once, fp32
     p_h    = 2^(s_h log2(e) - max) / sum                   exact softmax: the whole row is in registers

@@ -1,10 +1,10 @@
-r"""Attention with its head-mean map in two sweeps over the keys, one launch: self-attention, or T > 128 text tokens.
+r"""Attention with its head-mean map in two sweeps over the keys, one launch: self-attention, or T > 96 text tokens.
 
-    sweep 1, per tile of keys:  O_h by online softmax, and  lse_h[n] = log2 sum_t 2^(s_h[n, t])
-    sweep 2, per tile of keys:  S[n, t] = 1/H  sum_h 2^(s_h[n, t] - lse_h[n])
+    sweep 1, per tile of keys:  O_h by online softmax, m_h[n] = max_t s_h[n, t], l_h[n] = sum_t 2^(s_h[n, t] - m_h[n])
+    sweep 2, per tile of keys:  S[n, t] = 1/H  sum_h 2^(s_h[n, t] - m_h[n]) / l_h[n]
 
 with s_h = scale log2(e) q_h k_h^T in fp32, for a group of HEADS heads at once. A row of scores of every head does not
-fit in registers, so the second sweep forms the scores again; queries and log-sum-exps stay in registers for both.
+fit in registers, so the second sweep forms the scores again; queries, maxima and sums stay in registers for both.
 Further groups of heads add their share to S in memory, in order. Queries and O are two tiles side by side (160 = 128 +
 32 columns).
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .._launch import AttentionConfig, head_widths
-from ._attention import LOG2E, common_strides, load_tile, rows_first, scores, store_tile
+from ._attention import LOG2E, common_strides, load_tile, masked_scores, rows_first, store_tile
 
 
 @triton.jit
@@ -55,11 +55,10 @@ def self_attention_map_kernel(
                 out2 = tl.zeros([HEADS, BLOCK_M, VALUES_2], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            p = scores(
-                q1, q2, k, head, key, heads, keys, k_stride_h, k_stride_n,
+            p = masked_scores(
+                q1, q2, k, head, key, scale, heads, keys, k_stride_h, k_stride_n,
                 COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION,
             )  # fmt: skip  # [HEADS, BLOCK_M, BLOCK_N]
-            p = tl.where(key[None, None, :] < keys, p * scale, float("-inf"))
             previous = top
             top = tl.maximum(top, tl.max(p, 2))  # finite: a tile has at least one key
             p = tl.exp2(p - top[:, :, None])
@@ -74,26 +73,25 @@ def self_attention_map_kernel(
                         v, head, key, VALUES_1, heads, keys, v_stride_h, v_stride_n, VALUES_2, VALUE_DIM, ALIGN
                     )
                     out2 = tl.dot(weights, rows_first(tile), out2 * shrink[:, :, None], input_precision=PRECISION)
+        # Heads beyond the last one have all-equal scores; a weight of 0 keeps them out of the map.
+        weight = tl.where(head[:, None] < heads, 1.0 / total, 0.0)[:, :, None]
         if WITH_OUTPUT:
-            inverse = (1.0 / total)[:, :, None]
             store_tile(
-                out, out1 * inverse, head, row, 0, heads, rows, o_stride_h, o_stride_n, VALUES_1, VALUE_DIM, ALIGN
+                out, out1 * weight, head, row, 0, heads, rows, o_stride_h, o_stride_n, VALUES_1, VALUE_DIM, ALIGN
             )
             if VALUES_2 > 0:
                 store_tile(
-                    out, out2 * inverse, head, row, VALUES_1, heads, rows, o_stride_h, o_stride_n,
+                    out, out2 * weight, head, row, VALUES_1, heads, rows, o_stride_h, o_stride_n,
                     VALUES_2, VALUE_DIM, ALIGN,
                 )  # fmt: skip
 
-        # Heads beyond the last one: 2^(0 - inf) = 0.
-        lse = tl.where(head[:, None] < heads, top + tl.log2(total), float("inf"))
         for start in tl.range(0, keys, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            p = scores(
-                q1, q2, k, head, key, heads, keys, k_stride_h, k_stride_n,
+            p = masked_scores(
+                q1, q2, k, head, key, scale, heads, keys, k_stride_h, k_stride_n,
                 COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION,
             )  # fmt: skip
-            share = tl.sum(tl.exp2(p * scale - lse[:, :, None]), 0) / heads  # [BLOCK_M, BLOCK_N]
+            share = tl.sum(tl.exp2(p - top[:, :, None]) * weight, 0) / heads  # [BLOCK_M, BLOCK_N]
             inside = (row[:, None] < rows) & (key[None, :] < keys)
             share += tl.load(mean + key[None, :], mask=inside & (first > 0), other=0.0)
             tl.store(mean + key[None, :], share, mask=inside)

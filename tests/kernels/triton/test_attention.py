@@ -90,7 +90,7 @@ def test_bytes_and_wavefronts_of_a_real_layer(rng, arch, shape):
     torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
 
     counters, traffic = launches[0].counters, launches[0].counters.traffic
-    sweeps, programs = (1, 2)[keys > 128], queries // 16
+    sweeps, programs = (1, 2)[keys > 96], queries // 16
     assert counters.ctas == programs
     once = [traffic[name] for name in ("q", "out", "mean")]
     groups = -(-heads // launches[0].num_warps)
@@ -129,10 +129,13 @@ def test_the_map_alone_has_the_bits_of_the_map_beside_the_output(rng, arch, keys
     assert torch.equal(mean, beside)
 
 
-def test_self_attention_in_one_and_two_sweeps(rng):
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16)])
+def test_self_attention_in_one_and_two_sweeps(rng, block_m, block_n):
     q, k, v = random_qkv(rng, (1, 2, 33, 33, 40), torch.float16)
     (out, mean), _ = run(80, lambda: self_attention_map(q, k, v, backend="triton"))
-    forced = AttentionConfig(2, 1, heads=2, block_m=16, block_n=(32, 0), block_d=32, sweeps=2, precision="ieee")
+    forced = AttentionConfig(
+        2, 1, heads=2, block_m=block_m, block_n=(block_n, 0), block_d=32, sweeps=2, precision="ieee"
+    )
     (out2, mean2), launches = run(80, lambda: KERNELS["self_attention_map"](q, k, v, 40**-0.5, forced))
     assert launches[0].kernel == "self_attention_map_kernel"
     truth, true_mean = attention_with_map(q.double(), k.double(), v.double(), 40**-0.5)
