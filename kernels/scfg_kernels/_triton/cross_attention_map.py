@@ -28,13 +28,14 @@ def _store_map(mean, row, key, values, rows, keys):
 
 @triton.jit
 def cross_attention_map_kernel(
-    q, k, v, out, mean, scale, heads, rows, keys,
+    q, k, v, out, mean, scale, heads, rows, keys, head_dim, value_dim,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n, o_stride_b, o_stride_h, o_stride_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     WITH_OUTPUT: tl.constexpr, ONE_GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N1: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """head_dim and value_dim again at run time: loops with a constant bound are unrolled, which takes registers."""
     batch = tl.program_id(1).to(tl.int64)
     q += batch * q_stride_b * ALIGN
     k += batch * k_stride_b * ALIGN
@@ -55,7 +56,7 @@ def cross_attention_map_kernel(
         p1 = tl.zeros([HEADS, BLOCK_M, BLOCK_N1], tl.float32)
         if BLOCK_N2 > 0:
             p2 = tl.zeros([HEADS, BLOCK_M, BLOCK_N2], tl.float32)
-        for start in tl.range(0, HEAD_DIM, BLOCK_D):  # at run time: any head size, and few live registers
+        for start in tl.range(0, head_dim, BLOCK_D):
             tile = load_tile(q, head, row, start, heads, rows, q_stride_h, q_stride_n, BLOCK_D, HEAD_DIM, ALIGN)
             k1 = load_tile(k, head, key1, start, heads, keys, k_stride_h, k_stride_n, BLOCK_D, HEAD_DIM, ALIGN)
             p1 = tl.dot(rows_first(tile), columns_first(k1), p1, input_precision=PRECISION)
@@ -88,7 +89,7 @@ def cross_attention_map_kernel(
             w1 = p1.to(v.dtype.element_ty)
             if BLOCK_N2 > 0:
                 w2 = p2.to(v.dtype.element_ty)
-            for start in tl.range(0, VALUE_DIM, BLOCK_D):
+            for start in tl.range(0, value_dim, BLOCK_D):
                 v1 = load_tile(v, head, key1, start, heads, keys, v_stride_h, v_stride_n, BLOCK_D, VALUE_DIM, ALIGN)
                 tile = tl.dot(w1, rows_first(v1), input_precision=PRECISION)  # [HEADS, BLOCK_M, BLOCK_D]
                 if BLOCK_N2 > 0:
@@ -120,7 +121,8 @@ def run_one_sweep(
     values, result = (k, q) if v is None or out is None else (v, out)  # placeholders, not read
     strides = common_strides(q, k, values, result)
     cross_attention_map_kernel[(triton.cdiv(rows, config.block_m), batch)](
-        q, k, values, result, mean, scale * LOG2E, heads, rows, keys, *strides.values,
+        q, k, values, result, mean, scale * LOG2E, heads, rows, keys, head_dim, values.shape[3],
+        *strides.values,
         HEAD_DIM=head_dim, VALUE_DIM=values.shape[3], ALIGN=strides.align, PRECISION=config.precision,
         WITH_OUTPUT=out is not None, ONE_GROUP=heads <= config.heads, HEADS=config.heads, BLOCK_M=config.block_m,
         BLOCK_N1=config.block_n[0], BLOCK_N2=config.block_n[1], BLOCK_D=config.block_d, num_warps=config.num_warps,

@@ -54,9 +54,8 @@ def test_a_program_of_32_rows_has_the_result_of_two_of_16(rng):
 
 
 def test_bytes_at_4096_keys(rng):
-    """A 64x64 layer of SDXL, one program of 16 rows of the 256: q and the result once, k twice for each group of heads
-    in turn, x once for each group."""
-    q, k, _ = (as_layout(x, "projection") for x in random_qkv(rng, (1, 2, 16, 4096, 64), torch.float16))
+    """One program of 16 rows of the 256, one head: q and the result once, k twice, x once."""
+    q, k, _ = (as_layout(x, "projection") for x in random_qkv(rng, (1, 1, 16, 4096, 64), torch.float16))
     x = random_maps(rng, 1, 4096, 80)
     result, launches = run(80, lambda: propagate(q, k, x, backend="triton"))
     assert_as_accurate_as(result, propagate(q, k, x), propagate(q.double(), k.double(), x.double()))
