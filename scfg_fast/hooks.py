@@ -573,7 +573,9 @@ class GuidanceHook:
             result = self.corrections.characteristic(result, uncond, cond)
         if reread and rewrite == "guided":
             result = self._behind(result, cond)
-        return torch.cat([result, cond if reread else result, *others])
+        if not reread:  # (f, f): of one image a view, of several a copy
+            return result.expand(2, *result.shape).flatten(0, 1)
+        return torch.cat([result, cond, *others])
 
     def _combine(self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str) -> torch.Tensor:
         """The guided prediction, or what must stand in for u. Records the rates and the regions."""

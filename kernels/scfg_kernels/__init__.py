@@ -8,7 +8,8 @@ This package knows tensors, not models: it needs torch alone. One denoising step
     ids, fg = segment(Xs, x0s, sizes, size)         # once per step, over all captured layers
     guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
 
-`attention_map` is the map alone, for layers whose output another implementation has computed already;
+`attention_map` is the map alone, for layers whose output another implementation has computed already; `propagate` is
+S X from q and k, for layers whose map S is too large to hold;
 `segment_and_guide` is the last two lines in one operator; `guide_pixels` is another rule of guidance, which needs the
 two predictions alone. Every operator has one public function that checks its arguments and chooses a backend, one torch
 implementation (the reference, the CPU path and the fallback), and is registered as a `torch.library` custom op, so
@@ -21,6 +22,7 @@ from .complete import complete
 from .cross_attention_map import cross_attention_map
 from .guide import guide
 from .guide_pixels import guide_pixels
+from .propagate import propagate
 from .segment import segment, smooth
 from .segment_and_guide import segment_and_guide
 from .self_attention_map import self_attention_map
@@ -34,6 +36,7 @@ __all__ = [
     "cross_attention_map",
     "guide",
     "guide_pixels",
+    "propagate",
     "segment",
     "segment_and_guide",
     "self_attention_map",

@@ -22,6 +22,7 @@ OPS = (
     "self_attention_map",
     "cross_attention_map",
     "attention_map",
+    "propagate",
     "complete",
     "segment",
     "guide",
@@ -144,8 +145,9 @@ class AttentionConfig(LaunchConfig):
         heads: heads that one program works on at a time, one warp each.
         block_m: query rows.
         block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
-        block_d: columns of the head size at a time in a score.
+        block_d: columns of the head size at a time in one sweep; two sweeps keep whole queries in registers.
         sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
+        precision: of products of fp32 operands, the `input_precision` of `tl.dot`; others have one way only.
     """
 
     heads: int
@@ -153,10 +155,11 @@ class AttentionConfig(LaunchConfig):
     block_n: tuple[int, int]
     block_d: int
     sweeps: int
+    precision: str
 
 
-MAX_ONE_SWEEP = 128
-"""Keys up to which 16 rows of one head's scores fit in the registers of a warp."""
+MAX_ONE_SWEEP = 96
+"""Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
 MAX_KEYS = 1024
 """Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
 MAX_HEAD_DIM = 160
@@ -174,48 +177,108 @@ def two_widths(size: int, smallest: int = 16) -> tuple[int, int]:
     return (whole // 2, rest) if whole > smallest and rest < whole // 2 else (whole, 0)
 
 
-def attention_config(heads: int, keys: int, limits: DeviceLimits) -> AttentionConfig:
-    """Tiles of the three attention operators.
+def head_widths(size: int) -> tuple[int, int]:
+    """Columns of a head as one or two tiles. A size like 40 stays whole: heads of 80 bytes begin in the middle of a
+    32-byte sector, and two tiles would fetch the sectors between them twice."""
+    whole = next_power_of_2(size)
+    return (max(16, whole), 0) if whole <= 64 and size % 16 else two_widths(size)
+
+
+def attention_config(
+    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> AttentionConfig:
+    """Tiles of the three attention operators; head_dim is the larger one of keys and values.
 
     Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
-    tiles of eight heads do not fit in shared memory.
+    tiles of eight heads do not fit in shared memory. 16 rows, which gives small layers as many programs as they can
+    have, or 32, which reads K and V half as often, where those still are two programs for every multiprocessor.
+
+    fp32 operands take twice the registers and the shared memory. Their products are three TF32 products each, which is
+    as accurate as fp32 arithmetic (11 + 11 bits of each operand, sums in fp32), or fp32 arithmetic where a matrix core
+    has it (AMD).
     """
-    at_once = min(8, next_power_of_2(heads))
-    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024):
-        at_once = 4
     one_sweep = keys <= MAX_ONE_SWEEP
+    half = dtype != torch.float32
+    at_once = min(8, next_power_of_2(heads))
+    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024 or not half):
+        at_once = 4
+    if not half and not one_sweep and head_dim > 128:
+        at_once = min(2, at_once)
+    wide = half and not one_sweep and head_dim <= 64 and batch * -(-rows // 32) >= 2 * limits.multiprocessors
+    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 96 else 16, 0)
     return AttentionConfig(
         num_warps=at_once,
-        num_stages=2,
+        num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
         heads=at_once,
-        block_m=16,
-        block_n=two_widths(keys) if one_sweep else (32, 0),
-        block_d=32,
+        block_m=32 if wide else 16,
+        block_n=block_n,
+        block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
         sweeps=1 if one_sweep else 2,
+        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
     )
 
 
 def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
     """Why the kernel of `op` cannot serve a model that computes in `dtype`; empty if it can."""
-    if op.endswith("attention_map") and dtype not in (torch.float16, torch.bfloat16):
-        return [f"the attention kernels compute products of fp16 and bf16 only, got {dtype}"]
     if dtype == torch.float64:
         return ["the kernel computes in fp32, fp64 needs the torch implementation"]
     return []
 
 
-def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
-    """Every reason why the attention kernels cannot take these operands; empty if they can."""
-    reasons = dtype_limits("attention_map", q.dtype)
-    operands = [q, k] if v is None else [q, k, v]
-    if k.shape[2] > MAX_KEYS:
-        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+def operand_limits(*operands: torch.Tensor) -> list[str]:
+    """Why the kernels cannot take these queries, keys and values, however many they are; empty if they can."""
+    reasons = dtype_limits("attention_map", operands[0].dtype)
     if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
         reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {[x.shape[3] for x in operands]}")
     if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
         reasons.append("the last dimension of q, k, v must have stride 1")
     if any(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31 for x in operands):
         reasons.append("a sample of q, k, v spans 2^31 elements or more")
+    return reasons
+
+
+def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
+    """Every reason why the attention kernels cannot take these operands; empty if they can."""
+    reasons = operand_limits(q, k) if v is None else operand_limits(q, k, v)
+    if k.shape[2] > MAX_KEYS:
+        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class PropagateConfig(LaunchConfig):
+    """Tiles of `propagate`: heads at a time, one warp each, query rows, keys, columns as two tiles side by side."""
+
+    heads: int
+    block_m: int
+    block_n: int
+    block_t: tuple[int, int]
+    precision: str
+
+
+def propagate_config(
+    batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> PropagateConfig:
+    """Tiles of `propagate`: those of attention in two sweeps, without an output; at most 128 columns at a time."""
+    tiles = attention_config(batch, heads, rows, MAX_ONE_SWEEP + 1, head_dim, dtype, limits)
+    return PropagateConfig(
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        heads=tiles.heads,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n[0],
+        block_t=two_widths(min(columns, 128)),
+        precision=tiles.precision,
+    )
+
+
+def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> list[str]:
+    """Every reason why the kernel of `propagate` cannot take these operands; empty if it can."""
+    reasons = operand_limits(q, k)
+    if x.dtype == torch.float64 and q.dtype != torch.float64:
+        reasons += dtype_limits("propagate", x.dtype)
+    if x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31:
+        reasons.append("a sample of x spans 2^31 elements or more")
     return reasons
 
 

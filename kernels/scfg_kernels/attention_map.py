@@ -32,15 +32,15 @@ def head_mean_map(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tenso
     batch, heads, n, _ = q.shape
     tokens = k.shape[2]
     dtype = map_dtype(q.dtype)
-    keys = k.to(dtype).transpose(-1, -2)
     result = torch.empty((batch, n, tokens), dtype=dtype, device=q.device)
     # One sample at a time: blocks of many rows make better GEMMs than blocks of few rows over the whole batch.
     rows = max(16, BLOCK_ELEMENTS // (heads * tokens))
     with outside_autocast(q.device):
         for sample in range(batch):
+            keys = k[sample].to(dtype).transpose(-1, -2)
             for start in range(0, n, rows):
                 block = q[sample, :, start : start + rows].to(dtype) * scale
-                probabilities = torch.softmax(block @ keys[sample], dim=-1)
+                probabilities = torch.softmax(block @ keys, dim=-1)
                 torch.mean(probabilities, dim=0, out=result[sample, start : start + rows])
     return result
 

@@ -20,6 +20,7 @@ def call(op: str, rng: torch.Generator, backend: str):
         "self_attention_map": lambda: ((q, k, v), {}),
         "cross_attention_map": lambda: ((q, k, v), {}),
         "attention_map": lambda: ((q, k), {}),
+        "propagate": lambda: ((q, k, c), {}),
         "complete": lambda: ((s, c), {}),
         "segment": lambda: (([c.mT], [c[..., 0]], [(4, 4)], (4, 4)), {}),
         "guide": lambda: (

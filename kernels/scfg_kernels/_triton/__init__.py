@@ -20,6 +20,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "self_attention_map": _launcher("attention_map", "attend"),
     "cross_attention_map": _launcher("attention_map", "attend"),
     "attention_map": _launcher("attention_map"),
+    "propagate": _launcher("propagate"),
     "complete": _launcher("complete"),
     "segment": _launcher("segment"),
     "guide": _launcher("guide"),

@@ -24,7 +24,9 @@ def _attend(
         return
     with device_guard(q.device):
         if config is None:
-            config = attention_config(q.shape[1], k.shape[2], current_limits())
+            batch, heads, rows, _ = q.shape
+            head_dim = max(x.shape[3] for x in (k, v) if x is not None)
+            config = attention_config(batch, heads, rows, k.shape[2], head_dim, q.dtype, current_limits())
         run = run_one_sweep if config.sweeps == 1 else run_two_sweeps
         run(q, k, v, out, mean, scale, config)
 

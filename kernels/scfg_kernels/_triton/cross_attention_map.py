@@ -1,4 +1,4 @@
-r"""Cross-attention with its head-mean map in one sweep over the text tokens, T <= 128.
+r"""Cross-attention with its head-mean map in one sweep over the text tokens, T <= 96.
 
     s_h    = scale q_h k_h^T                               [BLOCK_M, T] of HEADS heads at once, fp32
     p_h    = 2^(s_h log2(e) - max) / sum                   exact softmax: the whole row is in registers
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .._launch import AttentionConfig
-from ._attention import LOG2E, common_strides, head_tile, load_tile
+from ._attention import LOG2E, columns_first, common_strides, load_tile, rows_first, store_tile
 
 
 @triton.jit
@@ -28,22 +28,22 @@ def _store_map(mean, row, key, values, rows, keys):
 
 @triton.jit
 def cross_attention_map_kernel(
-    q, k, v, out, mean, scale, heads, rows, keys,
+    q, k, v, out, mean, scale, heads, rows, keys, head_dim, value_dim,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n, o_stride_b, o_stride_h, o_stride_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     WITH_OUTPUT: tl.constexpr, ONE_GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N1: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """head_dim and value_dim again at run time: loops with a constant bound are unrolled, which takes registers."""
     batch = tl.program_id(1).to(tl.int64)
     q += batch * q_stride_b * ALIGN
     k += batch * k_stride_b * ALIGN
     v += batch * v_stride_b * ALIGN
     out += batch * o_stride_b * ALIGN
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]  # [1, BLOCK_M, 1]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     key1 = tl.arange(0, BLOCK_N1)
     key2 = BLOCK_N1 + tl.arange(0, BLOCK_N2 if BLOCK_N2 > 0 else 1)
-    map_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]  # [BLOCK_M, 1]
     mean += batch * rows * keys
     share = 1.0 / heads
     if not ONE_GROUP:
@@ -52,19 +52,17 @@ def cross_attention_map_kernel(
             mean2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
 
     for first in tl.range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)[:, None, None]  # [HEADS, 1, 1]
+        head = first + tl.arange(0, HEADS)
         p1 = tl.zeros([HEADS, BLOCK_M, BLOCK_N1], tl.float32)
         if BLOCK_N2 > 0:
             p2 = tl.zeros([HEADS, BLOCK_M, BLOCK_N2], tl.float32)
-        for start in tl.range(0, HEAD_DIM, BLOCK_D):  # at run time: any head size, and few live registers
-            column = start + tl.arange(0, BLOCK_D)[None, None, :]
-            inside = (head < heads) & ((column < HEAD_DIM) | (HEAD_DIM % BLOCK_D == 0))
-            q_tile = load_tile(q, head, row, column, rows, inside, q_stride_h, q_stride_n, ALIGN)
-            k_tile = load_tile(k, head, key1[None, :, None], column, keys, inside, k_stride_h, k_stride_n, ALIGN)
-            p1 = tl.dot(q_tile, tl.trans(k_tile, 0, 2, 1), p1, input_precision=PRECISION)
+        for start in tl.range(0, head_dim, BLOCK_D):
+            tile = load_tile(q, head, row, start, heads, rows, q_stride_h, q_stride_n, BLOCK_D, HEAD_DIM, ALIGN)
+            k1 = load_tile(k, head, key1, start, heads, keys, k_stride_h, k_stride_n, BLOCK_D, HEAD_DIM, ALIGN)
+            p1 = tl.dot(rows_first(tile), columns_first(k1), p1, input_precision=PRECISION)
             if BLOCK_N2 > 0:
-                k_tile = load_tile(k, head, key2[None, :, None], column, keys, inside, k_stride_h, k_stride_n, ALIGN)
-                p2 = tl.dot(q_tile, tl.trans(k_tile, 0, 2, 1), p2, input_precision=PRECISION)
+                k2 = load_tile(k, head, key2, start, heads, keys, k_stride_h, k_stride_n, BLOCK_D, HEAD_DIM, ALIGN)
+                p2 = tl.dot(rows_first(tile), columns_first(k2), p2, input_precision=PRECISION)
         p1 = tl.where(key1[None, None, :] < keys, p1 * scale, float("-inf"))
         top = tl.max(p1, 2)  # [HEADS, BLOCK_M]
         if BLOCK_N2 > 0:
@@ -76,11 +74,11 @@ def cross_attention_map_kernel(
         if BLOCK_N2 > 0:
             total += tl.sum(p2, 2)
         # Heads beyond the last one have all-equal scores; a weight of 0 keeps them out of the map.
-        weight = tl.where(head < heads, (1.0 / total)[:, :, None], 0.0)
+        weight = tl.where(head[:, None] < heads, 1.0 / total, 0.0)[:, :, None]
         if ONE_GROUP:  # stored before the output is formed, which needs the registers
-            _store_map(mean, map_row, key1, tl.sum(p1 * weight, 0) * share, rows, keys)
+            _store_map(mean, row[:, None], key1, tl.sum(p1 * weight, 0) * share, rows, keys)
             if BLOCK_N2 > 0:
-                _store_map(mean, map_row, key2, tl.sum(p2 * weight, 0) * share, rows, keys)
+                _store_map(mean, row[:, None], key2, tl.sum(p2 * weight, 0) * share, rows, keys)
         else:
             mean1 += tl.sum(p1 * weight, 0)
             if BLOCK_N2 > 0:
@@ -88,28 +86,24 @@ def cross_attention_map_kernel(
 
         if WITH_OUTPUT:
             # Rounded before they are divided by their sum: the largest is 1, so fp16 loses no small ones.
-            v1 = p1.to(v.dtype.element_ty)
+            w1 = p1.to(v.dtype.element_ty)
             if BLOCK_N2 > 0:
-                v2 = p2.to(v.dtype.element_ty)
-            for start in tl.range(0, VALUE_DIM, BLOCK_D):
-                column = start + tl.arange(0, BLOCK_D)[None, None, :]
-                inside = (head < heads) & ((column < VALUE_DIM) | (VALUE_DIM % BLOCK_D == 0))
-                v_tile = load_tile(v, head, key1[None, :, None], column, keys, inside, v_stride_h, v_stride_n, ALIGN)
-                tile = tl.dot(v1, v_tile, input_precision=PRECISION)  # [HEADS, BLOCK_M, BLOCK_D]
+                w2 = p2.to(v.dtype.element_ty)
+            for start in tl.range(0, value_dim, BLOCK_D):
+                v1 = load_tile(v, head, key1, start, heads, keys, v_stride_h, v_stride_n, BLOCK_D, VALUE_DIM, ALIGN)
+                tile = tl.dot(w1, rows_first(v1), input_precision=PRECISION)  # [HEADS, BLOCK_M, BLOCK_D]
                 if BLOCK_N2 > 0:
-                    v_tile = load_tile(
-                        v, head, key2[None, :, None], column, keys, inside, v_stride_h, v_stride_n, ALIGN
-                    )
-                    tile = tl.dot(v2, v_tile, tile, input_precision=PRECISION)
-                tl.store(
-                    head_tile(out, head, row, column, o_stride_h, o_stride_n, ALIGN),
-                    (tile * weight).to(out.dtype.element_ty), mask=inside & (row < rows),
+                    v2 = load_tile(v, head, key2, start, heads, keys, v_stride_h, v_stride_n, BLOCK_D, VALUE_DIM, ALIGN)
+                    tile = tl.dot(w2, rows_first(v2), tile, input_precision=PRECISION)
+                store_tile(
+                    out, tile * weight, head, row, start, heads, rows, o_stride_h, o_stride_n,
+                    BLOCK_D, VALUE_DIM, ALIGN,
                 )  # fmt: skip
 
     if not ONE_GROUP:
-        _store_map(mean, map_row, key1, mean1 * share, rows, keys)
+        _store_map(mean, row[:, None], key1, mean1 * share, rows, keys)
         if BLOCK_N2 > 0:
-            _store_map(mean, map_row, key2, mean2 * share, rows, keys)
+            _store_map(mean, row[:, None], key2, mean2 * share, rows, keys)
 
 
 def run_one_sweep(
@@ -127,8 +121,9 @@ def run_one_sweep(
     values, result = (k, q) if v is None or out is None else (v, out)  # placeholders, not read
     strides = common_strides(q, k, values, result)
     cross_attention_map_kernel[(triton.cdiv(rows, config.block_m), batch)](
-        q, k, values, result, mean, scale * LOG2E, heads, rows, keys, *strides.values,
-        HEAD_DIM=head_dim, VALUE_DIM=values.shape[3], ALIGN=strides.align, PRECISION="ieee",
+        q, k, values, result, mean, scale * LOG2E, heads, rows, keys, head_dim, values.shape[3],
+        *strides.values,
+        HEAD_DIM=head_dim, VALUE_DIM=values.shape[3], ALIGN=strides.align, PRECISION=config.precision,
         WITH_OUTPUT=out is not None, ONE_GROUP=heads <= config.heads, HEADS=config.heads, BLOCK_M=config.block_m,
         BLOCK_N1=config.block_n[0], BLOCK_N2=config.block_n[1], BLOCK_D=config.block_d, num_warps=config.num_warps,
         num_stages=config.num_stages, enable_fp_fusion=True,

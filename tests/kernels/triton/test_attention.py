@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptxsim import simulated
 from scfg_kernels import attention_map, cross_attention_map, self_attention_map
 from scfg_kernels._launch import AttentionConfig
 from scfg_kernels._triton import KERNELS
@@ -23,23 +24,99 @@ CASES = {
     "more-heads-than-warps": ((1, 10, 5, 20, 64), torch.float16, "projection"),
     "two-sweeps": ((1, 2, 33, 300, 64), torch.float16, "projection"),
     "two-sweeps-160": ((1, 3, 18, 140, 160), torch.bfloat16, "projection"),
+    "512-tokens": ((1, 2, 16, 512, 64), torch.float16, "projection"),
 }
+# One architecture each: the other head sizes of both kernels, two sweeps in every layout, fp32.
+MORE_CASES = {
+    "head-96": (80, (1, 2, 17, 78, 96), torch.bfloat16, "projection"),
+    "head-128": (90, (1, 2, 17, 63, 128), torch.float16, "projection"),
+    "two-sweeps-40": (90, (3, 2, 17, 130, 40), torch.float16, "expanded"),
+    "two-sweeps-72": (80, (1, 2, 17, 131, 72), torch.bfloat16, "sliced"),
+    "two-sweeps-80": (90, (3, 1, 17, 144, 80), torch.float16, "projection"),
+    "two-sweeps-96": (80, (1, 2, 9, 129, 96), torch.float16, "contiguous"),
+    "two-sweeps-128": (90, (1, 2, 17, 150, 128), torch.bfloat16, "projection"),
+    "two-sweeps-more-heads-than-warps": (80, (2, 10, 17, 133, 16), torch.bfloat16, "projection"),
+    "fp32-40": (80, (1, 5, 17, 77, 40), torch.float32, "projection"),
+    "fp32-two-sweeps-64": (90, (1, 2, 17, 140, 64), torch.float32, "sliced"),
+    "fp32-two-sweeps-160": (80, (1, 3, 17, 133, 160), torch.float32, "projection"),
+}
+
+
+def check(rng, arch, shape, dtype, layout):
+    q, k, v = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
+    (out, mean), launches = run(arch, lambda: cross_attention_map(q, k, v, backend="triton"))
+    assert len(launches) == 1
+    naive_out, naive_mean = attention_with_map(q, k, v, shape[-1] ** -0.5)
+    true_out, true_mean = attention_with_map(q.double(), k.double(), v.double(), shape[-1] ** -0.5)
+    assert (out.dtype, mean.dtype) == (dtype, torch.float32)
+    assert out.transpose(1, 2).is_contiguous(), "the layer's projection reads [batch, queries, heads * head_dim]"
+    assert_as_accurate_as(out, naive_out, true_out, name="output")
+    if dtype == torch.float32:
+        assert_as_accurate_as(mean, naive_mean, true_mean, name="map")
+    else:
+        half = (q @ k.mT * shape[-1] ** -0.5).softmax(-1).mean(1)
+        assert_as_accurate_as(mean, half, true_mean, factor=1.0, name="map")
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("shape", "dtype", "layout"), **by_name(CASES))
 def test_output_and_map(rng, arch, shape, dtype, layout):
-    q, k, v = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
+    check(rng, arch, shape, dtype, layout)
+
+
+@pytest.mark.parametrize(("arch", "shape", "dtype", "layout"), **by_name(MORE_CASES))
+def test_output_and_map_of_more_sizes(rng, arch, shape, dtype, layout):
+    check(rng, arch, shape, dtype, layout)
+
+
+REAL_LAYERS = {
+    # name: (arch, shape [batch, heads, queries, keys, head_dim]). Queries are whole programs of 16 rows; the other
+    # programs of the layer do the same on other rows.
+    "sd15-16x16-self": (80, (1, 8, 256, 256, 160)),
+    "sd15-16x16-cross": (90, (1, 8, 256, 77, 160)),
+    "sdxl-32x32-self-one-of-64-programs": (90, (1, 20, 16, 1024, 64)),
+    "sdxl-32x32-cross-4-of-64-programs": (80, (1, 20, 64, 77, 64)),
+}
+
+
+@pytest.mark.parametrize(("arch", "shape"), **by_name(REAL_LAYERS))
+def test_bytes_and_wavefronts_of_a_real_layer(rng, arch, shape):
+    _, heads, queries, keys, dim = shape
+    q, k, v = (as_layout(x, "projection") for x in random_qkv(rng, shape, torch.float16))
     (out, mean), launches = run(arch, lambda: cross_attention_map(q, k, v, backend="triton"))
-    assert len(launches) == 1
-    naive_out, _ = attention_with_map(q, k, v, shape[-1] ** -0.5)
-    true_out, true_mean = attention_with_map(q.double(), k.double(), v.double(), shape[-1] ** -0.5)
-    assert (out.dtype, mean.dtype) == (dtype, torch.float32)
-    assert out.transpose(1, 2).is_contiguous(), "the layer's projection reads [batch, queries, heads * head_dim]"
-    assert_as_accurate_as(out, naive_out, true_out, name="output")
-    half = (q @ k.mT * shape[-1] ** -0.5).softmax(-1).mean(1)
-    assert_as_accurate_as(mean, half, true_mean, factor=1.0, name="map")
+    true_out, true_mean = attention_with_map(q.double(), k.double(), v.double(), dim**-0.5)
+    assert_as_accurate_as(out, attention_with_map(q, k, v, dim**-0.5)[0], true_out, name="output")
     torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
+
+    counters, traffic = launches[0].counters, launches[0].counters.traffic
+    sweeps, programs = (1, 2)[keys > 96], queries // 16
+    assert counters.ctas == programs
+    once = [traffic[name] for name in ("q", "out", "mean")]
+    groups = -(-heads // launches[0].num_warps)
+    if sweeps == 2 and groups > 1:  # further groups of heads read the map and write it again
+        once.remove(traffic["mean"])
+        assert traffic["mean"].moved_bytes == (2 * groups - 1) * 4 * mean.numel()
+    assert sum(x.moved_bytes for x in once) <= 1.2 * sum(x.unique_bytes for x in once)
+    assert traffic["k"].moved_bytes == sweeps * programs * k.nbytes, "from the L2 cache after the first program"
+    assert traffic["v"].moved_bytes == programs * v.nbytes
+    assert counters.shared_wavefronts <= 1.1 * counters.shared_wavefronts_ideal
+    assert counters.atomics == 0
+
+
+@pytest.mark.parametrize("keys", [20, 133])
+def test_results_do_not_depend_on_the_order_of_warps(rng, keys):
+    """Two launches, and two other legal interleavings of the warps, give the same bits.
+
+    Races are looked for in lockstep only: in the other orders, warps that store copies of one value look like one.
+    """
+    q, k, v = random_qkv(rng, (1, 10, 17, keys, 16), torch.bfloat16)
+    results = []
+    for order in ("lockstep", "lockstep", "forward", "backward"):
+        with simulated(80, order=order, check_races=order == "lockstep"):
+            results.append(cross_attention_map(q, k, v, backend="triton"))
+    for out, mean in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(mean, results[0][1])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -52,10 +129,13 @@ def test_the_map_alone_has_the_bits_of_the_map_beside_the_output(rng, arch, keys
     assert torch.equal(mean, beside)
 
 
-def test_self_attention_in_one_and_two_sweeps(rng):
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16)])
+def test_self_attention_in_one_and_two_sweeps(rng, block_m, block_n):
     q, k, v = random_qkv(rng, (1, 2, 33, 33, 40), torch.float16)
     (out, mean), _ = run(80, lambda: self_attention_map(q, k, v, backend="triton"))
-    forced = AttentionConfig(2, 2, heads=2, block_m=16, block_n=(32, 0), block_d=32, sweeps=2)
+    forced = AttentionConfig(
+        2, 1, heads=2, block_m=block_m, block_n=(block_n, 0), block_d=32, sweeps=2, precision="ieee"
+    )
     (out2, mean2), launches = run(80, lambda: KERNELS["self_attention_map"](q, k, v, 40**-0.5, forced))
     assert launches[0].kernel == "self_attention_map_kernel"
     truth, true_mean = attention_with_map(q.double(), k.double(), v.double(), 40**-0.5)

@@ -14,6 +14,7 @@ from scfg_kernels._launch import (
     complete_config,
     complete_limits,
     guide_limits,
+    head_widths,
     pixel_config,
     pixel_limits,
     segment_config,
@@ -33,22 +34,41 @@ DEVICES = {
 }
 
 
+def config_of(limits=DEVICES["sm_80"], batch=2, heads=8, rows=256, keys=256, head_dim=64, dtype=torch.float16):
+    return attention_config(batch, heads, rows, keys, head_dim, dtype, limits)
+
+
 @pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
 @pytest.mark.parametrize("heads", [1, 2, 5, 8, 10, 20])
 @pytest.mark.parametrize("keys", [1, 64, 77, 96, 128, 129, 256, 1024])
 def test_attention(limits, heads, keys):
-    config = attention_config(heads, keys, limits)
-    assert config.heads == config.num_warps, "one head per warp"
-    assert config.sweeps == (1 if keys <= 128 else 2)
-    assert config.sweeps == 2 or keys <= sum(config.block_n)
-    assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
-    if limits.arch == "gfx942":
-        assert config.heads <= 4
+    for head_dim, rows, dtype in ((40, 4096, torch.float16), (64, 1024, torch.bfloat16), (160, 256, torch.float32)):
+        config = config_of(limits, heads=heads, rows=rows, keys=keys, head_dim=head_dim, dtype=dtype)
+        assert config.heads == config.num_warps, "one head per warp"
+        assert config.sweeps == (1 if keys <= 96 else 2)
+        assert config.sweeps == 2 or keys <= sum(config.block_n)
+        assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
+        assert config.num_stages == 1, "an asynchronous copy cannot be permuted"
+        if limits.arch == "gfx942":
+            assert config.heads <= 4
 
 
 @pytest.mark.parametrize(("heads", "at_once"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (10, 4), (20, 4), (24, 8)])
 def test_few_warps_are_idle(heads, at_once):
-    assert attention_config(heads, 77, DEVICES["sm_80"]).heads == at_once
+    assert config_of(heads=heads, keys=77).heads == at_once
+
+
+def test_rows_are_wide_where_programs_are_many():
+    assert config_of(heads=20, rows=1024, keys=1024).block_m == 16, "64 programs for 108 multiprocessors"
+    many = config_of(batch=8, heads=20, rows=1024, keys=1024)
+    assert (many.block_m, many.block_n) == (32, (16, 0))
+    for options in ({"head_dim": 80}, {"keys": 77}, {"dtype": torch.float32}):
+        assert config_of(**{"batch": 64, "rows": 1024, "keys": 1024, **options}).block_m == 16, "registers"
+
+
+def test_products_of_fp32():
+    assert config_of(dtype=torch.float32).precision == "tf32x3"
+    assert config_of(DEVICES["gfx942"], dtype=torch.float32).precision == "ieee", "TF32 three times is NVIDIA's"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +78,13 @@ def test_few_warps_are_idle(heads, at_once):
 )  # fmt: skip
 def test_two_widths_cover_with_little_waste(size, widths):
     assert two_widths(size) == widths
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"), [(8, (16, 0)), (40, (64, 0)), (48, (32, 16)), (72, (64, 16)), (160, (128, 32))]
+)
+def test_widths_of_a_head_do_not_cut_sectors(size, widths):
+    assert head_widths(size) == widths
 
 
 @pytest.mark.parametrize("n", [1, 64, 256, 512, 513, 4096])
@@ -88,18 +115,21 @@ def test_configurations_are_frozen():
 
 
 def test_every_limit_of_attention_is_listed():
-    q, k = torch.zeros(1, 2, 4, 600)[..., ::2], torch.zeros(1, 2, 2000, 600)[..., ::2]
+    q = torch.zeros(1, 2, 4, 600, dtype=torch.float64)[..., ::2]
+    k = torch.zeros(1, 2, 2000, 600, dtype=torch.float64)[..., ::2]
     reasons = " ".join(attention_limits(q, k, None))
-    for part in ("fp16 and bf16 only", "2000 keys", "head sizes beyond 160", "stride 1"):
+    for part in ("computes in fp32", "2000 keys", "head sizes beyond 160", "stride 1"):
         assert part in reasons
-    assert attention_limits(q[..., :64].half().contiguous(), k[..., :64].half().contiguous()[:, :, :77], None) == []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert (
+            attention_limits(q[..., :64].to(dtype).contiguous(), k[:, :, :77, :64].to(dtype).contiguous(), None) == []
+        )
 
 
 def test_the_public_function_reports_the_limits():
-    with pytest.raises(
-        BackendError, match=r"CUDA device; the attention kernels compute products of fp16 and bf16 only"
-    ):
-        attention_map(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), backend="triton")
+    x = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(BackendError, match=r"CUDA device; the kernel computes in fp32"):
+        attention_map(x, x, backend="triton")
 
 
 def test_auto_takes_torch_where_a_limit_is_exceeded(monkeypatch):
