@@ -79,27 +79,28 @@ def test_a_step_adds_one_launch_per_captured_block_and_one(pipe, prompts) -> Non
     assert (triton.pop("complete"), triton.pop("segment_and_guide")) == (BLOCKS, 1)
     assert sum(triton.values()) == 2 * BLOCKS and all("attention_map" in name for name in triton)
     assert added == BLOCKS + 1 == 7
-    # Both halves of the batch are the guided prediction; guidance_scale becomes a tensor once per call.
-    assert others == {"aten::cat": 1, "aten::full": 1}
+    # Both halves of the batch are the guided prediction, of one image as a view; guidance_scale becomes a tensor once
+    # per call.
+    assert others == {"aten::full": 1} | ({"aten::clone": 1} if prompts > 1 else {})
 
 
 def test_two_steps_launch_twice_as_much(pipe) -> None:
     added, _, others = extra(pipe, SCFGConfig(), 2)
     assert added == 2 * (BLOCKS + 1)
-    assert others == {"aten::cat": 2, "aten::full": 1}
+    assert others == {"aten::full": 1}
 
 
 def test_steps_that_reuse_regions_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig(reuse_every=3), 3)
     assert (triton["segment_and_guide"], triton["guide"]) == (1, 2)
     assert added == BLOCKS + 1 + 2
-    assert others == {"aten::cat": 3, "aten::full": 1}
+    assert others == {"aten::full": 1}
 
 
 def test_rates_per_pixel_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig.pixels(), 2)
     assert (added, triton) == (2, {"guide_pixels": 2})
-    assert others == {"aten::cat": 2, "aten::full": 1}
+    assert others == {"aten::full": 1}
 
 
 def test_one_rate_for_the_image_adds_nothing(pipe) -> None:
