@@ -85,6 +85,14 @@ def _attention(
     return Case(op, sizes, dtype, call, dot=True, vectors=True)
 
 
+def _propagate(sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
+    def call() -> Any:
+        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
+        return scfg_kernels.propagate(q, k, torch.empty(2, tokens, TOKENS), backend="triton")
+
+    return Case("propagate", sizes, dtype, call, dot=True)
+
+
 def _complete(sizes: str, rows: int, fidelity: str = "official") -> Case:
     def call() -> Any:
         own, cross = torch.empty(2, rows, rows), torch.empty(2, rows, TOKENS)
@@ -153,6 +161,9 @@ def _cases() -> Iterator[Case]:
     yield _attention(alone, "sd15-16x16", 8, 256, 256, 160)
     yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64)
     yield _attention(alone, "sd15-16x16-text", 8, 256, TOKENS, 160)
+    yield _propagate("sd15-64x64", 8, 4096, 40, half)
+    for dtype in (half, brain):
+        yield _propagate("sdxl-64x64", 10, 4096, 64, dtype)
     yield _complete("sd15-8x8", 64)
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-16x16-paper", 256, "paper")

@@ -115,6 +115,14 @@ def _attention(op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: 
     return Case(op, sizes, make, scores, 0 if op == "attention_map" else scores, sweeps)
 
 
+def _propagate(sizes: str, heads: int, rows: int, keys: int, head_dim: int) -> Case:
+    def make() -> Arguments:
+        q, k = (_random(1, tokens, heads, head_dim).half().transpose(1, 2) for tokens in (rows, keys))
+        return (q, k, _random(1, keys, TOKENS).softmax(-1)), {}
+
+    return Case("propagate", sizes, make, 2 * heads * rows * keys * head_dim, 2 * rows * keys * TOKENS, 2)
+
+
 def _complete(sizes: str, rows: int) -> Case:
     def make() -> Arguments:
         maps = _random(2, rows, rows).softmax(-1), _random(2, rows, TOKENS).softmax(-1)
@@ -158,6 +166,7 @@ def _cases() -> Iterator[Case]:
     yield _attention("cross_attention_map", "sdxl-32x32", 20, 1024, TOKENS, 64)
     yield _attention("attention_map", "sd15-16x16", 8, 256, 256, 160)
     yield _attention("attention_map", "sd15-16x16-text", 8, 256, TOKENS, 160)
+    yield _propagate("sdxl-64x64-16rows", 10, 16, 4096, 64)
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-8x8", 64)
     yield _complete("sdxl-32x32", 1024)
