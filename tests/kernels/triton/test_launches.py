@@ -147,7 +147,7 @@ def operators() -> dict[str, Callable[[], Any]]:
         "cross_attention_map": lambda: ops.cross_attention_map(q, k, v, **options),
         "cross_attention_map, two sweeps": lambda: ops.cross_attention_map(q2, k2, v2, **options),
         "attention_map": lambda: ops.attention_map(q, k, **options),
-        "propagate": lambda: ops.propagate(q, q, cross[:, :17], **options),
+        "propagate": lambda: ops.propagate(q, q, random_maps(rng, 1, 17, 5), **options),
         "complete": lambda: ops.complete(own, cross, unconditional=1, **options),
         "segment": lambda: ops.segment(*regions, **options),
         "guide": lambda: ops.guide(u, c, ids, ids < 4, 7.5, num_tokens=11, **options),
