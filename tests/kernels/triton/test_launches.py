@@ -141,13 +141,14 @@ def operators() -> dict[str, Callable[[], Any]]:
     regions = maps, starts, [(4, 7), (4, 7), (2, 4)], (4, 7)
     u, c = torch.randn(2, 2, 4, 13, 25, generator=rng).half()
     ids = torch.randint(11, (2, 4, 7), generator=rng)
+    columns = random_maps(rng, 1, 17, 5)
     options: dict[str, Any] = dict(backend="triton")
     return {
         "self_attention_map": lambda: ops.self_attention_map(q, q, q, **options),
         "cross_attention_map": lambda: ops.cross_attention_map(q, k, v, **options),
         "cross_attention_map, two sweeps": lambda: ops.cross_attention_map(q2, k2, v2, **options),
         "attention_map": lambda: ops.attention_map(q, k, **options),
-        "propagate": lambda: ops.propagate(q, q, random_maps(rng, 1, 17, 5), **options),
+        "propagate": lambda: ops.propagate(q, q, columns, **options),
         "complete": lambda: ops.complete(own, cross, unconditional=1, **options),
         "segment": lambda: ops.segment(*regions, **options),
         "guide": lambda: ops.guide(u, c, ids, ids < 4, 7.5, num_tokens=11, **options),
