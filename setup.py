@@ -10,6 +10,7 @@ VERSION = (ROOT / "scfg_fast" / "_version.py").read_text(encoding="utf-8").split
 TEST = [
     "pytest>=8.0",
     "pytest-benchmark>=4.0",
+    "pytest-xdist>=3.5",
     "matplotlib>=3.8",
     "torchsde>=0.2.6",
     "peft>=0.17",
