@@ -62,6 +62,11 @@ class DisagreementError(RuntimeError):
     """Ours and the literal port do not compute the same latents; nothing may be timed."""
 
 
+SD15_UNET: dict[str, Any] = dict(
+    sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+)
+"""The UNet of Stable Diffusion 1.5."""
+
 SDXL_UNET: dict[str, Any] = dict(
     sample_size=128,
     block_out_channels=(320, 640, 1280),
@@ -97,9 +102,7 @@ def scheduler() -> DDIMScheduler:
 def sd15_pipeline() -> StableDiffusionPipeline:
     """The UNet of Stable Diffusion 1.5 at its real size, fp32, random weights; no text encoder, no autoencoder."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-    ).eval()
+    unet = UNet2DConditionModel(**SD15_UNET).eval()
     return StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=sharpen(unet), scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
