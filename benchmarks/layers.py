@@ -68,7 +68,7 @@ class Compared:
         self._previous: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def step(self, maps: StepMaps, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Compare all choices on the maps [B, T, N_l] and predictions [B, C, H, W]; returns the result of all layers."""
+        """Compare all choices on the maps and the predictions [B, C, H, W]; returns the result of all layers."""
         guided, rate, token, foreground = self._result(maps, range(len(self.blocks)), uncond, cond)
         plain = uncond + self.scale * (cond - uncond)
         effect = (guided - plain).square().mean().sqrt()
