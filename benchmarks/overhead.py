@@ -17,6 +17,8 @@ on the clock and of the time that the process was on a processor, which waiting 
 Memory: each variant runs in a fresh process, once. Two peaks are recorded: the resident size of the whole process
 (model, libraries and allocator included), and the bytes that torch's CPU allocator held above the loaded model.
 Operators: what the dispatcher sees in that step, without views and pure allocations.
+`--one-process`, for models that take minutes a step, leaves out the resident size and the operators and measures the
+rest in the calls that are timed.
 
 Nothing is timed unless the guided latents of ours and of the literal port agree. Weights are random but for bundled,
 with the query and key projections amplified so that attention has peaks, as a trained model's has.
@@ -223,7 +225,7 @@ class Subject:
     def variant(self, name: str) -> Callable[[], torch.Tensor]:
         if name.startswith("ours-"):
             return functools.partial(self.ours, name.removeprefix("ours-"))
-        return {"plain": self.plain, "ours": self.ours, "literal": self.literal}[name]
+        return {"plain": self.plain, CONTROL: self.plain, "ours": self.ours, "literal": self.literal}[name]
 
     @contextlib.contextmanager
     def _literal_installed(self) -> Iterator[None]:
@@ -352,18 +354,51 @@ def add_times(
     report.add(*place, "plain", f"{prefix}control_ratio", "x", ratios(samples[CONTROL], samples["plain"]))
 
 
-class OnProcessor:
-    """A call that also notes how long this process, all threads together, was on a processor for it."""
+class Metered:
+    """A call that notes, each time, how long it took and what it allocated.
 
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.seconds: list[float] = []
+    Args:
+        call: what to measure.
+        memory: measure memory too, by the profiler; its own work is not in the times.
+
+    Attributes:
+        clock: seconds.
+        processor: seconds that this process, all threads together, was on a processor.
+        allocated: bytes that torch's allocator held at once above what it held before; empty without `memory`.
+    """
+
+    def __init__(self, call: Callable[[], Any], memory: bool = False) -> None:
+        self.clock: list[float] = []
+        self.processor: list[float] = []
+        self.allocated: list[float] = []
         self._call = call
+        self._memory = memory
 
-    def __call__(self) -> Any:
-        began = time.process_time()
+    def __call__(self) -> None:
+        if self._memory:
+            self.allocated.append(allocated_peak(self._timed))
+        else:
+            self._timed()
+
+    def _timed(self) -> Any:
+        clock, processor = time.perf_counter(), time.process_time()
         result = self._call()
-        self.seconds.append(time.process_time() - began)
+        self.clock.append(time.perf_counter() - clock)
+        self.processor.append(time.process_time() - processor)
+        if self._memory:
+            print(f"    {self.clock[-1]:.2f} s, {self.processor[-1]:.2f} s on a processor", flush=True)
         return result
+
+
+def add_allocated(report: Report, place: tuple[str, str, str, int], calls: dict[str, Metered], model: int) -> None:
+    """Rows of allocated memory from calls that measured it; `model` is the size of the weights in bytes."""
+    plain = Spread.of(calls["plain"].allocated).value
+    for name, call in calls.items():
+        if name != CONTROL:
+            this = Spread.of(call.allocated).value
+            report.add(*place, name, "peak_allocated", "MiB", this / MIB)
+            report.add(*place, name, "peak_allocated_ratio", "x", this / plain)
+            report.add(*place, name, "peak_model_and_allocated_ratio", "x", (model + this) / (model + plain))
 
 
 def table(report: Report) -> str:
@@ -395,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=450.0, help="start no round that would end later (default: 450)"
     )
+    parser.add_argument("--one-process", action="store_true", help="no fresh process per variant; see above")
     parser.add_argument("--out", type=Path, help="without suffix; default: benchmarks/results/overhead-ARCH")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
@@ -411,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     architecture = ARCHITECTURES[arguments.arch]
     report = Report({**vars(arguments), "out": out.name})
     prints = {}
-    for name in architecture.variants:
+    for name in () if arguments.one_process else architecture.variants:
         prints[name] = in_fresh_process(arguments.arch, arguments.size, name, arguments.threads)
         this = prints[name]
         resident, allocated, model = (value / MIB for value in (this.resident, this.allocated, this.model))
@@ -419,7 +455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     subject = Subject(arguments.arch, arguments.size)
     place = (f"overhead/{arguments.arch}-{subject.size}/b1", "overhead", f"{arguments.arch}-{subject.size}", 1)
-    add_footprints(report, place, prints)
+    if prints:
+        add_footprints(report, place, prints)
     say("model loaded; one step of each variant to warm up and to compare")
     compared = Subject(arguments.arch, architecture.compare_at, subject.pipe) if architecture.compare_at else subject
     try:
@@ -436,16 +473,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"round {index + 1}/{arguments.rounds}: plain {latest['plain']:.3f} s; ratios: {ratio_text}")
         return time.perf_counter() - began + sum(latest.values()) < arguments.seconds
 
-    calls = {name: OnProcessor(subject.variant(name)) for name in architecture.variants}
-    calls[CONTROL] = OnProcessor(subject.plain)
-    samples = interleaved(calls, arguments.rounds, after_round=progress)
-    if len(samples["plain"]) < arguments.rounds:
-        say(f"stopped after {len(samples['plain'])} rounds: --seconds {arguments.seconds:g}")
-    on_processor = {name: call.seconds for name, call in calls.items()}
-    report.samples[place[0]] = samples
-    report.samples[f"{place[0]} on a processor"] = on_processor
-    add_times(report, place, samples)
-    add_times(report, place, on_processor, "cpu_")
+    calls = {name: Metered(subject.variant(name), arguments.one_process) for name in (*architecture.variants, CONTROL)}
+    rounds = len(interleaved(calls, arguments.rounds, after_round=progress)["plain"])
+    if rounds < arguments.rounds:
+        say(f"stopped after {rounds} rounds: --seconds {arguments.seconds:g}")
+    for prefix, samples in (
+        ("", {name: call.clock for name, call in calls.items()}),
+        ("cpu_", {name: call.processor for name, call in calls.items()}),
+    ):
+        report.samples[f"{place[0]} {prefix}time"] = samples
+        add_times(report, place, samples, prefix)
+    if arguments.one_process:
+        model = sum(p.numel() * p.element_size() for p in subject.pipe.unet.parameters())
+        add_allocated(report, place, calls, model)
     report.write(out, finished=True)
     print(table(report))
     print(f"wrote {out.name}.csv and .json")
