@@ -36,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -58,6 +58,9 @@ ATTENTION_GAIN = 2.5
 FACTORS = (4, 8)
 # Latent pixels where ours and the literal port may differ: those whose cell is a near-tie between two tokens.
 DISAGREEING_PIXELS_ALLOWED = 0.02
+
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 class DisagreementError(RuntimeError):
@@ -85,14 +88,14 @@ SDXL_UNET: dict[str, Any] = dict(
 """The UNet of SDXL base 1.0: 2.57 G parameters, 60 transformer blocks at latent / 4 and 10 at latent / 2."""
 
 
-def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def sharpen(model: _Module) -> _Module:
     """Scale the query and key weights by `ATTENTION_GAIN`."""
     with torch.no_grad():
-        for module in unet.modules():
+        for module in model.modules():
             if isinstance(module, Attention):
                 module.to_q.weight *= ATTENTION_GAIN
                 module.to_k.weight *= ATTENTION_GAIN
-    return unet
+    return model
 
 
 def scheduler() -> DDIMScheduler:
