@@ -158,7 +158,7 @@ def stages(blocks: Sequence[BlockInfo]) -> dict[str, Sequence[int]]:
     for step in (2, 5):
         choices[f"one in {step} of each"] = [i for i, at in enumerate(place) if at % step == step // 2]
     choices["one-per-transformer"] = [where[block.name] for block in middles(blocks)]
-    return choices
+    return {name: members for name, members in choices.items() if members}
 
 
 def bundled(pictures: int, steps: int) -> Compared:
