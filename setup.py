@@ -39,7 +39,7 @@ setup(
     package_data={"scfg_fast.models": ["scenes256/*", "scenes256/*/*", "classifier/*"]},
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.42",
+        "diffusers>=0.38.0",
         "transformers>=5.0",
         "accelerate>=1.0",
         "huggingface_hub>=1.0",

@@ -1,20 +1,26 @@
 """One denoising step of a whole UNet: plain guidance, S-CFG with this package, and the literal published way.
 
-    python -m benchmarks.overhead --arch sd15|bundled|tiny [--size 512] [--rounds 5] [--threads N]
+    python -m benchmarks.overhead --arch sd15|sdxl|bundled|tiny [--size 512] [--rounds 5] [--threads N]
 
-Every variant is one step of the same `StableDiffusionPipeline.__call__`, given prompt embeddings and latents:
+Every variant is one step of the same call of a Stable Diffusion or SDXL pipeline, given prompt embeddings and latents:
 
     plain      stock processors, nothing installed
     ours       `scfg_fast.enable(pipe)`
     literal    every attention layer materialises its probabilities (`LiteralCaptureProcessor`), and a hook on the UNet
                computes the guided noise the published way; like ours it enters through the UNet's output
 
-Time: the variants are interleaved in one process, plain twice per round; ratios are taken within a round.
+SDXL has `ours-LAYERS`, for `SCFGConfig(layers="LAYERS")`, in the place of ours, and no literal: the published code does
+not run there. Ours is compared with the literal port at 256 pixels.
+
+Time: the variants are interleaved in one process, plain twice per round; ratios are taken within a round, of the time
+on the clock and of the time that the process was on a processor, which waiting for one does not lengthen.
 Memory: each variant runs in a fresh process, once. Two peaks are recorded: the resident size of the whole process
 (model, libraries and allocator included), and the bytes that torch's CPU allocator held above the loaded model.
 Operators: what the dispatcher sees in that step, without views and pure allocations.
+`--one-process`, for models that take minutes a step, leaves out the resident size and the operators and measures the
+rest in the calls that are timed.
 
-Nothing is timed unless the guided latents of ours and of the literal port agree. Weights are random for sd15 and tiny,
+Nothing is timed unless the guided latents of ours and of the literal port agree. Weights are random but for bundled,
 with the query and key projections amplified so that attention has peaks, as a trained model's has.
 """
 
@@ -22,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +36,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 
 import scfg_fast
+from scfg_fast import SCFGConfig
 from tests.pipelines.tiny import tiny_sd_pipeline
 from tests.reference.official import LiteralCaptureProcessor, LiteralStore
 
@@ -46,34 +54,89 @@ from .report import RESULTS, Report
 
 VARIANTS = ("plain", "ours", "literal")
 CONTROL = "plain (again)"
-ARCHITECTURES = ("sd15", "bundled", "tiny")
 ATTENTION_GAIN = 2.5
 FACTORS = (4, 8)
 # Latent pixels where ours and the literal port may differ: those whose cell is a near-tie between two tokens.
 DISAGREEING_PIXELS_ALLOWED = 0.02
 
 
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
 class DisagreementError(RuntimeError):
     """Ours and the literal port do not compute the same latents; nothing may be timed."""
+
+
+SD15_UNET: dict[str, Any] = dict(
+    sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+)
+"""The UNet of Stable Diffusion 1.5."""
+
+SDXL_UNET: dict[str, Any] = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+"""The UNet of SDXL base 1.0: 2.57 G parameters, 60 transformer blocks at latent / 4 and 10 at latent / 2."""
+
+
+def sharpen(model: _Module) -> _Module:
+    """Scale the query and key weights by `ATTENTION_GAIN`."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.to_q.weight *= ATTENTION_GAIN
+                module.to_k.weight *= ATTENTION_GAIN
+    return model
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
 
 
 def sd15_pipeline() -> StableDiffusionPipeline:
     """The UNet of Stable Diffusion 1.5 at its real size, fp32, random weights; no text encoder, no autoencoder."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-    ).eval()
-    with torch.no_grad():
-        for module in unet.modules():
-            if isinstance(module, Attention):
-                module.to_q.weight *= ATTENTION_GAIN
-                module.to_k.weight *= ATTENTION_GAIN
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
+    unet = UNet2DConditionModel(**SD15_UNET).eval()
     return StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler,
+        vae=None, text_encoder=None, tokenizer=None, unet=sharpen(unet), scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def random_unet(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A UNet with random weights of torch's default spread, without the time that its default initialisers take.
+
+    Matrices and kernels are normal with variance 1 / (3 fan_in), norms the identity, biases zero; then `sharpen`.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config).to(dtype)
+    unet = unet.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=(3.0 * parameter[0].numel()) ** -0.5, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return sharpen(unet)
+
+
+def sdxl_pipeline() -> StableDiffusionXLPipeline:
+    """The UNet of SDXL at its real size, fp32 (9.6 GiB), random weights; no text encoders, no autoencoder."""
+    return StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=random_unet(SDXL_UNET), scheduler=scheduler(),
     )  # fmt: skip
 
 
@@ -84,12 +147,40 @@ def bundled_pipeline() -> StableDiffusionPipeline:
     )
 
 
-class Subject:
-    """A pipeline with fixed inputs that can run one step in each variant."""
+@dataclass(frozen=True)
+class Architecture:
+    """A pipeline to measure.
 
-    def __init__(self, arch: str, size: int | None = None) -> None:
-        make = {"sd15": sd15_pipeline, "bundled": bundled_pipeline, "tiny": tiny_sd_pipeline}[arch]
-        self.pipe = make()
+    Attributes:
+        make: makes it.
+        variants: what is measured; the first is plain.
+        compare_at: pixels a side at which ours is compared with the literal port; None for the size that is timed.
+    """
+
+    make: Callable[[], Any]
+    variants: tuple[str, ...] = VARIANTS
+    compare_at: int | None = None
+
+
+ARCHITECTURES = {
+    "sd15": Architecture(sd15_pipeline),
+    "sdxl": Architecture(sdxl_pipeline, ("plain", "ours-all", "ours-one-per-transformer"), compare_at=256),
+    "bundled": Architecture(bundled_pipeline),
+    "tiny": Architecture(tiny_sd_pipeline),
+}
+
+
+class Subject:
+    """A pipeline with fixed inputs that can run one step in each variant.
+
+    Args:
+        arch: one of `ARCHITECTURES`.
+        size: pixels a side; default: the model's own.
+        pipe: take this one instead of making one.
+    """
+
+    def __init__(self, arch: str, size: int | None = None, pipe: Any = None) -> None:
+        self.pipe = ARCHITECTURES[arch].make() if pipe is None else pipe
         self.pipe.set_progress_bar_config(disable=True)
         unet = self.pipe.unet
         self.size = size or unet.config.sample_size * self.pipe.vae_scale_factor
@@ -102,21 +193,26 @@ class Subject:
         width = unet.config.cross_attention_dim
         self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng)
         self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng)
+        self.more: dict[str, torch.Tensor] = {}
+        if isinstance(self.pipe, StableDiffusionXLPipeline):
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            names = ("negative_pooled_prompt_embeds", "pooled_prompt_embeds")
+            self.more = dict(zip(names, torch.randn(2, 1, pooled, generator=rng), strict=True))
 
     def _call(self) -> torch.Tensor:
         return self.pipe(
             prompt_embeds=self.embeds[1], negative_prompt_embeds=self.embeds[0], latents=self.latents,
             height=self.size, width=self.size, num_inference_steps=1, guidance_scale=registry.GUIDANCE_SCALE,
-            output_type="latent",
+            output_type="latent", **self.more,
         ).images  # fmt: skip
 
     def plain(self) -> torch.Tensor:
         """Guided latents after one step of plain guidance."""
         return self._call()
 
-    def ours(self) -> torch.Tensor:
+    def ours(self, layers: str = "auto") -> torch.Tensor:
         """The same with S-CFG; enabling and disabling are part of the step."""
-        handle = scfg_fast.enable(self.pipe, strict=True)
+        handle = scfg_fast.enable(self.pipe, SCFGConfig(layers=layers), strict=True)
         try:
             return self._call()
         finally:
@@ -130,7 +226,9 @@ class Subject:
             return self._call()
 
     def variant(self, name: str) -> Callable[[], torch.Tensor]:
-        return {"plain": self.plain, "ours": self.ours, "literal": self.literal}[name]
+        if name.startswith("ours-"):
+            return functools.partial(self.ours, name.removeprefix("ours-"))
+        return {"plain": self.plain, CONTROL: self.plain, "ours": self.ours, "literal": self.literal}[name]
 
     @contextlib.contextmanager
     def _literal_installed(self) -> Iterator[None]:
@@ -248,21 +346,72 @@ def add_footprints(report: Report, place: tuple[str, str, str, int], prints: dic
         report.add(*place, name, "ops_inside_extra", "ops", float(this.inside - plain.inside))
 
 
-def add_times(report: Report, place: tuple[str, str, str, int], samples: dict[str, list[float]]) -> None:
-    """Rows of times and of ratios within rounds."""
-    for name in VARIANTS:
-        report.add(*place, name, "time", "s", Spread.of(samples[name]))
-        report.add(*place, name, "time_ratio", "x", ratios(samples[name], samples["plain"]))
-    report.add(*place, "plain", "control_ratio", "x", ratios(samples[CONTROL], samples["plain"]))
+def add_times(
+    report: Report, place: tuple[str, str, str, int], samples: dict[str, list[float]], prefix: str = ""
+) -> None:
+    """Rows of times and of ratios within rounds; `prefix` of the metrics says which clock."""
+    for name in samples:
+        if name != CONTROL:
+            report.add(*place, name, f"{prefix}time", "s", Spread.of(samples[name]))
+            report.add(*place, name, f"{prefix}time_ratio", "x", ratios(samples[name], samples["plain"]))
+    report.add(*place, "plain", f"{prefix}control_ratio", "x", ratios(samples[CONTROL], samples["plain"]))
+
+
+class Metered:
+    """A call that notes, each time, how long it took and what it allocated.
+
+    Args:
+        call: what to measure.
+        memory: measure memory too, by the profiler; its own work is not in the times.
+
+    Attributes:
+        clock: seconds.
+        processor: seconds that this process, all threads together, was on a processor.
+        allocated: bytes that torch's allocator held at once above what it held before; empty without `memory`.
+    """
+
+    def __init__(self, call: Callable[[], Any], memory: bool = False) -> None:
+        self.clock: list[float] = []
+        self.processor: list[float] = []
+        self.allocated: list[float] = []
+        self._call = call
+        self._memory = memory
+
+    def __call__(self) -> None:
+        if self._memory:
+            self.allocated.append(allocated_peak(self._timed))
+        else:
+            self._timed()
+
+    def _timed(self) -> Any:
+        clock, processor = time.perf_counter(), time.process_time()
+        result = self._call()
+        self.clock.append(time.perf_counter() - clock)
+        self.processor.append(time.process_time() - processor)
+        if self._memory:
+            print(f"    {self.clock[-1]:.2f} s, {self.processor[-1]:.2f} s on a processor", flush=True)
+        return result
+
+
+def add_allocated(report: Report, place: tuple[str, str, str, int], calls: dict[str, Metered], model: int) -> None:
+    """Rows of allocated memory from calls that measured it; `model` is the size of the weights in bytes."""
+    plain = Spread.of(calls["plain"].allocated).value
+    for name, call in calls.items():
+        if name != CONTROL:
+            this = Spread.of(call.allocated).value
+            report.add(*place, name, "peak_allocated", "MiB", this / MIB)
+            report.add(*place, name, "peak_allocated_ratio", "x", this / plain)
+            report.add(*place, name, "peak_model_and_allocated_ratio", "x", (model + this) / (model + plain))
 
 
 def table(report: Report) -> str:
     """The rows as a table for the screen: one line per metric, one column per variant."""
     found = {(row.metric, row.provider): row for row in report.rows}
-    lines = [f"{'':32}" + "".join(f"{name:>26}" for name in VARIANTS)]
+    variants = list(dict.fromkeys(row.provider for row in report.rows))
+    lines = [f"{'':32}" + "".join(f"{name:>26}" for name in variants)]
     for metric in dict.fromkeys(row.metric for row in report.rows):
         cells = []
-        for name in VARIANTS:
+        for name in variants:
             row = found.get((metric, name))
             if row is None or row.value is None:
                 cells.append("")
@@ -277,13 +426,14 @@ def table(report: Report) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sd15")
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="sd15")
     parser.add_argument("--size", type=int, help="pixels per side; default: the model's own (512 for sd15)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument(
         "--seconds", type=float, default=450.0, help="start no round that would end later (default: 450)"
     )
+    parser.add_argument("--one-process", action="store_true", help="no fresh process per variant; see above")
     parser.add_argument("--out", type=Path, help="without suffix; default: benchmarks/results/overhead-ARCH")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
@@ -297,9 +447,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
 
+    architecture = ARCHITECTURES[arguments.arch]
     report = Report({**vars(arguments), "out": out.name})
     prints = {}
-    for name in VARIANTS:
+    for name in () if arguments.one_process else architecture.variants:
         prints[name] = in_fresh_process(arguments.arch, arguments.size, name, arguments.threads)
         this = prints[name]
         resident, allocated, model = (value / MIB for value in (this.resident, this.allocated, this.model))
@@ -307,10 +458,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     subject = Subject(arguments.arch, arguments.size)
     place = (f"overhead/{arguments.arch}-{subject.size}/b1", "overhead", f"{arguments.arch}-{subject.size}", 1)
-    add_footprints(report, place, prints)
+    if prints:
+        add_footprints(report, place, prints)
     say("model loaded; one step of each variant to warm up and to compare")
+    compared = Subject(arguments.arch, architecture.compare_at, subject.pipe) if architecture.compare_at else subject
     try:
-        differ = check_agreement({name: subject.variant(name)() for name in VARIANTS})
+        differ = check_agreement({name: compared.variant(name)() for name in VARIANTS})
     except DisagreementError as error:
         print(f"REFUSED TO TIME: {error}", file=sys.stderr)
         return 1
@@ -318,17 +471,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"ours and the literal port agree in {1 - differ:.2%} of the latent pixels")
 
     def progress(index: int, latest: dict[str, float]) -> bool:
-        against = {name: latest[name] / latest["plain"] for name in (CONTROL, "ours", "literal")}
+        against = {name: latest[name] / latest["plain"] for name in (CONTROL, *architecture.variants[1:])}
         ratio_text = ", ".join(f"{name} {value:.3f}" for name, value in against.items())
         say(f"round {index + 1}/{arguments.rounds}: plain {latest['plain']:.3f} s; ratios: {ratio_text}")
         return time.perf_counter() - began + sum(latest.values()) < arguments.seconds
 
-    calls = {**{name: subject.variant(name) for name in VARIANTS}, CONTROL: subject.plain}
-    samples = interleaved(calls, arguments.rounds, after_round=progress)
-    if len(samples["plain"]) < arguments.rounds:
-        say(f"stopped after {len(samples['plain'])} rounds: --seconds {arguments.seconds:g}")
-    report.samples[place[0]] = samples
-    add_times(report, place, samples)
+    calls = {name: Metered(subject.variant(name), arguments.one_process) for name in (*architecture.variants, CONTROL)}
+    rounds = len(interleaved(calls, arguments.rounds, after_round=progress)["plain"])
+    if rounds < arguments.rounds:
+        say(f"stopped after {rounds} rounds: --seconds {arguments.seconds:g}")
+    for prefix, samples in (
+        ("", {name: call.clock for name, call in calls.items()}),
+        ("cpu_", {name: call.processor for name, call in calls.items()}),
+    ):
+        report.samples[f"{place[0]} {prefix}time"] = samples
+        add_times(report, place, samples, prefix)
+    if arguments.one_process:
+        model = sum(p.numel() * p.element_size() for p in subject.pipe.unet.parameters())
+        add_allocated(report, place, calls, model)
     report.write(out, finished=True)
     print(table(report))
     print(f"wrote {out.name}.csv and .json")

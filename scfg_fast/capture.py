@@ -72,10 +72,12 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
         if missing_levels:
             raise ValueError(f"levels: this model has no attention at {missing_levels}; it has {have}")
         levels = set(config.levels)
-    elif config.layers != "auto":
+    elif isinstance(config.layers, tuple):
         levels = set(have)
     elif any(block.depth is not None for block in blocks):
-        return central(blocks)
+        if config.layers == "auto":
+            return central(blocks)
+        levels = set(have)
     else:
         levels = {config.cell, 2 * config.cell}
     chosen = [block for block in blocks if block.level in levels]
@@ -84,9 +86,19 @@ def choose_layers(blocks: Sequence[BlockInfo], config: SCFGConfig) -> list[Block
             f"no attention layer at the downsampling factors {sorted(levels)} that cell={config.cell} needs; this "
             f"model has attention at {have}. Pass SCFGConfig(levels=[...]) to choose among them."
         )
+    if config.layers == "one-per-transformer":
+        return middles(chosen)
     if config.layers == "auto" and any(block.joint for block in chosen):
         return [block for block in chosen if block in last_of_level(chosen, block.level)]
     return chosen
+
+
+def middles(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
+    """The middle block of every transformer (`attentions.0` and so on), the later one of two middles, in order."""
+    transformers: dict[str, list[BlockInfo]] = {}
+    for block in blocks:
+        transformers.setdefault(block.name.rpartition(".transformer_blocks.")[0], []).append(block)
+    return [members[len(members) // 2] for members in transformers.values()]
 
 
 def last_of_level(blocks: Sequence[BlockInfo], level: int) -> list[BlockInfo]:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 CONFIG_NAME = "scfg_config.json"
 _RATES = ("regions", "pixels", "none")
 _FIDELITIES = ("official", "paper")
+_LAYERS = ("auto", "all", "one-per-transformer")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
 _BENCHMARKS = ("auto", "foreground", "image")
@@ -38,8 +39,10 @@ class SCFGConfig:
         cell: latent pixels per side of one cell of the region mask (R in the code).
         levels: downsampling factors of the attention layers to capture, or `"auto"`: `cell` and `2 * cell`, as far as
             the model has them.
-        layers: names of the transformer blocks to capture, as in `unet.named_modules()`, or `"auto"`: all at these
-            levels; of DeepFloyd IF the last three at each, as in the code.
+        layers: which transformer blocks to capture: `"all"` at these levels; `"one-per-transformer"`, the middle block
+            of every transformer at these levels, which is 6 of SDXL's 60 and all of SD 1.x and 2.x; `"auto"`, which is
+            `"all"` in UNets, but of DeepFloyd IF the last three at each level, as in the code, and of a diffusion
+            transformer four in the middle; or their names, as in `unet.named_modules()`.
         powers: R of the completion, (S + (R-1) S S)/R in `"official"`, mean of S^1..S^R in `"paper"`.
         blur_sigma: 3x3 smoothing of the maps and of the rate; acts as sigma * sqrt(2), as the published code does. 0
             for none.
@@ -115,10 +118,10 @@ class SCFGConfig:
             factors = self.levels if isinstance(self.levels, tuple) else ()
             if not factors or not all(_is_int(r) and r >= 1 and r & (r - 1) == 0 for r in factors):
                 yield f"levels must be 'auto' or a list of downsampling factors such as [4, 8], got {self.levels!r}"
-        if self.layers != "auto":
+        if self.layers not in _LAYERS:
             names = self.layers if isinstance(self.layers, tuple) else ()
             if not names or not all(isinstance(name, str) for name in names):
-                yield f"layers must be 'auto' or a list of transformer block names, got {self.layers!r}"
+                yield f"layers must be one of {_LAYERS} or a list of transformer block names, got {self.layers!r}"
         if not _is_number(self.blur_sigma) or not 0.0 <= self.blur_sigma < float("inf"):
             yield f"blur_sigma must be a number of at least 0, got {self.blur_sigma!r}"
         for name in ("rate_min", "rate_max", "max_scale"):

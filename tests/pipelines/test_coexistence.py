@@ -1,19 +1,26 @@
-"""What people combine a pipeline with: adapters, offloading, casting, caching, merging."""
+"""What people combine a pipeline with: attention code, adapters, offloading, casting, caching, merging, CUDA graphs."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfg_fast
+from benchmarks.measure import IMPLEMENTATIONS
 from scfg_fast import Regions, SCFGWarning
 from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.reference.replaced import replaced_run
@@ -62,6 +69,123 @@ def assert_the_published_method(pipe: DiffusionPipeline, **overrides: Any) -> No
     assert relative(plain, expected) > 100 * TOLERANCE
     scfg_fast.disable(pipe)
     assert torch.equal(run(pipe, **overrides), plain)
+
+
+# Who computes the attention
+
+
+def xformers_in_torch(query, key, value, attn_bias=None, op=None, scale=None):
+    """`xformers.ops.memory_efficient_attention` for [B, N, d], on any device."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, scale=scale)
+
+
+def test_xformers(pipe, monkeypatch) -> None:
+    """Its processor, its operator computed by torch: the output is the processor's, the maps come from beside it."""
+    emulated = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=xformers_in_torch))
+    monkeypatch.setattr(attention_processor, "xformers", emulated)
+    pipe.unet.set_attn_processor(XFormersAttnProcessor())
+    assert_the_published_method(pipe)
+
+
+def test_xformers_where_it_cannot_run(pipe) -> None:
+    """Not installed, or without a GPU: its own error, its own processor, and a stock pipeline afterwards."""
+    plain, stock, theirs = run(pipe), dict(pipe.unet.attn_processors), XFormersAttnProcessor()
+    pipe.unet.set_attn_processor(theirs)
+    errors = (AttributeError, NotImplementedError)  # without the package; with it, on a CPU
+    with pytest.raises(errors) as expected:
+        run(pipe)
+    scfg_fast.enable(pipe)
+    with pytest.raises(type(expected.value)) as actual:
+        run(pipe)
+    assert str(actual.value) == str(expected.value)
+    assert all(processor is theirs for processor in pipe.unet.attn_processors.values())
+    pipe.unet.set_attn_processor(stock)
+    with scfg_fast.disabled(pipe):
+        assert torch.equal(run(pipe), plain)
+
+
+class DispatchedAttnProcessor:
+    """Attention through diffusers' dispatcher, which `set_attention_backend` speaks to."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        split = lambda x: x.unflatten(-1, (attn.heads, -1))  # noqa: E731
+        query, key, value = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
+        self.asked.add(AttentionBackendName(self._attention_backend).value)
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+@pytest.fixture
+def native_backend_afterwards(pipe):
+    """The dispatcher's choice is global: put it back."""
+    yield
+    pipe.unet.set_attention_backend("native")
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(pipe, native_backend_afterwards, backend: str) -> None:
+    processor = DispatchedAttnProcessor()
+    pipe.unet.set_attn_processor(processor)
+    pipe.unet.set_attention_backend(backend)
+    assert_the_published_method(pipe)
+    assert processor.asked == {backend}
+
+
+def outcomes(pipe: DiffusionPipeline) -> dict[str, str]:
+    """What `set_attention_backend` says to every name that it knows: an error, or the processors that took it."""
+    said = {}
+    for backend in AttentionBackendName:
+        try:
+            pipe.unet.set_attention_backend(backend.value)
+            took = [getattr(p, "_attention_backend", None) for p in pipe.unet.attn_processors.values()]
+            said[backend.value] = f"accepted by {sum(name is not None for name in took)} layers"
+        except (RuntimeError, ValueError) as error:
+            said[backend.value] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def test_names_of_attention_backends(pipe, native_backend_afterwards) -> None:
+    """Sage, flash and all others: the same answers as of a stock pipeline; UNet's own processors heed none of them."""
+    plain, expected = run(pipe), outcomes(pipe)
+    scfg_fast.enable(pipe)
+    guided = run(pipe)
+    assert {"sage", "flash", "xformers", "native"} <= set(expected)
+    assert outcomes(pipe) == expected and expected["native"] == "accepted by 0 layers"
+    assert torch.equal(run(pipe), guided)
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_a_replaced_scaled_dot_product_attention(pipe, monkeypatch) -> None:
+    """How SageAttention is put into Stable Diffusion: it computes the output of all layers, captured or not."""
+    exact, calls = F.scaled_dot_product_attention, []
+
+    def approximate(query, key, value, *args, **kwargs):
+        calls.append(query.shape)
+        return exact(0.98 * query, key, value, *args, **kwargs)
+
+    before = run(pipe)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", approximate)
+    assert relative(run(pipe), before) > 1e-4
+    calls.clear()
+    scfg_fast.enable(pipe)
+    run(pipe)
+    assert len(calls) == STEPS * len(pipe.unet.attn_processors) + text_encoder_calls(pipe)
+    scfg_fast.disable(pipe)
+    assert_the_published_method(pipe)
+
+
+def text_encoder_calls(pipe: DiffusionPipeline) -> int:
+    """Attention layers that encoding the two prompts runs."""
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    return 2 * sum(encoder.config.num_hidden_layers for encoder in encoders if encoder is not None)
 
 
 # Adapters
@@ -259,3 +383,67 @@ def test_merged_tokens_leave_their_layer_out() -> None:
     with pytest.warns(SCFGWarning, match=f"{name}.*left no usable attention map") as caught:
         run(pipe)
     assert len(caught) == 1 and handle.stats.steps_applied == STEPS
+
+
+# CUDA graphs: what a step must not do to be captured in one
+
+
+READS_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique")
+"""Operators that wait for the device, or whose result has a size that depends on the data."""
+
+
+class StepTrace(TorchDispatchMode):
+    """What every step dispatches, from the denoiser's call to the scheduler's: names, shapes, dtypes, in order.
+
+    Operators of `scfg_kernels` run their torch implementation in plain sight.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, monkeypatch) -> None:
+        super().__init__()
+        self.steps: list[list[tuple]] = []
+        self._inside = False
+        step = pipe.scheduler.step
+
+        def leave(*args, **kwargs):
+            self._inside = False
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(pipe.scheduler, "step", leave)
+        self._hook = pipe.unet.register_forward_pre_hook(self._enter)  # before ours, which come with the call
+
+    def _enter(self, module: torch.nn.Module, args: tuple) -> None:
+        self._inside = True
+        self.steps.append([])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if self._inside:
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.steps[-1].append((name, tuple((tuple(x.shape), x.dtype) for x in tensors)))
+            if name in IMPLEMENTATIONS:
+                with self:
+                    return IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def traced(pipe: DiffusionPipeline, monkeypatch, **overrides: Any) -> list[list[tuple]]:
+    with monkeypatch.context() as patch, StepTrace(pipe, patch) as trace:
+        run(pipe, **overrides)
+    trace._hook.remove()
+    return trace.steps
+
+
+def test_a_step_reads_nothing_back_and_does_the_same_whatever_the_data(pipe, monkeypatch) -> None:
+    """Same operators on the same shapes in every step and for every prompt, and none that waits for the device."""
+    scfg_fast.enable(pipe)
+    run(pipe)  # what is made once, is made
+    first = traced(pipe, monkeypatch)
+    other = traced(
+        pipe, monkeypatch, prompt=["", "a house"], negative_prompt=["a dog and a cat", "red"],
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    )  # fmt: skip
+    names = {name.partition("::")[2].rstrip("_") for step in first for name, _ in step}
+    assert len(first) == STEPS and {"segment_and_guide", "complete", "argmax"} <= names
+    assert names.isdisjoint(READS_BACK)
+    assert first[0] == other[0], "the first step of a run also makes the guidance scale a tensor"
+    assert all(step == first[1] for step in (*first[1:], *other[1:]))

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import scfg_fast
 from scfg_fast.guidance import WeightSchedule
-from tests.pipelines.tiny import tiny_sd_pipeline
+from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
 def run(pipe, **kwargs) -> torch.Tensor:
@@ -79,3 +79,29 @@ def test_a_denoiser_compiled_in_place() -> None:
     torch.testing.assert_close(run(pipe), expected, rtol=1e-5, atol=1e-5)
     assert pipe.unet._compiled_call_impl is compiled_call
     scfg_fast.disable(pipe)
+
+
+@pytest.mark.parametrize("make, sizes", [(tiny_sd_pipeline, 2), (tiny_sdxl_pipeline, 1)], ids=["sd", "sdxl"])
+def test_regional_compilation(make, sizes: int) -> None:
+    """`compile_repeated_blocks`: one graph more for each size of captured layers, once, however often it is toggled."""
+    torch._dynamo.reset()
+    pipe = make(sample_size=16)
+    plain = run(pipe)
+    scfg_fast.enable(pipe)
+    eager = run(pipe)
+    counter = CompileCounterWithBackend("eager")
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=counter)
+    with scfg_fast.disabled(pipe):
+        torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+    stock = counter.frame_count
+    torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
+    graphs = counter.frame_count
+    assert graphs - stock == sizes
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
+        with scfg_fast.disabled(pipe):
+            torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == graphs
+    scfg_fast.disable(pipe)
+    torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()

@@ -383,6 +383,25 @@ def test_a_distilled_unet_is_refused_with_the_reason(pipe) -> None:
         scfg_fast.enable(pipe)
 
 
+class Engine(torch.nn.Module):
+    """A denoiser that runs elsewhere, with the configuration of the UNet that it was made from."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device, self.runs = unet.config, unet.dtype, unet.device, unet.forward
+
+    def forward(self, *args, **kwargs):
+        return self.runs(*args, **kwargs)
+
+
+def test_a_replaced_denoiser_is_refused_with_the_reason(pipe) -> None:
+    plain = run(pipe)
+    pipe.unet = Engine(pipe.unet)
+    with pytest.raises(UnsupportedPipelineError, match="the denoiser is a Engine"):
+        scfg_fast.enable(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
 def test_supports_says_what_would_be_captured(pipe) -> None:
     report = scfg_fast.supports(pipe)
     assert report.supported and report.reasons == [] and len(report.layers) == 6

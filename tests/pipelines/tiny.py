@@ -70,7 +70,7 @@ def tiny_tokenizer(folder: str | Path, max_tokens: int = 77) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(out), local_files_only=True)
 
 
-def _sharpen(unet: UNet2DConditionModel, gain: float) -> UNet2DConditionModel:
+def sharpen(unet: UNet2DConditionModel, gain: float) -> UNet2DConditionModel:
     """Scale the query and key weights, and switch to evaluation mode."""
     with torch.no_grad():
         for module in unet.modules():
@@ -110,7 +110,7 @@ def tiny_unet(
         attention_head_dim=2,
         cross_attention_dim=cross_attention_dim,
     )
-    return _sharpen(unet, attention_gain)
+    return sharpen(unet, attention_gain)
 
 
 def tiny_vae(sample_size: int, channels: int = 4) -> AutoencoderKL:
@@ -215,7 +215,7 @@ def tiny_sdxl_unet(sample_size: int = 16, attention_gain: float = 2.5, in_channe
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=32 + 6 * 8,
     )
-    return _sharpen(unet, attention_gain)
+    return sharpen(unet, attention_gain)
 
 
 def tiny_sdxl_pipeline(
