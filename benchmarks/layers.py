@@ -133,7 +133,7 @@ class Capture:
 
     def maps(self, height: int, width: int) -> StepMaps:
         """The maps of the pass that has just run, for a latent of this size."""
-        return collect([(block.info, block.cross) for block in self._blocks], height, width, CONFIG.cell)
+        return collect([(block.info, block.maps) for block in self._blocks], height, width, CONFIG.cell)
 
 
 def subsets(blocks: Sequence[BlockInfo]) -> dict[str, Sequence[int]]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from scfg_kernels.attention_map import attention_with_map
 from scfg_kernels.guide_pixels import _guide_pixels
+from scfg_kernels.propagate import _propagate
 from scfg_kernels.segment_and_guide import _segment_and_guide
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 
@@ -108,6 +109,9 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     if case.op == "complete":
         own, cross = _map(layer.rows, layer.rows, case, rng), _map(layer.rows, TOKENS, case, rng)
         return {"self_map": own, "cross_map": cross}
+    if case.op == "propagate":
+        operands, columns = _qkv(layer, layer.rows, case, rng), _map(layer.rows, TOKENS, case, rng)
+        return {**operands, "x": columns[: len(operands["q"])]}
     return _qkv(layer, layer.rows if case.op == "self_attention_map" else layer.text, case, rng)
 
 
@@ -146,6 +150,8 @@ def public_operator(op: str, x: Inputs, backend: str) -> Any:
         return guided_step(x, own, functools.partial(ops.cross_attention_map, backend=backend), backend)
     if op == "attention_map":
         return ops.attention_map(x["q"], x["k"], backend=backend)
+    if op == "propagate":
+        return ops.propagate(x["q"], x["k"], x["x"], backend=backend)
     if op.endswith("attention_map"):
         return getattr(ops, op)(x["q"], x["k"], x["v"], backend=backend)
     if op == "complete":
@@ -167,6 +173,8 @@ def _eager(op: str, x: Inputs) -> Any:
         return guided_step(x, _eager_attention, _eager_attention, "torch")
     if op == "attention_map":
         return _eager_map(x["q"], x["k"])
+    if op == "propagate":
+        return _eager_map(x["q"], x["k"]) @ x["x"]
     if op.endswith("attention_map"):
         return _eager_attention(x["q"], x["k"], x["v"])
     return public_operator(op, x, "torch")
@@ -176,6 +184,15 @@ def _published_segment_and_guide(x: Inputs) -> Any:
     masks, foreground = registry.OPERATORS["segment"].providers["literal"].run(x)
     given = {"masks": masks.to(x["cond"].dtype), "foreground": foreground.to(x["cond"].dtype)}
     return registry.OPERATORS["guide"].providers["literal"].run({**x, **given})
+
+
+def _published_propagate(x: Inputs) -> torch.Tensor:
+    """The published code keeps the map and multiplies by it."""
+    return registry.OPERATORS["attention_map"].providers["literal"].run(x).float() @ x["x"]
+
+
+def _twin_propagate(x: Inputs) -> torch.Tensor:
+    return _propagate._init_fn(x["q"], x["k"], x["x"], x["q"].shape[3] ** -0.5, "torch")
 
 
 def _twin_segment_and_guide(x: Inputs) -> Any:
@@ -200,6 +217,8 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
     }
     if op == "segment_and_guide":
         calls["published"] = functools.partial(_published_segment_and_guide, x)
+    elif op == "propagate":
+        calls["published"] = functools.partial(_published_propagate, x)
     elif op != "guide_pixels":  # which is not published code's
         name = "step_from_qkv" if op == "step" else op
         calls["published"] = functools.partial(registry.OPERATORS[name].providers["literal"].run, x)
@@ -208,7 +227,9 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
 
 def compiled_way(case: Case, x: Inputs) -> Call:
     """`torch.compile` of the twin, not compiled yet."""
-    twins = {"segment_and_guide": _twin_segment_and_guide, "guide_pixels": _twin_guide_pixels}
+    twins = {
+        "propagate": _twin_propagate, "segment_and_guide": _twin_segment_and_guide, "guide_pixels": _twin_guide_pixels
+    }  # fmt: skip
     if case.op in twins:
         return functools.partial(torch.compile(twins[case.op], dynamic=False, fullgraph=True), x)
     name = "step_from_qkv" if case.op == "step" else case.op
@@ -265,8 +286,8 @@ def check(case: Case, x: Inputs, result: Any) -> None:
     x, actual = _last_image(x, case.batch), _last_image(result, case.batch)
     double = registry.in_double(x)
     try:
-        if case.op == "attention_map":
-            naive, truth = _eager_map(x["q"], x["k"]), public_operator(case.op, double, "torch")
+        if case.op in ("attention_map", "propagate"):
+            naive, truth = _eager(case.op, x), public_operator(case.op, double, "torch")
             assert_as_accurate_as(actual, naive, truth, name="map")
         elif case.op.endswith("attention_map"):
             _check_attention(x, actual)

@@ -40,6 +40,7 @@ class Sizes:
 SD15 = Sizes("sd15", (Layer(16, 16, 8, 160),) * 5 + (Layer(8, 8, 8, 160),), 64)
 SDXL = Sizes("sdxl-6of60layers", (Layer(32, 32, 20, 64),) * 6, 128)
 SD15_16, SD15_8, SDXL_32 = SD15.layers[0], SD15.layers[-1], SDXL.layers[0]
+SDXL_64 = Layer(64, 64, 10, 64)
 # Stable Diffusion 3 medium: image tokens against 77 + 256 text tokens; its self-attention at 512x512 pixels.
 SD3_32, SD3_64 = Layer(32, 32, 24, 64, 333), Layer(64, 64, 24, 64, 333)
 
@@ -75,7 +76,7 @@ class Case:
 
     def not_compiled(self) -> str:
         """Why torch.compile is left out; empty if it is not."""
-        unrolled = self.op.endswith("attention_map") or self.op == "step"
+        unrolled = self.op.endswith("attention_map") or self.op in ("propagate", "step")
         if unrolled and max(layer.rows for layer in self.sizes.layers) >= UNROLLED_ROWS:
             return "torch.compile unrolls the loop over blocks of rows into hundreds of copies"
         return ""
@@ -93,6 +94,7 @@ def _per_batch(dtype: str, batch: int) -> Iterator[Case]:
         yield Case("cross_attention_map", _one(label, layer), batch, dtype)
     for label in ("sd15-16x16", "sdxl-32x32"):
         yield Case("attention_map", _one(label, layers[label]), batch, dtype)
+    yield Case("propagate", _one("sdxl-64x64", SDXL_64), batch, dtype)
     yield Case("guide", SD15, batch, dtype)
     for sizes in (SD15, SDXL):
         yield Case("segment_and_guide", sizes, batch, dtype)
