@@ -17,7 +17,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import SCFGConfig
-from .denoisers import denoiser_of
+from .denoisers import UNet, denoiser_of
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.predictions import PREDICTION_TYPES
@@ -273,7 +273,7 @@ def read_call(
         loss=loss,
         decode=_decoder(pipe) if loss is not None and loss.space == "pixels" else None,
         two_pass=family.two_pass,
-        rereads=arguments.get("skip_guidance_layers") is not None or bool(arguments.get("cfg_normalization")),
+        rereads=not isinstance(denoiser_of(unwrap(denoisers_of(pipe)[0])), UNet),
         size=_packed_size(pipe, arguments) if family.packed else None,
         switch=family.switch,
         undone_by=family.undone_by,

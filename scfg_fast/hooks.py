@@ -6,7 +6,8 @@ it,  f = u + s r (t - u),  and reaches that by changing what the denoiser return
     both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
     u alone       (u - s/(s-1) (r-1) (t-u), t)        where t is read again: guidance_rescale, perturbed attention
 
-The first is taken unless somebody reads t. Pipelines that run the denoiser twice per step, t first, have used t when u
+The first is taken unless somebody reads t; in transformers, where nothing is published, the second always, which for
+r = 1 is u to the bit. Pipelines that run the denoiser twice per step, t first, have used t when u
 arrives: there u is rewritten. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
 of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read again. A step whose weight is exactly 1
 needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
@@ -115,8 +116,9 @@ class CallContext:
         loss: settings of loss guidance, or None.
         decode: x0 [B, C, H, W] fp32 in latents -> pictures [B, 3, 8H, 8W] in about [0, 1]; for a loss in pixels.
         two_pass: whether the denoiser is called twice per step on the same latents, conditional first.
-        rereads: whether the pipeline uses the conditional prediction for more than the guidance; `guidance_rescale` and
-            a third group need not be said.
+        rereads: whether the conditional prediction must be left alone, because the pipeline uses it for more than the
+            guidance, or so that rates of 1 are stock to the bit (transformers); `guidance_rescale` and a third group
+            need not be said.
         size: (H, W) of the latents, where they are packed and the denoiser is not told.
         switch: the arguments that turn guidance on, for messages.
         undone_by: what the pipeline does to the guided prediction that cancels rates, or "".
