@@ -119,12 +119,13 @@ class SCFGGuidance(ClassifierFreeGuidance):
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
-        if known is None:
+        if known is None or known.turned:  # which takes both groups in one list, where a guider has one
             if self.scfg_config.rates == "pixels":
                 return  # needs no attention, and takes predictions as images
             raise ValueError(
-                f"SCFGGuidance: the denoiser is a {type(model).__name__}, whose attention is not known; known are "
-                f"UNet2DConditionModel, {', '.join(TRANSFORMERS)}. Use ClassifierFreeGuidance there"
+                f"SCFGGuidance: the denoiser is a {type(model).__name__}, whose attention is not known here; known are "
+                f"UNet2DConditionModel, {', '.join(name for name, one in TRANSFORMERS.items() if not one.turned)}. Use "
+                "ClassifierFreeGuidance there"
             )
         branch = "conditional" if self.is_conditional else "unconditional"
         self._view = known.view(model)

@@ -358,6 +358,13 @@ def test_it_is_saved_with_a_pipeline_that_it_was_loaded_for(tmp_path) -> None:
     assert again.guider.scfg_config == guider.scfg_config
 
 
+def test_a_denoiser_that_takes_both_halves_as_one_list_is_refused() -> None:
+    guider = SCFGGuidance()
+    guider.set_state(0, 3, torch.tensor(1))
+    with pytest.raises(ValueError, match=r"ZImageTransformer2DModel, whose attention is not known here"):
+        guider.prepare_models(TINY["z-image"].pipeline().transformer)
+
+
 def test_a_denoiser_whose_attention_is_not_known() -> None:
     model = made(
         "AuraFlowTransformer2DModel", sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
@@ -366,7 +373,9 @@ def test_a_denoiser_whose_attention_is_not_known() -> None:
     )  # fmt: skip
     guider = SCFGGuidance()
     guider.set_state(0, 3, torch.tensor(1))
-    with pytest.raises(ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known.*Guidance there"):
+    with pytest.raises(
+        ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known here.*Guidance there"
+    ):
         guider.prepare_models(model)
     assert "forward" not in model.__dict__
     pixels = SCFGGuidance(scfg=SCFGConfig.pixels().to_dict())
