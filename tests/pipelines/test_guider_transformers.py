@@ -374,7 +374,7 @@ def test_a_denoiser_whose_attention_is_not_known() -> None:
     guider = SCFGGuidance()
     guider.set_state(0, 3, torch.tensor(1))
     with pytest.raises(
-        ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known here.*Guidance there"
+        ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known.*Guidance there"
     ):
         guider.prepare_models(model)
     assert "forward" not in model.__dict__
