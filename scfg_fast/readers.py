@@ -328,7 +328,8 @@ def read_qwen(
         query, image = (apply_rotary_emb_qwen(x, at_image, use_real=False) for x in (query, image))
         text = apply_rotary_emb_qwen(text, at_text, use_real=False)
     query, text, image = (x.transpose(1, 2) for x in (query, text, image))
-    return Compared(query, text, image, key_bias(encoder_hidden_states_mask, text.shape[2]))
+    mask = attention_mask if encoder_hidden_states_mask is None else encoder_hidden_states_mask
+    return Compared(query, text, image, key_bias(mask, text.shape[2]))
 
 
 def read_cogview4(
