@@ -270,6 +270,13 @@ def _read_config(args: argparse.Namespace) -> SCFGConfig:
         raise CommandError(f"the configuration {args.config!r} cannot be used: {error}") from None
 
 
+def _config_for(session: Session, args: argparse.Namespace, config: SCFGConfig) -> SCFGConfig:
+    """The configuration as it was read, or the pipeline's own published values where none was asked for."""
+    from .families import default_config
+
+    return default_config(session.pipe) if args.config is None and args.fidelity != "paper" else config
+
+
 def _output_path(args: argparse.Namespace) -> Path:
     """Where the result goes; proves that files can be made there before any work is done."""
     path = Path(args.out or args.default_out).expanduser()
@@ -620,6 +627,7 @@ def _generate(args: argparse.Namespace) -> int:
     _check_scale(values["guidance_scale"], kind)
     label = GUIDANCE_NAMES["cfg"]
     if config is not None:
+        config = _config_for(session, args, config)
         handle = _enable(session, config)
         label = _set_method(session, handle, args.guidance, values, config)
         config = handle.config
@@ -670,6 +678,7 @@ def _masks(args: argparse.Namespace) -> int:
     values = session.arguments(args)
     _check_scale(values["guidance_scale"], "scfg")
     steps: list[Regions] = []
+    config = _config_for(session, args, config)
     _enable(session, config, lambda _, regions: steps.append(regions.clone().cpu()))
     from .regions import contact_sheet, save_regions_npz
 
@@ -781,6 +790,7 @@ def _compare(args: argparse.Namespace) -> int:
     values = session.arguments(args)
     _check_scale(values["guidance_scale"], "scfg")
     steps: list[Regions] = []
+    config = _config_for(session, args, config)
     handle = _enable(session, config, lambda _, regions: steps.append(regions.clone()) if args.regions else None)
     from .regions import image_grid, overlay, scaled
 

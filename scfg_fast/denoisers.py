@@ -140,10 +140,8 @@ def _of_pipeline(model: Any, sample: Any, arguments: dict[str, Any], size: tuple
 
 def _of_shapes(model: Any, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None) -> Geometry:
     """Qwen-Image says (frames, h, w) of every picture in patches of 2 x 2; the first is the one that is drawn."""
-    shapes = arguments["img_shapes"][0]
-    frames, height, width = (
-        shapes[0] if isinstance(shapes, (list, tuple)) and not isinstance(shapes[0], int) else shapes
-    )
+    shape = arguments["img_shapes"][0]
+    frames, height, width = shape if isinstance(shape[0], int) else shape[0]
     return Geometry(frames, 2 * height, 2 * width)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor, SlicedAtt
 from torch._dynamo.testing import CompileCounter
 
 import scfg_fast
-from scfg_fast import Regions, SCFGConfig, SCFGWarning
+from scfg_fast import Regions, SCFGConfig, SCFGWarning, cli
 from scfg_fast.guidance import CharacteristicGuidance, LossGuidance, WeightSchedule
 from tests.pipelines.tiny_if import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
 from tests.reference.deepfloyd import replaced_run
@@ -301,3 +303,19 @@ def test_half_precision_is_as_accurate_as_the_published_code(dtype: torch.dtype)
     assert actual.dtype == dtype and handle.regions.rate.dtype == torch.float32
     rms = lambda x: float((x.double() - truth.double()).square().mean().sqrt())  # noqa: E731
     assert rms(actual) <= 2.0 * rms(literal)
+
+
+@pytest.mark.parametrize("asked, expected", [
+    ({}, SCFGConfig.deepfloyd()),
+    ({"fidelity": "official"}, SCFGConfig.deepfloyd()),
+    ({"fidelity": "paper"}, SCFGConfig.paper()),
+    ({"config": "mine.json"}, SCFGConfig(rate_max=2.0)),
+], ids=str)  # fmt: skip
+def test_the_command_line_takes_the_published_values_of_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], expected: SCFGConfig
+) -> None:
+    (tmp_path / "mine.json").write_text(SCFGConfig(rate_max=2.0).to_json(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(**{"config": None, "fidelity": None} | asked)
+    session = cli.Session(tiny_if_pipeline(), "IF", "fp32")
+    assert cli._config_for(session, args, cli._read_config(args)) == expected

@@ -373,9 +373,7 @@ def test_a_denoiser_whose_attention_is_not_known() -> None:
     )  # fmt: skip
     guider = SCFGGuidance()
     guider.set_state(0, 3, torch.tensor(1))
-    with pytest.raises(
-        ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known.*Guidance there"
-    ):
+    with pytest.raises(ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known.*Guidance there"):
         guider.prepare_models(model)
     assert "forward" not in model.__dict__
     pixels = SCFGGuidance(scfg=SCFGConfig.pixels().to_dict())
