@@ -1,7 +1,9 @@
 """Execution of a decoded kernel: a batch of CTAs runs in lockstep, one numpy operation per instruction.
 
 All threads of the batch that stand at the lowest program counter run together until they branch, wait, exit, or reach
-threads further on; that reconverges every structured program. Barriers are per CTA.
+threads further on; that reconverges every structured program. Barriers are per CTA. A CTA that polls global memory (an
+acquiring load, an atomic operation that changes nothing) lets the others go first until an atomic operation changes
+something. Where all that are left poll in vain, they wait for CTAs that start only when they end: a hang.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from .shared import Selection, SharedMemory
 
 THREADS_PER_BATCH = 2048
 MAX_STEPS = 5_000_000  # instructions of one batch; a kernel that needs more is taken to hang
+MAX_POLLS = 100  # of every CTA that is left, in a row, without a change: nobody will make one
 
 ORDERS = ("lockstep", "forward", "backward")
 
@@ -73,6 +76,7 @@ class Batch:
         self.active: Mask = None  # of the running segment, guards not included
         self.local = ByteStore(np.full(self.size * max(program.local_bytes, 16), 0xFF, np.uint8))
         self.epochs = np.zeros(count, np.uint32)
+        self.polls = np.zeros(count, np.int64)  # per CTA, since an atomic operation last changed global memory
         self._everyone = np.ones(self.size, bool)
         self._set_tags()
         self.state: dict[str, object] = {}  # of opcode families, made on first use
@@ -131,6 +135,10 @@ class Batch:
             raise SimError("only some threads of a warp take part in an instruction that needs them all")
         return np.nonzero(active)[0]
 
+    def note_poll(self, who: Selection) -> None:
+        """Global memory has been read as a program does that waits for another one to change it."""
+        self.polls[np.unique(who.ctas)] += 1
+
     # ---- the loop
 
     def run(self) -> None:
@@ -161,6 +169,12 @@ class Batch:
     def _advance(self) -> bool:
         """Run the threads at the lowest program counter up to the next event; False if nobody is left."""
         ready = ~self._waiting & (self._pc < self._end)
+        if self.polls.any() and ready.any():
+            polls = self.polls[self.cta]
+            fewest = polls[ready].min()
+            if fewest > MAX_POLLS:
+                raise SimError("every CTA that is left polls for what none of them will do: the kernel hangs")
+            ready &= polls == fewest
         if self._turn is not None and ready.any():
             ready &= self._turn == self._turn[ready].min()
         positions = self._pc[ready]

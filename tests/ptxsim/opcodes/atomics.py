@@ -73,6 +73,10 @@ def _atomic(decoder: Decoder, instruction: Instruction, target: str, operands: t
                 batch.counters.atomics += len(where)
                 batch.counters.float_atomics += len(where) * floating
                 old = batch.memory.atomic(where + column * width, operation, *arguments)
+                if np.array_equal(operation(old, *arguments), old):
+                    batch.note_poll(who)
+                else:
+                    batch.polls[:] = 0
             else:
                 old = _shared_atomic(batch, who, where + column * width, operation, arguments)
             if write is not None:

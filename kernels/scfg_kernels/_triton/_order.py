@@ -1,0 +1,75 @@
+"""Order among the programs of one launch, so that what depends on all of another part needs no launch of its own.
+
+Two forms, both without a host round trip and without assuming that all programs are resident at once:
+
+    last one out    every program announces what it has stored; whoever sees that all others have goes on alone
+    tickets         a program works on the part that its ticket names. Parts that others wait for have the lower
+                    tickets, so whoever waits, waits for programs that have already started and that wait for no one
+                    later: no deadlock, in whatever order the device starts programs (the argument of single-pass scans)
+
+Counters are int32 in global memory and zero between launches: the last program sets them back. Only integers are added,
+and every sum over other programs' results is taken in a fixed order, so results do not depend on who came last.
+
+Memory order: `announce` is a barrier of the program and then a release by one thread; `wait`, and the last announcement,
+is an acquire by one thread and then a barrier. With the two barriers that orders the stores and loads of all threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+
+_KEPT: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+@triton.jit
+def take_ticket(ticket):
+    """0, 1, 2, ... in the order in which programs ask."""
+    return tl.atomic_add(ticket, 1, sem="relaxed")
+
+
+@triton.jit
+def announce(counter):
+    """Everything this program has stored is visible to who sees the count; returns the count before."""
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before
+
+
+@triton.jit
+def wait(counter, number):
+    """Until `number` programs have announced themselves at `counter`; their stores can be read then."""
+    seen = tl.atomic_add(counter, 0, sem="acquire")
+    while seen < number:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def leave(counters, finished, programs, LENGTH: tl.constexpr):
+    """The last thing a program does: the last of `programs` sets all LENGTH (a power of two) counters to zero."""
+    if announce(finished) == programs - 1:
+        tl.store(counters + tl.arange(0, LENGTH), tl.zeros([LENGTH], tl.int32))
+
+
+@contextmanager
+def counters(device: torch.device, number: int) -> Iterator[torch.Tensor]:
+    """At least `number` zeros, int32, for one launch, which leaves them zero.
+
+    Kept from launch to launch, one buffer per device and stream, because launches of one stream never overlap. A launch
+    that fails forgets its buffer. While a CUDA graph is captured, zeros of the graph's own are made in it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield torch.zeros(number, dtype=torch.int32, device=device)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _KEPT.pop((device, stream), None)
+    if kept is None or kept.numel() < number:
+        kept = torch.zeros(max(1024, triton.next_power_of_2(number)), dtype=torch.int32, device=device)
+    yield kept
+    _KEPT[device, stream] = kept
