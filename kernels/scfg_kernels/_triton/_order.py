@@ -10,8 +10,8 @@ Two forms, both without a host round trip and without assuming that all programs
 Counters are int32 in global memory and zero between launches: the last program sets them back. Only integers are added,
 and every sum over other programs' results is taken in a fixed order, so results do not depend on who came last.
 
-Memory order: `announce` is a barrier of the program and then a release by one thread; `wait`, and the last announcement,
-is an acquire by one thread and then a barrier. With the two barriers that orders the stores and loads of all threads.
+Memory order: `announce` is a barrier of the program and then a release by one thread; `wait`, and the last
+announcement, is an acquire by one thread and then a barrier. With the two barriers that orders the stores and loads of all threads.
 """
 
 from __future__ import annotations
