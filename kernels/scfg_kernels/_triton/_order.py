@@ -11,7 +11,8 @@ Counters are int32 in global memory and zero between launches: the last program 
 and every sum over other programs' results is taken in a fixed order, so results do not depend on who came last.
 
 Memory order: `announce` is a barrier of the program and then a release by one thread; `wait`, and the last
-announcement, is an acquire by one thread and then a barrier. With the two barriers that orders the stores and loads of all threads.
+announcement, is an acquire by one thread and then a barrier. With the two barriers that orders the stores and loads of
+all threads.
 """
 
 from __future__ import annotations
