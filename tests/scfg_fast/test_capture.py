@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import BlockInfo, choose_layers, collect, grid_size
+from scfg_fast.capture import MAP_TOKENS, BlockInfo, choose_layers, collect, grid_size, holds_map
 from scfg_fast.processors import find_blocks
 from tests.pipelines.tiny import tiny_unet
 
@@ -88,3 +88,20 @@ def test_collect_takes_what_fits_and_names_the_rest() -> None:
     assert (len(maps.tokens), maps.sizes, maps.size, maps.missing) == (1, [(4, 3)], (4, 3), ["merged", "absent"])
     assert maps.nbytes == (3 * 12 + 12) * 4
     assert good.tokens is None and merged.start is None, "maps must not outlive the step"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "itemsize", "held"),
+    [
+        (256, 8, 160, 2, True), (64, 8, 160, 2, True), (1024, 20, 64, 2, True),  # captured by default
+        (960, 8, 40, 2, True), (1024, 8, 80, 2, True),  # queries and keys take less, but the map is one kernel
+        (1280, 20, 64, 2, True), (1281, 20, 64, 2, False), (1536, 20, 64, 2, False),  # SDXL at 1024x1536
+        (4096, 8, 40, 2, False), (4096, 10, 64, 2, False), (4096, 8, 40, 4, False), (4096, 8, 40, 8, False),
+        (2304, 8, 160, 4, True), (2560, 20, 64, 4, True), (2561, 20, 64, 4, False), (1281, 20, 64, 8, True),
+    ],
+)  # fmt: skip
+def test_what_takes_less_is_held(tokens: int, heads: int, head_dim: int, itemsize: int, held: bool) -> None:
+    assert holds_map(tokens, heads, head_dim, itemsize) == held
+    map_bytes = max(4, itemsize) * tokens**2
+    own_bytes = 2 * itemsize * tokens * heads * head_dim
+    assert held == (map_bytes <= own_bytes or tokens <= MAP_TOKENS)
