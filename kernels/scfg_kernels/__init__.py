@@ -9,7 +9,7 @@ This package knows tensors, not models: it needs torch alone. One denoising step
     guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
 
 `attention_map` is the map alone, for layers whose output another implementation has computed already; `propagate` is
-S X from q and k, for layers whose map S is too large to hold, and `complete_from_qk` is `complete` made of it;
+S X from q and k, for layers whose map S is too large to hold, and `complete_from_qk` is `complete` from them;
 `segment_and_guide` is the last two lines in one operator; `guide_pixels` is another rule of guidance, which needs the
 two predictions alone. Every operator has one public function that checks its arguments and chooses a backend, one torch
 implementation (the reference, the CPU path and the fallback), and is registered as a `torch.library` custom op, so

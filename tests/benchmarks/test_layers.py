@@ -62,8 +62,17 @@ def test_subsets_are_all_but_none_and_all(compared: Compared) -> None:
 def test_blocks_are_counted_and_timed() -> None:
     assert blocks.counts(overhead.SDXL_UNET) == {"all": 60, "one-per-transformer": 6}
     tiny = dict(overhead.SDXL_UNET, block_out_channels=(32, 64, 64), attention_head_dim=(1, 2, 2), sample_size=16)
-    samples = blocks.measure(dict(tiny, cross_attention_dim=32), rounds=2)
+    samples, allocated = blocks.measure(dict(tiny, cross_attention_dim=32), rounds=2)
     assert {len(values) for values in samples.values()} == {2} and min(map(min, samples.values())) >= 0.0
+    assert set(allocated) == {"stock", "captured", "stock (again)"} and min(allocated.values()) > 0
+
+
+def test_large_blocks_are_measured_both_ways() -> None:
+    """33x33 tokens at latent / 2, 32 channels: less is allocated where queries and keys are held."""
+    small = dict(overhead.SDXL_UNET, block_out_channels=(32, 32, 64), attention_head_dim=(1, 2, 2), sample_size=66)
+    samples, allocated = blocks.measure(dict(small, cross_attention_dim=32), rounds=1, level=2)
+    assert samples.keys() >= allocated.keys() == {"stock", "captured", "stock (again)", blocks.BY_MAP}
+    assert allocated["captured"] < allocated[blocks.BY_MAP]
 
 
 def test_the_variants_of_sdxl() -> None:
