@@ -1,6 +1,7 @@
 """What capturing adds to one transformer block of a real-size UNet, and from there to a step.
 
-    python -m benchmarks.blocks [--arch sdxl|sd15] [--level 4] [--rounds 10] [--threads N] [--step SECONDS]
+    python -m benchmarks.blocks [--arch sdxl|sd15] [--level 4] [--latent SIDE] [--rounds 10] [--threads N]
+                                [--step SECONDS]
 
 A whole step of SDXL takes minutes on a CPU, and what other programs do meanwhile changes it by more than S-CFG does.
 S-CFG changes only the captured blocks and what comes after the UNet, so this times just that, in pairs of seconds:
@@ -14,7 +15,8 @@ Seconds are those that the process was on a processor. With `--step`, the second
 (`python -m benchmarks.overhead`), the ratio 1 + (blocks * (captured - stock) + step's end) / step is added, for all
 blocks and for one per transformer.
 
-Writes `benchmarks/results/blocks-ARCH.csv` and `.json`, of another level than 4 `blocks-ARCH-levelN`.
+Writes `benchmarks/results/blocks-ARCH.csv` and `.json`; another level than 4 and another latent than the model's own
+are in the name: `blocks-sd15-level1-latent96`.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=list(UNETS), default="sdxl")
     parser.add_argument("--level", type=int, default=registry.CELL, choices=(1, 2, 4), help="downsampling factor")
+    parser.add_argument("--latent", type=int, help="latent pixels a side; default: the model's own")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--step", type=float, help="processor seconds of a plain step on this machine")
@@ -132,10 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    case = f"{arguments.arch}" if arguments.level == registry.CELL else f"{arguments.arch}-level{arguments.level}"
+    config = UNETS[arguments.arch]
+    case = arguments.arch
+    if arguments.level != registry.CELL:
+        case += f"-level{arguments.level}"
+    if arguments.latent:
+        config = {**config, "sample_size": arguments.latent}
+        case += f"-latent{arguments.latent}"
     out = arguments.out or RESULTS / f"blocks-{case}"
     report = Report({**vars(arguments), "out": out.name})
-    config = UNETS[arguments.arch]
     samples, allocated = measure(config, arguments.rounds, arguments.level)
     place = (f"blocks/{case}", "block", case, 1)
     report.samples[place[0]] = samples
