@@ -12,6 +12,8 @@ from benchmarks.layers import ALL, METRICS, PLAIN, PREVIOUS, Capture, Compared
 from benchmarks.measure import MIB
 from tests.pipelines.tiny import tiny_sdxl_pipeline, tiny_sdxl_unet
 
+SIZES = (("plain", 2), ("ours-all", 4), (overhead.CONTROL, 2))
+
 
 @pytest.fixture(scope="module")
 def compared() -> Compared:
@@ -96,3 +98,15 @@ def test_metered_calls() -> None:
     call = overhead.Metered(lambda: torch.ones(1 << 18), memory=True)
     call()
     assert call.allocated == [1 << 20] and len(call.clock) == len(call.processor) == 1
+
+
+def test_memory_of_metered_calls_is_written() -> None:
+    result = report.Report({})
+    calls = {name: overhead.Metered(lambda size=size: torch.ones(size << 18), memory=True) for name, size in SIZES}
+    for call in calls.values():
+        call()
+    overhead.add_allocated(result, ("overhead/tiny", "overhead", "tiny", 1), calls, model=6 << 20)
+    found = {(row.metric, row.provider): row.value for row in result.rows}
+    assert found["peak_allocated", "plain"] == 2.0 and found["peak_allocated_ratio", "ours-all"] == 2.0
+    assert found["peak_model_and_allocated_ratio", "ours-all"] == 10 / 8
+    assert overhead.CONTROL not in {provider for _, provider in found}
