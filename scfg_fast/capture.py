@@ -39,7 +39,7 @@ class BlockInfo:
     joint: bool = False
 
 
-MAP_TOKENS = 1024
+FUSED_MAP_TOKENS = 1024
 """Image tokens up to which a layer holds its self-attention map whatever it takes: up to here one kernel makes the map
 beside the layer's output."""
 
@@ -48,16 +48,16 @@ def holds_map(tokens: int, heads: int, head_dim: int, itemsize: int) -> bool:
     """Whether a layer of a UNet holds its self-attention map until its cross-attention, or its queries and keys.
 
     Per sample, the map takes 4 N^2 bytes (8 in fp64), queries and keys 2 e N H d. They are less from N = e H d / 2: 320
-    tokens for Stable Diffusion 1.5's 64x64 layers in half precision and 640 for SDXL's (1280 tokens for the layers of
-    both that are captured by default). What takes less is held, but up to `MAP_TOKENS` the map: completion from
-    queries and keys forms the scores once for every product with S.
+    tokens for Stable Diffusion 1.5's 64x64 layers in half precision, 640 for SDXL's, 1280 for the layers of both that
+    are captured by default. What takes less is held, but up to `FUSED_MAP_TOKENS` the map, because completion without
+    it has to form the scores again.
 
     Args:
         tokens: N, image tokens.
         heads, head_dim: H and d.
         itemsize: e, bytes of an element of the layer's activations.
     """
-    return tokens <= MAP_TOKENS or max(4, itemsize) * tokens <= 2 * itemsize * heads * head_dim
+    return tokens <= FUSED_MAP_TOKENS or max(4, itemsize) * tokens <= 2 * itemsize * heads * head_dim
 
 
 JOINT_LAYERS = 3

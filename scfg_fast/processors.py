@@ -3,7 +3,7 @@
 A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
 of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
 before the next block. Where queries and keys take less than S (`capture.holds_map`), they are left in its place, the
-layer's own tensors, and S is never made.
+layer's own tensors, and `complete_from_qk` does without S.
 
 Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
 as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
@@ -141,8 +141,8 @@ def _attend_and_hold(
 class SelfAttentionCapture(_Capture):
     """Processor of a captured self-attention layer.
 
-    `held` lives until the cross-attention takes it: the map, 4 N^2 bytes a sample, or, where `holds_map` says so, the
-    tensors that `to_q` and `to_k` made for the layer itself, 2 e N H d bytes a sample that would be free otherwise.
+    `held` lives until the cross-attention takes it: the map, 4 N^2 bytes a sample, or queries and keys, 2 e N H d, as
+    `holds_map` says. With the default processor these are the layer's own tensors, which would be free otherwise.
     """
 
     observe = staticmethod(_hold)

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import MAP_TOKENS, BlockInfo, choose_layers, collect, grid_size, holds_map
+from scfg_fast.capture import FUSED_MAP_TOKENS, BlockInfo, choose_layers, collect, grid_size, holds_map
 from scfg_fast.processors import find_blocks
 from tests.pipelines.tiny import tiny_unet
 
@@ -104,4 +104,4 @@ def test_what_takes_less_is_held(tokens: int, heads: int, head_dim: int, itemsiz
     assert holds_map(tokens, heads, head_dim, itemsize) == held
     map_bytes = max(4, itemsize) * tokens**2
     own_bytes = 2 * itemsize * tokens * heads * head_dim
-    assert held == (map_bytes <= own_bytes or tokens <= MAP_TOKENS)
+    assert held == (map_bytes <= own_bytes or tokens <= FUSED_MAP_TOKENS)
