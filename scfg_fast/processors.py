@@ -2,8 +2,8 @@
 
 A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
 of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
-before the next block. Where queries and keys take less than S (`capture.holds_map`), they are left in its place, the
-layer's own tensors, and `complete_from_qk` does without S.
+before the next block. In large layers (`capture.holds_map`) queries and keys, the layer's own tensors, are left in the
+place of S, and `complete_from_qk` does without it.
 
 Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
 as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
