@@ -1,4 +1,4 @@
-"""Layers whose map would take more than their queries and keys: those are held, and all else is as with a map."""
+"""Large layers, which hold queries and keys and not their map: all else is as with a map."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Own(AttnProcessor):
     """A user's processor, of a class that the capture does not know."""
 
 
-def block(seed: int = 0, dtype: torch.dtype = torch.float32) -> BasicTransformerBlock:
+def block(dtype: torch.dtype = torch.float32) -> BasicTransformerBlock:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         made = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval().to(dtype)
         with torch.no_grad():
             for attn in (made.attn1, made.attn2):
@@ -44,10 +44,10 @@ def block(seed: int = 0, dtype: torch.dtype = torch.float32) -> BasicTransformer
 
 
 def install(
-    module: BasicTransformerBlock, *, by_map: bool = False, config: SCFGConfig | None = None
+    module: BasicTransformerBlock, *, by_map: bool = False
 ) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
     """Capture processors in the block; `by_map` has the map made whatever its size."""
-    own, cross = wrap_block(module, config or SCFGConfig())
+    own, cross = wrap_block(module, SCFGConfig())
     if by_map:
         own.observe, own.attend_and_observe = attention_map, self_attention_map
     module.attn1.processor, module.attn2.processor = own, cross
