@@ -25,6 +25,7 @@ from scfg_kernels.complete import _complete
 from scfg_kernels.cross_attention_map import _cross_attention_map
 from scfg_kernels.guide import _guide
 from scfg_kernels.guide_pixels import _guide_pixels
+from scfg_kernels.propagate import _propagate
 from scfg_kernels.segment import _segment
 from scfg_kernels.segment_and_guide import _segment_and_guide
 from scfg_kernels.self_attention_map import _self_attention_map
@@ -42,6 +43,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         "self_attention_map": _self_attention_map,
         "cross_attention_map": _cross_attention_map,
         "complete": _complete,
+        "propagate": _propagate,
         "segment": _segment,
         "guide": _guide,
         "guide_pixels": _guide_pixels,

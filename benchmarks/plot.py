@@ -2,7 +2,8 @@
 
 A file with overhead rows becomes overhead bars, one of guidance methods bars of what they reached, one of
 Characteristic Guidance the course of its residuals (from the JSON beside the CSV, which alone has them); any other
-becomes speed-ups over the literal way. Picture names are the files' names.
+with speed-ups becomes those over the literal way; what is left are tables, which are not drawn. Picture names are the
+files' names.
 """
 
 from __future__ import annotations
@@ -255,6 +256,18 @@ def plot_convergence(rows: Sequence[Row], details: dict[str, list[dict[str, Any]
         return _finish(figure, rows, "Characteristic Guidance: one line per image and step", path)
 
 
+def picture_of(rows: Sequence[Row]) -> Callable[..., Path] | None:
+    """What draws these rows; None if nothing does: layer choices, blocks, overhead without operators are tables."""
+    metrics = {row.metric for row in rows}
+    if any(row.op in ("characteristic", "solver") for row in rows):
+        return plot_convergence
+    if {"time_ratio", "ops_inside_extra"} <= metrics:
+        return plot_overhead
+    if "speedup" in metrics:
+        return plot_speedups
+    return plot_guidance if metrics & {"found", "saturation"} else None
+
+
 def plot(table: Path, folder: Path) -> Path:
     """Draw one CSV into `folder`; returns the picture's path.
 
@@ -264,24 +277,21 @@ def plot(table: Path, folder: Path) -> Path:
     """
     rows = read(table)
     path = folder / f"{table.stem}.png"
-    if any(row.op in ("characteristic", "solver") for row in rows):
+    draw = picture_of(rows)
+    if draw is None:
+        raise ValueError(f"{table} has neither time ratios with operators, speed-ups nor guidance to draw")
+    if draw is plot_convergence:
         record = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
         return plot_convergence(rows, record["details"], path)
-    if any(row.metric == "time_ratio" for row in rows):
-        return plot_overhead(rows, path)
-    if any(row.metric == "speedup" for row in rows):
-        return plot_speedups(rows, path)
-    if any(row.metric in ("found", "saturation") for row in rows):
-        return plot_guidance(rows, path)
-    raise ValueError(f"{table} has neither time ratios, speed-ups nor guidance to draw")
+    return draw(rows, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw result files.")
-    parser.add_argument("tables", type=Path, nargs="*", help="CSV files; default: all in benchmarks/results")
+    parser.add_argument("tables", type=Path, nargs="*", help="CSV files; default: all in benchmarks/results but tables")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img", help="folder; default: docs/img")
     arguments = parser.parse_args(argv)
-    tables = arguments.tables or sorted(RESULTS.glob("*.csv"))
+    tables = arguments.tables or [path for path in sorted(RESULTS.glob("*.csv")) if picture_of(read(path))]
     if not tables:
         parser.error("there are no result files: run python -m benchmarks.run or python -m benchmarks.overhead first")
     for table in tables:

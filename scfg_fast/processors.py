@@ -2,7 +2,8 @@
 
 A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
 of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
-before the next block.
+before the next block. In large layers (`capture.holds_map`) queries and keys, the layer's own tensors, are left in the
+place of S, and `complete_from_qk` does without it.
 
 Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
 as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
@@ -17,16 +18,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from scfg_kernels import attention_map, complete, cross_attention_map, self_attention_map
+from scfg_kernels import attention_map, complete, complete_from_qk, cross_attention_map, self_attention_map
 
-from .capture import BlockInfo
+from .capture import BlockInfo, holds_map
 from .config import SCFGConfig
 from .readers import Compared, Reader, capture_maps, read_added_kv, start_column
 from .views import Geometry, turned
@@ -74,14 +76,17 @@ def _finish(attn: Attention, out: torch.Tensor, hidden_states: torch.Tensor) -> 
 
 
 class _Capture:
-    """Common part: wraps the user's processor and computes the head-mean map beside its output.
+    """Common part: wraps the user's processor and observes, beside its output, what the layer compares.
 
     Attributes:
         inner: the processor that the layer had; put back by the caller after the pipeline call.
         active: whether this step needs maps; if not, the inner processor runs alone.
+        observe: q [B, H, N, d] and k [B, H, T, d] -> what is observed; here the head-mean map [B, N, T].
+        attend_and_observe: q, k, v -> the attention output [B, H, N, d], and that.
     """
 
-    fused_op = staticmethod(self_attention_map)
+    observe: Callable[..., Any] = staticmethod(attention_map)
+    attend_and_observe: Callable[..., Any] = staticmethod(cross_attention_map)
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         self.inner = inner
@@ -90,7 +95,7 @@ class _Capture:
         self.fused = type(inner) is AttnProcessor2_0
 
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs):
-        """The layer's output, and the map [B, N, T] or None if this call cannot be captured."""
+        """The layer's output, and what was observed, or None if this call cannot be captured."""
         capture = self.active and attention_mask is None and attn.spatial_norm is None
         if not (capture and self.fused):
             out = self.inner(
@@ -105,23 +110,51 @@ class _Capture:
             # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
             text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
             query, key, _ = _query_key(attn, hidden_states, text)
-            return out, attention_map(query, key, backend=self.backend)
+            return out, self.observe(query, key, backend=self.backend)
         query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
         value = _heads(attn, attn.to_v(value_states))
-        out, head_mean = self.fused_op(query, key, value, backend=self.backend)
-        return _finish(attn, out, hidden_states), head_mean
+        out, observed = self.attend_and_observe(query, key, value, backend=self.backend)
+        return _finish(attn, out, hidden_states), observed
+
+
+Held = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""A self-attention map [2B, N, N], or the queries and keys [2B, H, N, d] that it would be made of."""
+
+
+def _holds_map(query: torch.Tensor) -> bool:
+    _, heads, tokens, head_dim = query.shape
+    return holds_map(tokens, heads, head_dim, query.element_size())
+
+
+def _hold(query: torch.Tensor, key: torch.Tensor, *, backend: str) -> Held:
+    return attention_map(query, key, backend=backend) if _holds_map(query) else (query, key)
+
+
+def _attend_and_hold(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: str
+) -> tuple[torch.Tensor, Held]:
+    if _holds_map(query):
+        return self_attention_map(query, key, value, backend=backend)
+    return F.scaled_dot_product_attention(query, key, value), (query, key)
 
 
 class SelfAttentionCapture(_Capture):
-    """Processor of a captured self-attention layer. `self_map` [2B, N, N] lives until the cross-attention takes it."""
+    """Processor of a captured self-attention layer.
+
+    `held` lives until the cross-attention takes it: the map, 4 N^2 bytes a sample, or queries and keys, 2 e N H d, as
+    `holds_map` says. With the default processor these are the layer's own tensors, which would be free otherwise.
+    """
+
+    observe = staticmethod(_hold)
+    attend_and_observe = staticmethod(_attend_and_hold)
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         super().__init__(inner, config)
-        self.self_map: torch.Tensor | None = None
+        self.held: Held | None = None
 
     def forget(self) -> None:
-        """Drop what is held: a map, and the user's processor, which may have weights that are unloaded."""
-        self.self_map = self.inner = None
+        """Drop what is held: maps, and the user's processor, which may have weights that are unloaded."""
+        self.held = self.inner = None
 
     def __call__(
         self,
@@ -131,7 +164,7 @@ class SelfAttentionCapture(_Capture):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        out, self.self_map = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        out, self.held = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         return out
 
 
@@ -169,8 +202,6 @@ class CrossAttentionCapture(_Capture):
         start [B, N]: completed start-token map of the samples that decide the foreground, or None.
     """
 
-    fused_op = staticmethod(cross_attention_map)
-
     def __init__(self, inner, source: SelfAttentionCapture, config: SCFGConfig) -> None:
         super().__init__(inner, config)
         self.source = source
@@ -194,17 +225,28 @@ class CrossAttentionCapture(_Capture):
         **kwargs,
     ) -> torch.Tensor:
         out, cross_map = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
-        self_map, self.source.self_map = self.source.self_map, None
-        if self_map is None or cross_map is None or self_map.shape[1] != cross_map.shape[1]:
-            self.tokens = self.start = None
-            return out
-        used, unconditional = self.layout.rows(cross_map.shape[0])
-        self.tokens, start = complete(
-            self_map[used], cross_map[used], unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
-            backend=self.backend,
-        )  # fmt: skip
-        self.start = start if unconditional else self.tokens[:, 0].contiguous()
+        held, self.source.held = self.source.held, None
+        self.tokens = self.start = None
+        if held is not None and cross_map is not None:
+            self._complete(held, cross_map)
         return out
+
+    def _complete(self, held: Held, cross_map: torch.Tensor) -> None:
+        """Fills `tokens` and `start`, unless the two layers saw different image tokens."""
+        used, unconditional = self.layout.rows(cross_map.shape[0])
+        options: dict[str, Any] = dict(
+            unconditional=unconditional, fidelity=self.fidelity, powers=self.powers, backend=self.backend
+        )
+        if isinstance(held, torch.Tensor):
+            if held.shape[1] != cross_map.shape[1]:
+                return
+            tokens, start = complete(held[used], cross_map[used], **options)
+        else:
+            query, key = held
+            if query.shape[2] != cross_map.shape[1]:
+                return
+            tokens, start = complete_from_qk(query[used], key[used], cross_map[used], **options)
+        self.tokens, self.start = tokens, start if unconditional else tokens[:, 0].contiguous()
 
 
 class JointAttentionCapture:

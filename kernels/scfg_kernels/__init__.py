@@ -9,7 +9,7 @@ This package knows tensors, not models: it needs torch alone. One denoising step
     guided, rate = guide(uncond, cond, ids, fg, guidance_scale, num_tokens=T)
 
 `attention_map` is the map alone, for layers whose output another implementation has computed already; `propagate` is
-S X from q and k, for layers whose map S is too large to hold;
+S X from q and k, for layers whose map S is too large to hold, and `complete_from_qk` is `complete` from them;
 `segment_and_guide` is the last two lines in one operator; `guide_pixels` is another rule of guidance, which needs the
 two predictions alone. Every operator has one public function that checks its arguments and chooses a backend, one torch
 implementation (the reference, the CPU path and the fallback), and is registered as a `torch.library` custom op, so
@@ -19,6 +19,7 @@ implementation (the reference, the CPU path and the fallback), and is registered
 from ._launch import BackendError, available_backends, choose_backend
 from .attention_map import attention_map
 from .complete import complete
+from .complete_from_qk import complete_from_qk
 from .cross_attention_map import cross_attention_map
 from .guide import guide
 from .guide_pixels import guide_pixels
@@ -33,6 +34,7 @@ __all__ = [
     "available_backends",
     "choose_backend",
     "complete",
+    "complete_from_qk",
     "cross_attention_map",
     "guide",
     "guide_pixels",

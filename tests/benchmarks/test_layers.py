@@ -12,6 +12,8 @@ from benchmarks.layers import ALL, METRICS, PLAIN, PREVIOUS, Capture, Compared
 from benchmarks.measure import MIB
 from tests.pipelines.tiny import tiny_sdxl_pipeline, tiny_sdxl_unet
 
+SIZES = (("plain", 2), ("ours-all", 4), (overhead.CONTROL, 2))
+
 
 @pytest.fixture(scope="module")
 def compared() -> Compared:
@@ -62,8 +64,17 @@ def test_subsets_are_all_but_none_and_all(compared: Compared) -> None:
 def test_blocks_are_counted_and_timed() -> None:
     assert blocks.counts(overhead.SDXL_UNET) == {"all": 60, "one-per-transformer": 6}
     tiny = dict(overhead.SDXL_UNET, block_out_channels=(32, 64, 64), attention_head_dim=(1, 2, 2), sample_size=16)
-    samples = blocks.measure(dict(tiny, cross_attention_dim=32), rounds=2)
+    samples, allocated = blocks.measure(dict(tiny, cross_attention_dim=32), rounds=2)
     assert {len(values) for values in samples.values()} == {2} and min(map(min, samples.values())) >= 0.0
+    assert set(allocated) == {"stock", "captured", "stock (again)"} and min(allocated.values()) > 0
+
+
+def test_large_blocks_are_measured_both_ways() -> None:
+    """33x33 tokens at latent / 2, 32 channels: less is allocated where queries and keys are held."""
+    small = dict(overhead.SDXL_UNET, block_out_channels=(32, 32, 64), attention_head_dim=(1, 2, 2), sample_size=66)
+    samples, allocated = blocks.measure(dict(small, cross_attention_dim=32), rounds=1, level=2)
+    assert samples.keys() >= allocated.keys() == {"stock", "captured", "stock (again)", blocks.BY_MAP}
+    assert allocated["captured"] < allocated[blocks.BY_MAP]
 
 
 def test_the_variants_of_sdxl() -> None:
@@ -87,3 +98,15 @@ def test_metered_calls() -> None:
     call = overhead.Metered(lambda: torch.ones(1 << 18), memory=True)
     call()
     assert call.allocated == [1 << 20] and len(call.clock) == len(call.processor) == 1
+
+
+def test_memory_of_metered_calls_is_written() -> None:
+    result = report.Report({})
+    calls = {name: overhead.Metered(lambda size=size: torch.ones(size << 18), memory=True) for name, size in SIZES}
+    for call in calls.values():
+        call()
+    overhead.add_allocated(result, ("overhead/tiny", "overhead", "tiny", 1), calls, model=6 << 20)
+    found = {(row.metric, row.provider): row.value for row in result.rows}
+    assert found["peak_allocated", "plain"] == 2.0 and found["peak_allocated_ratio", "ours-all"] == 2.0
+    assert found["peak_model_and_allocated_ratio", "ours-all"] == 10 / 8
+    assert overhead.CONTROL not in {provider for _, provider in found}

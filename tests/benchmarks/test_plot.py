@@ -1,4 +1,4 @@
-"""Pictures of the guidance results: what is drawn, from which file."""
+"""Pictures of the results: what is drawn, from which file, and what is a table."""
 
 from __future__ import annotations
 
@@ -54,3 +54,12 @@ def test_methods_are_drawn_with_their_errors(tmp_path: Path) -> None:
             result.add(f"methods/{method}/g5/steps15", "methods", "g5/steps15", 8, method, metric, "share", value)
     table, _ = result.write(tmp_path / "guidance-methods", finished=True)
     assert plot.plot(table, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_result_file_is_drawn_or_known_to_be_a_table(tmp_path: Path) -> None:
+    pictures = {path.stem: plot.picture_of(report.read(path)) for path in report.RESULTS.glob("*.csv")}
+    tables = {name for name, draw in pictures.items() if draw is None}
+    assert tables == {name for name in pictures if name.startswith(("blocks-", "layers-")) or name == "overhead-sdxl"}
+    assert pictures["ops"] is plot.plot_speedups and pictures["overhead-sd15"] is plot.plot_overhead
+    with pytest.raises(ValueError, match="neither time ratios with operators, speed-ups nor guidance to draw"):
+        plot.plot(report.RESULTS / "blocks-sdxl.csv", tmp_path)

@@ -159,7 +159,7 @@ def test_the_maps_do_not_outlive_the_call(pipe) -> None:
     run(pipe)
     for block in handle._captures[0]._blocks:
         own, cross = block.captures
-        assert own.self_map is None and cross.tokens is None and cross.start is None
+        assert own.held is None and cross.tokens is None and cross.start is None
 
 
 def test_it_still_is_the_pipeline_it_was(pipe) -> None:

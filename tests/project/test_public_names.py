@@ -14,8 +14,9 @@ PACKAGE = [
     "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports",
 ]  # fmt: skip
 KERNELS = [
-    "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "cross_attention_map", "guide",
-    "guide_pixels", "propagate", "segment", "segment_and_guide", "self_attention_map", "smooth",
+    "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "complete_from_qk",
+    "cross_attention_map", "guide", "guide_pixels", "propagate", "segment", "segment_and_guide",
+    "self_attention_map", "smooth",
 ]  # fmt: skip
 GUIDANCE = [
     "Augment", "CFGPlusPlus", "CharacteristicGuidance", "LossGuidance", "SHAPES", "Step", "StepWeight",
@@ -52,7 +53,15 @@ def test_signatures_of_the_operators() -> None:
     assert list(signature.parameters) == ["q", "k", "v", "scale", "backend"]
     assert signature == inspect.signature(scfg_kernels.cross_attention_map)
     guides = ("guide", "segment_and_guide", "guide_pixels")
-    for name in ("self_attention_map", "attention_map", "propagate", "complete", "segment", *guides):
+    for name in (
+        "self_attention_map",
+        "attention_map",
+        "propagate",
+        "complete",
+        "complete_from_qk",
+        "segment",
+        *guides,
+    ):
         backend = inspect.signature(getattr(scfg_kernels, name)).parameters["backend"]
         assert (backend.default, backend.kind) == ("auto", inspect.Parameter.KEYWORD_ONLY)
     for name in guides:

@@ -97,6 +97,16 @@ def test_steps_that_reuse_regions_add_one(pipe) -> None:
     assert others == {"aten::full": 1}
 
 
+def test_a_layer_that_holds_queries_and_keys_adds_two() -> None:
+    """33x33 tokens at latent / 2: attention is stock, then two products with S, from queries and keys, for both halves;
+    three of torch make the completed maps of them."""
+    large = tiny_sd_pipeline(sample_size=66, dtype=torch.bfloat16)
+    added, triton, others = extra(large, SCFGConfig(levels=[2, 4, 8]), 1)
+    assert (triton["propagate"], triton["complete"], triton["segment_and_guide"]) == (2, BLOCKS, 1)
+    assert added == 2 + BLOCKS + 1
+    assert others == {"aten::full": 1, "aten::lerp": 1, "aten::clone": 2}
+
+
 def test_rates_per_pixel_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig.pixels(), 2)
     assert (added, triton) == (2, {"guide_pixels": 2})

@@ -1,0 +1,217 @@
+"""Large layers, which hold queries and keys and not their map: all else is as with a map."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from scfg_kernels import attention_map, self_attention_map
+from scfg_kernels.testing import Recorder, assert_as_accurate_as
+
+import scfg_fast
+from scfg_fast import SCFGConfig
+from scfg_fast.processors import BatchLayout, CrossAttentionCapture, SelfAttentionCapture, wrap_block
+from tests.pipelines.tiny import tiny_sd_pipeline
+from tests.reference.official import literal_run
+
+TOKENS = 1056
+LAYOUTS = {
+    "both": (BatchLayout(), 2),
+    "conditional-foreground": (BatchLayout(foreground="conditional"), 2),
+    "three-groups": (BatchLayout(groups=3), 3),
+    "conditional-pass": (BatchLayout(branch="conditional"), 1),
+    "unconditional-pass": (BatchLayout(branch="unconditional"), 1),
+}
+
+
+class Own(AttnProcessor):
+    """A user's processor, of a class that the capture does not know."""
+
+
+def block(dtype: torch.dtype = torch.float32) -> BasicTransformerBlock:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval().to(dtype)
+        with torch.no_grad():
+            for attn in (made.attn1, made.attn2):
+                attn.to_q.weight *= 2.5
+                attn.to_k.weight *= 2.5
+    return made
+
+
+def install(
+    module: BasicTransformerBlock, *, by_map: bool = False
+) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
+    """Capture processors in the block; `by_map` has the map made whatever its size."""
+    own, cross = wrap_block(module, SCFGConfig())
+    if by_map:
+        own.observe, own.attend_and_observe = attention_map, self_attention_map
+    module.attn1.processor, module.attn2.processor = own, cross
+    return own, cross
+
+
+def inputs(batch: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(batch)
+    return tuple(torch.randn(batch, *shape, generator=rng).to(dtype) for shape in ((tokens, 16), (77, 12)))
+
+
+@torch.no_grad()
+def captured(module: BasicTransformerBlock, layout: BatchLayout, batch: int, **options: Any):
+    """The block's output, and what it left."""
+    own, cross = install(module, **options)
+    cross.layout = layout
+    states, text = inputs(batch, dtype=module.attn1.to_q.weight.dtype)
+    out = module(states, encoder_hidden_states=text)
+    assert own.held is None, "nothing is held after the cross-attention"
+    return out, cross.tokens, cross.start
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor2_0, AttnProcessor, Own])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_block_leaves_what_it_leaves_with_a_map(name: str, processor: type) -> None:
+    layout, groups = LAYOUTS[name]
+    truth = {}
+    for how, dtype in (("map", torch.float32), ("held", torch.float32), ("truth", torch.float64)):
+        module = block(dtype=dtype)
+        module.attn1.processor, module.attn2.processor = processor(), processor()
+        truth[how] = captured(module, layout, 2 * groups, by_map=how != "held")
+    out, tokens, start = truth["held"]
+    assert torch.equal(out, truth["map"][0])
+    for found, by_map, exact in zip((tokens, start), truth["map"][1:], truth["truth"][1:], strict=True):
+        assert found.is_contiguous() and found.dtype == torch.float32
+        assert_as_accurate_as(found, by_map, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_the_output_is_stock_and_what_is_held_are_the_layers_own_tensors(dtype: torch.dtype) -> None:
+    module, (states, text) = block(dtype=dtype), inputs(2, dtype=dtype)
+    stock = module(states, encoder_hidden_states=text)
+    own, _ = install(module)
+    projected: list[torch.Tensor] = []
+    for projection in (module.attn1.to_q, module.attn1.to_k):
+        projection.register_forward_hook(lambda _module, _args, out: projected.append(out))
+    seen: list[Any] = []
+    module.attn2.register_forward_pre_hook(lambda *_: seen.append(own.held))
+    assert torch.equal(module(states, encoder_hidden_states=text), stock)
+    (held,) = seen
+    assert [x.shape for x in held] == [(2, 2, TOKENS, 8)] * 2
+    assert [x.untyped_storage().data_ptr() for x in held] == [x.untyped_storage().data_ptr() for x in projected]
+
+
+@torch.no_grad()
+def test_up_to_1024_tokens_the_map_is_held() -> None:
+    module = block()
+    own, _ = install(module)
+    seen: list[Any] = []
+    module.attn2.register_forward_pre_hook(lambda *_: seen.append(own.held))
+    for tokens in (1024, 1025):
+        states, text = inputs(2, tokens)
+        module(states, encoder_hidden_states=text)
+    assert seen[0].shape == (2, 1024, 1024) and isinstance(seen[1], tuple)
+
+
+@torch.no_grad()
+def test_masked_or_inactive_layers_hold_nothing() -> None:
+    module, (states, text) = block(), inputs(2)
+    mask = torch.zeros(2, 1, TOKENS).index_fill_(2, torch.arange(9), -1e4)
+    stock = module(states, encoder_hidden_states=text, attention_mask=mask)
+    own, cross = install(module)
+    seen: list[Any] = []
+    module.attn2.register_forward_pre_hook(lambda *_: seen.append(own.held))
+    assert torch.equal(module(states, encoder_hidden_states=text, attention_mask=mask), stock)
+    own.active = cross.active = False
+    module(states, encoder_hidden_states=text)
+    assert seen == [None, None] and cross.tokens is None and cross.start is None
+
+
+@torch.no_grad()
+def test_other_image_tokens_in_the_cross_attention_leave_nothing() -> None:
+    """Token merging between the two layers: their maps do not fit together."""
+    module, (states, text) = block(), inputs(2)
+    own, cross = install(module)
+    module.attn1(states)
+    module.attn2(states[:, 1:], encoder_hidden_states=text)
+    assert own.held is None and cross.tokens is None and cross.start is None
+
+
+@torch.no_grad()
+def test_a_block_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    module, (states, text) = block(), inputs(2)
+    own, cross = install(module)
+    out = module(states, encoder_hidden_states=text)
+    expected = out, cross.tokens, cross.start
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = compiled(states, encoder_hidden_states=text), cross.tokens, cross.start
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert own.held is None
+    torch._dynamo.reset()
+
+
+# Whole pipelines: at 512x528 pixels the attention at latent / 2 has 32 x 33 tokens.
+
+PROMPTS, NEGATIVES, STEPS = ["a red cat on the grass", "a blue boat"], ["", "a car"], 2
+CONFIG = SCFGConfig(levels=[2, 4, 8])
+SIZE = dict(height=512, width=528)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_sd_pipeline(sample_size=32)
+
+
+@pytest.fixture(autouse=True)
+def stock_again(pipe):
+    yield
+    scfg_fast.disable(pipe)
+
+
+def run(pipe, **options: Any) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    options = dict(num_inference_steps=STEPS, guidance_scale=7.5, output_type="latent", **SIZE) | options
+    return pipe(PROMPTS, negative_prompt=NEGATIVES, generator=generators, **options).images
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+@pytest.mark.parametrize("map_tokens", [0, 8192], ids=["products", "maps"])
+@pytest.mark.parametrize("fidelity", ["official", "paper"])
+def test_the_published_method_at_a_size_that_holds_queries_and_keys(
+    pipe, fidelity: str, map_tokens: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys.modules["scfg_kernels.complete_from_qk"], "MAP_TOKENS", map_tokens)
+    literal: dict[str, Any] = {}
+    config = CONFIG
+    if fidelity == "paper":
+        config = SCFGConfig.paper(levels=[2, 4, 8])
+        literal = dict(completion="paper", rate_min=None, rate_max=None, max_scale=None, sigma=0.0)
+    expected, history = literal_run(
+        pipe, PROMPTS, NEGATIVES, steps=STEPS, seeds=[0, 1], factors=(4, 8, 2), **SIZE, **literal
+    )
+    assert (32, 33) in history[0]["sizes"]
+    plain = run(pipe)
+    handle = scfg_fast.enable(pipe, config, strict=True)
+    actual = run(pipe)
+    assert handle.stats.steps_applied == STEPS and len(handle.stats.layers) == 7
+    assert relative(actual, expected) < 1e-5  # as in test_parity
+    assert relative(plain, expected) > 1e-3
+    scfg_fast.disable(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_maps_of_large_layers_are_made_one_sample_at_a_time(pipe) -> None:
+    sizes = []
+    for config in (None, CONFIG):
+        if config is not None:
+            scfg_fast.enable(pipe, config, strict=True)
+        with Recorder() as recorder:
+            run(pipe, num_inference_steps=1)
+        sizes.append(recorder.largest.numel)
+    assert sizes[0] < sizes[1] == TOKENS**2
