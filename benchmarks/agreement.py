@@ -3,9 +3,10 @@
     python -m benchmarks.agreement [--prompts 3] [--steps 12] [--at 0 5 11] [--arch 80 90]
 
 Queries, keys and values of all seven attention layers and the two predictions are taken from runs of the bundled model
-under plain guidance, at an early, a middle and a late step, and rounded to fp16, bf16 and fp32. From there on the whole
-chain `self_attention_map`, `cross_attention_map`, `complete`, `segment_and_guide` runs in that dtype: by the kernels, in
-`tests.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens or of 40 over 8x8.
+under plain guidance, at an early, a middle and a late step, and rounded to fp16, bf16 and fp32. From there on the chain
+`self_attention_map`, `cross_attention_map`, `complete`, `segment_and_guide` runs in that dtype: by the kernels, in
+`tests.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens, or of 40 over
+8x8, and 24 text tokens.
 
 Writes `benchmarks/results/agreement.md` and `.csv`.
 """
@@ -47,7 +48,7 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """q [2B, H, N, d], k and v [2B, H, T, d] of the self- and the cross-attention of one block; (h, w) of its tokens."""
+    """q [2B, H, N, d], k and v [2B, H, T, d] of both attentions of one block; (h, w) of its tokens."""
 
     own: Operands
     cross: Operands
@@ -308,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.perf_counter() - began:4.0f} s] {table([row]).splitlines()[2]}", flush=True)
     where = environment()
     source = (
-        f"# Kernels and twins on the bundled model's attention\n\n`python -m benchmarks.agreement`: {arguments.prompts} "
-        f"prompts, steps {', '.join(str(i + 1) for i in arguments.at)} of {arguments.steps}, {rows[0].cells} cells. "
+        f"# Kernels and twins on the bundled model's attention\n\n`python -m benchmarks.agreement`: "
+        f"{arguments.prompts} prompts, steps {', '.join(str(i + 1) for i in arguments.at)} of {arguments.steps}, {rows[0].cells} cells. "
         f"Triton {triton.__version__}, torch {where['torch']}, {where['cpu']}, no GPU; commit {where['commit']}"
         f"{', with changes' if where['dirty'] else ''}.\n\n"
     )

@@ -9,7 +9,7 @@ import torch
 
 import scfg_fast
 from benchmarks import agreement
-from benchmarks.agreement import Outcome, Row, Step
+from benchmarks.agreement import Row, Step
 from benchmarks.guidance import SCALE, open_pipeline, pair
 from scfg_fast.regions import Regions
 
