@@ -310,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment()
     source = (
         f"# Kernels and twins on the bundled model's attention\n\n`python -m benchmarks.agreement`: "
-        f"{arguments.prompts} prompts, steps {', '.join(str(i + 1) for i in arguments.at)} of {arguments.steps}, {rows[0].cells} cells. "
+        f"{arguments.prompts} prompts, steps {', '.join(str(i + 1) for i in arguments.at)} of {arguments.steps}, "
+        f"{rows[0].cells} cells. "
         f"Triton {triton.__version__}, torch {where['torch']}, {where['cpu']}, no GPU; commit {where['commit']}"
         f"{', with changes' if where['dirty'] else ''}.\n\n"
     )
