@@ -40,8 +40,9 @@ from .report import RESULTS, environment
 CONFIG = SCFGConfig()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 90)
-BANDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
-"""Margins beyond which every cell is expected to have the fp32 twin's region."""
+BANDS = {torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float32: 1e-5}
+"""Margins beyond which every cell must have the fp32 twin's region. The largest at which the torch twin differed, over
+12 prompts and 9216 cells: 6e-7, 1.2e-4 and none."""
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
