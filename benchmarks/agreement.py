@@ -138,8 +138,9 @@ OPTIONS: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Outcome:
-    """guided [B, C, H, W] in the dtype of the chain, ids and foreground [B, h, w]."""
+    """Completed maps [B, T, N] per layer; guided [B, C, H, W] in the chain's dtype; ids and foreground [B, h, w]."""
 
+    maps: Sequence[torch.Tensor]
     guided: torch.Tensor
     ids: torch.Tensor
     foreground: torch.Tensor
@@ -152,7 +153,7 @@ def chain(step: Step, backend: str) -> Outcome:
     guided, _, ids, foreground = segment_and_guide(
         tokens, start, sizes, step.grid, step.uncond, step.cond, SCALE, backend=backend, **OPTIONS
     )
-    return Outcome(guided, ids, foreground)
+    return Outcome(tokens, guided, ids, foreground)
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,13 @@ class Row:
         same_ids, same_foreground: share of cells that are as the fp32 twin's on the unrounded operands.
         ids_band, foreground_band: the largest fp64 margin of a cell that differs; 0 if none does.
         in_ids_band, in_foreground_band: share of all cells whose margin is at most that.
+        maps_rms, maps_max: distance of the completed maps to fp64 on the same rounded operands, over the layer's
+            largest entry.
         noise_rms, noise_max: distance of the guided prediction to fp64 on the same rounded operands, over the largest
             guided value.
         given_regions_rms, given_regions_max: the same, where all have this one's regions, so that a cell on a tie does
             not count as an error of the noise.
-        rms_ratio, max_ratio, given_regions_rms_ratio, given_regions_max_ratio: the last four over those of the torch
-            twin in this dtype.
+        *_ratio: the last six over those of the torch twin in this dtype.
     """
 
     dtype: str
@@ -200,12 +202,16 @@ class Row:
     in_ids_band: float
     foreground_band: float
     in_foreground_band: float
+    maps_rms: float
+    maps_max: float
     noise_rms: float
     noise_max: float
     given_regions_rms: float
     given_regions_max: float
-    rms_ratio: float = 1.0
-    max_ratio: float = 1.0
+    maps_rms_ratio: float = 1.0
+    maps_max_ratio: float = 1.0
+    noise_rms_ratio: float = 1.0
+    noise_max_ratio: float = 1.0
     given_regions_rms_ratio: float = 1.0
     given_regions_max_ratio: float = 1.0
 
@@ -221,16 +227,24 @@ def _band(differs: torch.Tensor, margin: torch.Tensor) -> tuple[float, float]:
     return band, float((margin <= band).double().mean()) if band else 0.0
 
 
+def _error(actual: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Root mean square and maximum over all tensors, each relative to the largest entry of its truth."""
+    parts = [((x.double() - y) / y.abs().max()).flatten() for x, y in zip(actual, truth, strict=True)]
+    error = torch.cat(parts)
+    return float(error.square().mean().sqrt()), float(error.abs().max())
+
+
 def measure(
     dtype: str, by: str, mine: Sequence[Outcome], fp32: Sequence[Outcome], limits: Sequence[Margins],
-    truth: Sequence[torch.Tensor], given: Sequence[torch.Tensor],
+    truth: Sequence[Outcome], given: Sequence[torch.Tensor],
 ) -> Row:  # fmt: skip
-    """What `mine` is off: regions from those of `fp32`, noise from `truth` and from `given`, one entry per step."""
-    errors = []
-    for reference in (truth, given):
-        parts = zip(mine, reference, strict=True)
-        error = torch.stack([(x.guided.double() - true) / true.abs().max() for x, true in parts])
-        errors += [float(error.square().mean().sqrt()), float(error.abs().max())]
+    """What `mine` is off, one entry per step: regions from `fp32`, maps and noise from `truth`, noise from `given`."""
+    guided = [x.guided for x in mine]
+    errors = [
+        *_error([m for x in mine for m in x.maps], [m for x in truth for m in x.maps]),
+        *_error(guided, [x.guided for x in truth]),
+        *_error(guided, given),
+    ]
     agreement: list[float] = []
     bands: list[float] = []
     for name in ("ids", "foreground"):
@@ -247,7 +261,7 @@ def compare(taken: Sequence[Step], dtypes: Sequence[torch.dtype], architectures:
     for dtype in dtypes:
         rounded = [step.to(dtype) for step in taken]
         double = [step.to(torch.float64) for step in rounded]
-        truth = [chain(step, "torch").guided for step in double]
+        truth = [chain(step, "torch") for step in double]
         base: Row | None = None
         for arch in (None, *architectures):
             with nullcontext() if arch is None else simulated(arch):
@@ -258,24 +272,25 @@ def compare(taken: Sequence[Step], dtypes: Sequence[torch.dtype], architectures:
             row = measure(str(dtype).removeprefix("torch."), by, mine, fp32, limits, truth, given)
             if base is None:
                 base = row
-            for name in ("rms", "max"):
-                setattr(row, f"{name}_ratio", getattr(row, f"noise_{name}") / getattr(base, f"noise_{name}"))
-                field = f"given_regions_{name}"
-                setattr(row, f"{field}_ratio", getattr(row, field) / getattr(base, field))
+            for name in ("maps_rms", "maps_max", "noise_rms", "noise_max", "given_regions_rms", "given_regions_max"):
+                setattr(row, f"{name}_ratio", getattr(row, name) / getattr(base, name))
             yield row
 
 
 HEADER = (
-    "dtype", "by", "same region", "band", "cells in it", "same foreground", "band", "cells in it", "noise, rms",
-    "to torch's", "max", "to torch's", "given regions, rms", "to torch's", "max", "to torch's",
+    "dtype", "by", "same region", "band", "cells in it", "same foreground", "band", "cells in it", "maps, rms",
+    "to torch's", "max", "to torch's", "noise, rms", "to torch's", "max", "to torch's", "given regions, rms",
+    "to torch's", "max", "to torch's",
 )  # fmt: skip
 EXPLAINED = """\
 - same region, same foreground: share of cells that are as the fp32 torch twin's, whose operands are not rounded.
 - band: the largest margin, in fp64, of a cell that differs: what the better of the two best tokens (of the start token
   and all others) is ahead, relative to it. Away from ties, beyond the band, every cell is the same by this definition;
   `cells in it` says how many of all cells are not beyond it. 0: no cell differs.
-- noise: distance of the guided prediction to the fp64 twin's on the same rounded operands, over its largest value.
-  A cell on a tie that falls to another token moves the noise by more than rounding does.
+- maps: distance of the completed maps, fp32, to the fp64 twin's on the same rounded operands, over a layer's largest
+  entry. They decide regions and nothing else.
+- noise: the same of the guided prediction, which in half precision is mostly its own, last rounding. A cell on a tie
+  that falls to another token moves the noise by more than rounding does.
 - given regions: the same, the fp64 twin having this line's regions: what rounding alone does.
 - to torch's: over the torch twin's own error in that dtype. The aim is at most 2.
 """
@@ -288,7 +303,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append((
             x.dtype, x.by, f"{x.same_ids:.4%}", f"{x.ids_band:.1e}", f"{x.in_ids_band:.3%}", f"{x.same_foreground:.4%}",
             f"{x.foreground_band:.1e}", f"{x.in_foreground_band:.3%}",
-            f"{x.noise_rms:.2e}", f"{x.rms_ratio:.2f}", f"{x.noise_max:.2e}", f"{x.max_ratio:.2f}",
+            f"{x.maps_rms:.2e}", f"{x.maps_rms_ratio:.2f}", f"{x.maps_max:.2e}", f"{x.maps_max_ratio:.2f}",
+            f"{x.noise_rms:.2e}", f"{x.noise_rms_ratio:.2f}", f"{x.noise_max:.2e}", f"{x.noise_max_ratio:.2f}",
             f"{x.given_regions_rms:.2e}", f"{x.given_regions_rms_ratio:.2f}",
             f"{x.given_regions_max:.2e}", f"{x.given_regions_max_ratio:.2f}",
         ))  # fmt: skip

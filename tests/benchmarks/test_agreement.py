@@ -39,24 +39,26 @@ def test_regions_are_equal_away_from_ties_and_noise_is_as_accurate(taken: list[S
     assert (twin.by, kernels.by, kernels.cells) == ("torch", "sm_80", 256)
     assert kernels.ids_band <= agreement.BANDS[dtype] and kernels.foreground_band <= agreement.BANDS[dtype]
     assert kernels.in_ids_band <= 0.01 and kernels.in_foreground_band <= 0.01
+    assert kernels.noise_rms_ratio <= 2.0 and kernels.noise_max_ratio <= 2.0
     assert kernels.given_regions_rms_ratio <= 2.0 and kernels.given_regions_max_ratio <= 2.0
 
 
 def test_a_cell_that_differs_and_noise_that_is_off_are_seen(taken: list[Step]) -> None:
     step = taken[1]
     right, limits = agreement.chain(step, "torch"), agreement.margins(step.to(torch.float64))
-    truth = [agreement.chain(step.to(torch.float64), "torch").guided]
+    truth = agreement.chain(step.to(torch.float64), "torch")
     ids = right.ids.clone()
     ids[0, 3, 5] += 1
     wrong = replace(right, ids=ids, guided=right.guided + 1e-3 * right.guided.abs().max())
-    row = agreement.measure("float32", "wrong", [wrong], [right], [limits], truth, truth)
+    row = agreement.measure("float32", "wrong", [wrong], [right], [limits], [truth], [truth.guided])
     assert (row.cells, row.same_ids, row.same_foreground) == (256, 1 - 1 / 256, 1.0)
     assert row.ids_band == float(limits.ids[0, 3, 5]) and row.in_ids_band >= 1 / 256
+    assert row.maps_max < 1e-5
     assert row.noise_max == pytest.approx(1e-3, rel=1e-3) and row.noise_rms == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_table_has_a_line_per_row() -> None:
-    row = Row("float16", "sm_80", 256, 0.999, 1.0, 2e-4, 0.002, 0.0, 0.0, 1e-5, 3e-4, 1e-5, 3e-4, 1.01, 1.0, 1.5, 1.2)
+    row = Row("float16", "sm_80", 256, 0.999, 1.0, 2e-4, 0.002, 0.0, 0.0, *(6 * [1e-5]), *(6 * [1.5]))
     lines = agreement.table([row, row]).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "99.9000% | 2.0e-04 | 0.200%" in lines[2]
