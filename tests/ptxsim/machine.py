@@ -271,7 +271,7 @@ def launch(
         grid: number of CTAs per axis.
         shared_bytes: dynamic shared memory per CTA.
         counters: what happened is added here.
-        check_races: look for missing barriers and waits in shared memory, and for missing order in global memory.
+        check_races: look for missing barriers and waits in shared memory, and for missing order in global.
         order: `"lockstep"`, or one warp after another between barriers, `"forward"` or `"backward"`: slow, but another
             legal interleaving, under which a correct program gives the same bits.
 
