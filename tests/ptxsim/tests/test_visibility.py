@@ -17,13 +17,12 @@ ANNOUNCE = "@%p1 atom.global.gpu.release.add.u32 %r2, [%rd1], 1;"
 LISTEN = "@%p1 ld.global.gpu.acquire.b32 %r3, [%rd1];"
 
 
-def hand_over(announce: str, listen: str, store: str = STORE, load: str = LOAD) -> str:
-    """CTA 0 polls p1, then runs `load`; CTA 1 runs `store`, then announces. Thread 0 of each does the talking."""
+def hand_over(before: str = BARRIER, announce: str = ANNOUNCE, listen: str = LISTEN, after: str = BARRIER) -> str:
+    """CTA 1 stores, then announces at p1; CTA 0 polls p1, then loads. Thread 0 of each does the talking."""
     return f"""{PLACES} {FIRST} setp.eq.u32 %p1, %t, 0; mov.b32 %r3, 1; @!%p2 bra $OTHER;
         $AGAIN: {listen} setp.eq.u32 %p3, %r3, 0; @%p3 bra $AGAIN;
-        {BARRIER if BARRIER in announce else ""} {load} mul.wide.u32 %rd6, %t, 4; add.s64 %rd6, %rd6, %rd2;
-        st.global.b32 [%rd6], %r5; ret;
-        $OTHER: {store} {announce}"""
+        {after} {LOAD} mul.wide.u32 %rd6, %t, 4; add.s64 %rd6, %rd6, %rd2; st.global.b32 [%rd6], %r5; ret;
+        $OTHER: {STORE} {before} {announce}"""
 
 
 def handed_over(body: str, **options) -> tuple[np.ndarray, int]:
@@ -37,7 +36,7 @@ def handed_over(body: str, **options) -> tuple[np.ndarray, int]:
 @pytest.mark.parametrize("order", ["lockstep", "forward", "backward"])
 def test_who_polls_lets_others_go_first(order: str) -> None:
     """The polling loop is at the lower place in the program, which runs first otherwise, for ever."""
-    result, instructions = handed_over(hand_over(BARRIER + ANNOUNCE, LISTEN), order=order)
+    result, instructions = handed_over(hand_over(), order=order)
     np.testing.assert_array_equal(result, np.arange(64))
     assert instructions < 200
 
@@ -108,33 +107,33 @@ def test_two_ctas_that_store_to_one_place_race() -> None:
 
 
 CHAINS = {
-    "release": (BARRIER + ANNOUNCE, LISTEN),
-    "acq_rel": (BARRIER + ANNOUNCE.replace("release", "acq_rel"), LISTEN),
-    "system": (BARRIER + ANNOUNCE.replace("gpu", "sys"), LISTEN.replace("gpu", "sys")),
-    "store": (BARRIER + "@%p1 st.global.gpu.release.b32 [%rd1], 1;", LISTEN),
-    "atomic": (BARRIER + ANNOUNCE, "@%p1 atom.global.gpu.acquire.add.u32 %r3, [%rd1], 0;"),
+    "release": {},
+    "acq_rel": {"announce": ANNOUNCE.replace("release", "acq_rel")},
+    "of the system": {"announce": ANNOUNCE.replace("gpu", "sys"), "listen": LISTEN.replace("gpu", "sys")},
+    "store": {"announce": "@%p1 st.global.gpu.release.b32 [%rd1], 1;"},
+    "atomic acquire": {"listen": "@%p1 atom.global.gpu.acquire.add.u32 %r3, [%rd1], 0;"},
 }
 BROKEN = {
-    "barrier before the release": (ANNOUNCE + BARRIER, LISTEN),
-    "release": (BARRIER + ANNOUNCE.replace("release", "relaxed"), LISTEN),
-    "release, by default": (BARRIER + ANNOUNCE.replace("gpu.release.", ""), LISTEN),
-    "release, of the CTA only": (BARRIER + ANNOUNCE.replace("gpu", "cta"), LISTEN),
-    "acquire": (BARRIER + ANNOUNCE, "@%p1 atom.global.gpu.relaxed.add.u32 %r3, [%rd1], 0;"),
-    "barrier after the acquire": (ANNOUNCE.replace("@%p1", BARRIER.replace("bar", "barrier") + "@%p1"), LISTEN),
+    "barrier before the release": {"before": ""},
+    "release": {"announce": ANNOUNCE.replace("release", "relaxed")},
+    "release, which is not the default": {"announce": ANNOUNCE.replace("gpu.release.", "")},
+    "release beyond the CTA": {"announce": ANNOUNCE.replace("gpu", "cta")},
+    "acquire": {"listen": "@%p1 atom.global.gpu.relaxed.add.u32 %r3, [%rd1], 0;"},
+    "barrier after the acquire": {"after": ""},
 }
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_release_and_an_acquire_order_ctas(chain: str) -> None:
-    result, _ = handed_over(hand_over(*CHAINS[chain]))
+    result, _ = handed_over(hand_over(**CHAINS[chain]))
     np.testing.assert_array_equal(result, np.arange(64))
 
 
 @pytest.mark.parametrize("missing", BROKEN)
 def test_without_a_part_of_the_chain_it_is_a_race(missing: str) -> None:
     with pytest.raises(SimError, match="global memory race: load from p0"):
-        handed_over(hand_over(*BROKEN[missing]))
-    result, _ = handed_over(hand_over(*BROKEN[missing]), check_races=False)
+        handed_over(hand_over(**BROKEN[missing]))
+    result, _ = handed_over(hand_over(**BROKEN[missing]), check_races=False)
     np.testing.assert_array_equal(result, np.arange(64))  # right all the same: only the detector sees it
 
 
