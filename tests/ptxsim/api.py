@@ -60,7 +60,7 @@ def simulated(
 
     Args:
         arch: 80, 86, 89, 90 or 120.
-        check_races: look for missing barriers, waits and fences in shared memory.
+        check_races: look for missing barriers, waits and fences in shared memory, and for missing order in global.
         rewrite: changes the PTX before it is executed (to test the simulator).
         shared_bytes: shared memory per CTA instead of what the compiler asked for (likewise).
         order: `"lockstep"`, or one warp after another, `"forward"` or `"backward"`; see `machine.launch`.

@@ -61,6 +61,7 @@ class Kernel:
     shared_granule: int = 16
     asynchronous: bool = False  # has cp.async or wgmma
     warp_groups: bool = False  # has wgmma
+    protocol: bool = False  # has what CTAs can talk to each other with: atomic or ordered accesses of global memory
 
 
 _DECODERS: dict[str, Callable[[Decoder, Instruction], Step]] = {}
@@ -318,6 +319,10 @@ def decode(ptx: str) -> Kernel:
             raise program.error(f"cannot be decoded: {error!r}", instruction) from error
     kernel.shared_granule = min({16, *decoder.shared_widths})
     kernel.asynchronous = any(i.opcode.startswith(("cp.async", "wgmma")) for i in program.instructions)
+    kernel.protocol = any(
+        "global" in i.modifiers and (i.base in ("atom", "red") or {"acquire", "release"}.intersection(i.modifiers))
+        for i in program.instructions
+    )
     kernel.warp_groups = any(i.base == "wgmma" for i in program.instructions)
     return kernel
 

@@ -18,6 +18,7 @@ from .dtypes import POISON
 from .errors import SimError
 from .memory import ByteStore, GlobalMemory
 from .shared import Selection, SharedMemory
+from .visibility import Visibility
 
 THREADS_PER_BATCH = 2048
 MAX_STEPS = 5_000_000  # instructions of one batch; a kernel that needs more is taken to hang
@@ -70,6 +71,8 @@ class Batch:
             count, shared_bytes, kernel.shared_granule, kernel.asynchronous, check_races, counters
         )
         self.check_races = check_races
+        if memory.visibility is not None:
+            memory.visibility.begin(first, count, self.threads)
         unit = 128 if kernel.warp_groups else 32
         turn = thread // unit
         self._turn = None if order == "lockstep" else turn if order == "forward" else turn[::-1].copy()
@@ -242,6 +245,8 @@ class Batch:
 
     def _next_epoch(self, ctas: slice | np.ndarray) -> None:
         self.epochs[ctas] += np.uint32(1)
+        if self.memory.visibility is not None:
+            self.memory.visibility.barrier(ctas)
         self.counters.barriers += len(self.epochs[ctas])
         self._set_tags()
 
@@ -266,7 +271,7 @@ def launch(
         grid: number of CTAs per axis.
         shared_bytes: dynamic shared memory per CTA.
         counters: what happened is added here.
-        check_races: look for missing barriers and waits in shared memory.
+        check_races: look for missing barriers and waits in shared memory, and for missing order in global.
         order: `"lockstep"`, or one warp after another between barriers, `"forward"` or `"backward"`: slow, but another
             legal interleaving, under which a correct program gives the same bits.
 
@@ -283,6 +288,7 @@ def launch(
     for symbol, data in program.constants.items():
         parameters[symbol] = memory.add(np.frombuffer(bytearray(data), np.uint8), symbol).base
     total = grid[0] * grid[1] * grid[2]
+    memory.visibility = Visibility(total, -(-program.threads // 32), kernel.protocol) if check_races else None
     per_batch = max(1, THREADS_PER_BATCH // program.threads)
     for first in range(0, total, per_batch):
         count = min(per_batch, total - first)

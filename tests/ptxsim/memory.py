@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .counters import SECTOR, Counters, PatternCache, Traffic, count_sectors
 from .dtypes import UNSIGNED
 from .errors import SimError
+from .visibility import Visibility
 
 # A memory move of n bytes is one numpy element of n bytes; complex128 is only a 16-byte container here.
 _CONTAINERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -89,9 +90,14 @@ class Buffer:
 
 
 class GlobalMemory:
-    """Device memory of one launch. Addresses are made up; only their value modulo 16 is that of the host."""
+    """Device memory of one launch. Addresses are made up; only their value modulo 16 is that of the host.
+
+    Attributes:
+        visibility: the race detector, or None.
+    """
 
     def __init__(self) -> None:
+        self.visibility: Visibility | None = None
         self._buffers: dict[int, Buffer] = {}
         self._patterns = PatternCache()
 
@@ -102,33 +108,48 @@ class GlobalMemory:
         self._buffers[number] = buffer
         return buffer
 
-    def read(self, addresses: np.ndarray, width: int, unit: int, threads: np.ndarray) -> np.ndarray:
-        """Read `width` bytes per thread as (n, width // unit) unsigned integers."""
+    def read(
+        self, addresses: np.ndarray, width: int, unit: int, threads: np.ndarray, semantics: frozenset[str] | None = None
+    ) -> np.ndarray:
+        """Read `width` bytes per thread as (n, width // unit) unsigned integers; `semantics`: see `ordering`."""
         parts = self._locate(addresses, width, "load")
         if len(parts) == 1:
             buffer, offsets, _ = parts[0]
             self._count(buffer, offsets, width, threads, store=False)
+            self._observe(buffer, offsets, width, threads, semantics, store=False)
             return buffer.bytes.gather(offsets, width, unit)
         result = np.empty((len(addresses), width // unit), UNSIGNED[unit * 8])
         for buffer, offsets, rows in parts:
             self._count(buffer, offsets, width, threads[rows], store=False)
+            self._observe(buffer, offsets, width, threads[rows], semantics, store=False)
             result[rows] = buffer.bytes.gather(offsets, width, unit)
         return result
 
-    def write(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
-        """Write the rows of `values` (n, k)."""
+    def write(
+        self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray, semantics: frozenset[str] | None = None
+    ) -> None:
+        """Write the rows of `values` (n, k); `semantics`: see `ordering`."""
         width = values.shape[1] * values.itemsize
         for buffer, offsets, rows in self._locate(addresses, width, "store"):
             self._count(buffer, offsets, width, threads[rows], store=True)
+            self._observe(buffer, offsets, width, threads[rows], semantics, store=True)
             if not buffer.bytes.scatter(offsets, values[rows]):
                 raise SimError(f"one instruction stores different values to one address of {buffer.label}")
 
-    def atomic(self, addresses: np.ndarray, operation: Callable[..., np.ndarray], *operands: np.ndarray) -> np.ndarray:
+    def atomic(
+        self,
+        addresses: np.ndarray,
+        operation: Callable[..., np.ndarray],
+        operands: Sequence[np.ndarray],
+        threads: np.ndarray,
+        semantics: frozenset[str],
+    ) -> np.ndarray:
         """Read, modify and write one element per thread, threads of equal address in order; returns the old values."""
         width = operands[0].itemsize
         unsigned = UNSIGNED[width * 8]
         old = np.empty(len(addresses), operands[0].dtype)
         for buffer, offsets, rows in self._locate(addresses, width, "atomic"):
+            self._observe(buffer, offsets, width, threads[rows], semantics, store=True)
             which = np.arange(len(addresses))[rows]
             for turn in turns(offsets):
                 selected = which[turn]
@@ -149,6 +170,24 @@ class GlobalMemory:
         addresses = offsets + buffer.base % SECTOR
         sectors, _ = self._patterns.get(width, addresses, threads, SECTOR, count_sectors)
         buffer.note(offsets, width, sectors, store=store)
+
+    def _observe(
+        self,
+        buffer: Buffer,
+        offsets: np.ndarray,
+        width: int,
+        threads: np.ndarray,
+        semantics: frozenset[str] | None,
+        *,
+        store: bool,
+    ) -> None:
+        if self.visibility is None:
+            return
+        if semantics is None:
+            (self.visibility.store if store else self.visibility.load)(buffer, offsets, width, threads)
+            return
+        for offset, thread in zip(offsets.tolist(), threads.tolist(), strict=True):
+            self.visibility.atomic(buffer, offset, width, thread, semantics)
 
     def _locate(
         self, addresses: np.ndarray, width: int, what: str

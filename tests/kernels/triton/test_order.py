@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from ptxsim import SimError, simulated
+from ptxsim.tests.mutations import with_weaker_order, without_synchronisation
 from scfg_kernels._triton import _order
 from scfg_kernels._triton._order import announce, counters, leave, take_ticket, wait
 
@@ -73,6 +74,35 @@ def test_the_last_one_out_reads_what_all_others_stored(arch) -> None:
         last_sums_kernel[(33,)](x, poisoned(x), result, zeros, 33, N=128)
     assert not zeros.any()
     torch.testing.assert_close(result[0], x.square().sum())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_part_of_announce_and_wait_can_be_left_out(arch) -> None:
+    """The simulator finds a race without the barrier before the release, without the release, without the acquire."""
+    x, result = torch.ones(3, 128), torch.empty(3)
+
+    def launch(ptx: str | None = None) -> str:
+        zeros = torch.zeros(4, dtype=torch.int32)
+        with simulated(arch, rewrite=lambda compiled: ptx or compiled) as run:
+            double_sum_kernel[(6,)](x, poisoned(x), result, zeros, 3, N=128, LENGTH=4, LATE=False)
+        assert not zeros.any()
+        return run.launches[0].ptx
+
+    ptx = launch()
+    orders = [mutant for mutant in with_weaker_order(ptx) if not mutant.what.endswith("acq_rel as release")]
+    release = ptx.index("acq_rel")
+    barrier = ptx[:release].count("bar.sync")
+    broken = [mutant for mutant in without_synchronisation(ptx) if mutant.number == barrier]
+    assert len(broken) == 1 and len({mutant.number for mutant in orders}) >= 3
+    unreached = ["ld.global.gpu.acquire as relaxed #3"]  # inside the loop: here all have announced before it
+    missed = []
+    for mutant in [*broken, *orders]:
+        try:
+            launch(mutant.ptx)
+            missed.append(str(mutant))
+        except SimError as error:
+            assert "global memory race" in str(error)
+    assert missed in ([], unreached)
 
 
 def test_a_launch_that_waits_for_later_tickets_is_an_error_and_its_counters_are_forgotten() -> None:

@@ -10,7 +10,7 @@ from ..errors import SimError
 from ..memory import turns
 from ..parser import Instruction
 from ..shared import ATOMIC, EPOCH_MASK
-from .memory_access import HINTS
+from .memory_access import HINTS, ordering
 
 _ORDERING = (*HINTS, "acq_rel", "noftz")
 _OPERATIONS = {
@@ -60,7 +60,7 @@ def _atomic(decoder: Decoder, instruction: Instruction, target: str, operands: t
     width = bits_of(kind) // 8
     if not global_memory:
         decoder.shared_widths.add(width)
-    floating = is_float(kind) or kind in PACKED
+    floating, semantics = is_float(kind) or kind in PACKED, ordering(instruction) or frozenset()
 
     def run(batch, mask: Mask) -> None:
         who = batch.select(mask)
@@ -72,7 +72,7 @@ def _atomic(decoder: Decoder, instruction: Instruction, target: str, operands: t
             if global_memory:
                 batch.counters.atomics += len(where)
                 batch.counters.float_atomics += len(where) * floating
-                old = batch.memory.atomic(where + column * width, operation, *arguments)
+                old = batch.memory.atomic(where + column * width, operation, arguments, who.threads, semantics)
                 if np.array_equal(operation(old, *arguments), old):
                     batch.note_poll(who)
                 else:

@@ -8,6 +8,7 @@ from ..decode import Decoder, Mask, Step, modifiers, opcode
 from ..dtypes import UNSIGNED, bits_of
 from ..errors import SimError
 from ..parser import Instruction, elements
+from ..visibility import ACQUIRE, RELEASE
 
 # Caching and ordering hints: they change nothing in a simulator without caches.
 HINTS = ("nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "volatile", "weak", "relaxed", "acquire", "release")
@@ -23,6 +24,13 @@ HINTS += (
 )
 _SPACES = {"param": "param", "global": "global", "local": "local", "shared": "shared", "shared::cta": "shared"}
 _KINDS = (*(f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64)), "f32", "f64")
+
+
+def ordering(instruction: Instruction) -> frozenset[str] | None:
+    """What a load, a store or an atomic operation orders between CTAs; None for an ordinary (weak) access."""
+    if not {"relaxed", "volatile", "acquire", "release", "acq_rel"}.intersection(instruction.modifiers):
+        return None
+    return frozenset(() if "cta" in instruction.modifiers else instruction.modifiers) & (ACQUIRE | RELEASE)
 
 
 def _access(instruction: Instruction) -> tuple[str, str, int]:
@@ -58,7 +66,7 @@ def load(decoder: Decoder, instruction: Instruction) -> Step:
     address = decoder.address(source, 64 if space == "global" else 32)
     if space == "shared":
         decoder.shared_widths.add(min(width, 16))
-    polls = "acquire" in instruction.modifiers
+    polls, semantics = "acquire" in instruction.modifiers, ordering(instruction)
 
     def run(batch, mask: Mask) -> None:
         who = batch.select(mask)
@@ -66,7 +74,7 @@ def load(decoder: Decoder, instruction: Instruction) -> Step:
         if polls:
             batch.note_poll(who)
         if space == "global":
-            values = batch.memory.read(where, width, unit, who.threads)
+            values = batch.memory.read(where, width, unit, who.threads, semantics)
         elif space == "shared":
             values = batch.shared.gather(who, where, width, unit)
         else:
@@ -105,6 +113,7 @@ def store(decoder: Decoder, instruction: Instruction) -> Step:
     address = decoder.address(target, 64 if space == "global" else 32)
     if space == "shared":
         decoder.shared_widths.add(min(width, 16))
+    semantics = ordering(instruction)
 
     def run(batch, mask: Mask) -> None:
         who = batch.select(mask)
@@ -114,7 +123,7 @@ def store(decoder: Decoder, instruction: Instruction) -> Step:
             value = read(batch)
             values[:, column] = value[who.index] if value.shape else value
         if space == "global":
-            batch.memory.write(where, values, who.threads)
+            batch.memory.write(where, values, who.threads, semantics)
         elif space == "shared":
             batch.shared.scatter(who, where, values)
         else:

@@ -1,4 +1,4 @@
-"""Changes of PTX that make a program wrong: a dropped barrier, wait, fence or mask."""
+"""Changes of PTX that make a program wrong: a dropped barrier, wait, fence or mask, a weaker memory order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 _DROPPED = re.compile(
     r"^\s*(bar\.sync|cp\.async\.wait_group|cp\.async\.wait_all|wgmma\.wait_group|wgmma\.fence|fence\.proxy\.async)[^;\n]*;"
 )
+_ORDERED = re.compile(r"\b((?:atom|red|ld|st)\.global\.[\w.]*)\b(acq_rel|acquire|release)\b")
+_WEAKER = {"acq_rel": ("acquire", "release", "relaxed"), "acquire": ("relaxed",), "release": ("relaxed",)}
 _MASKED = re.compile(r"^(\s*)@%p\d+\s+((ld|st)\.global\b)", re.M)
 
 
@@ -49,6 +51,14 @@ def without_all(ptx: str, kind: str) -> Mutant:
     """Without every instruction of a kind."""
     kept = [line for line in ptx.split("\n") if not ((m := _DROPPED.match(line)) and m.group(1) == kind)]
     return Mutant(f"every {kind}", 0, "\n".join(kept))
+
+
+def with_weaker_order(ptx: str) -> Iterator[Mutant]:
+    """One mutant per ordered access of global memory and weaker order: without its release, its acquire, or both."""
+    for number, match in enumerate(_ORDERED.finditer(ptx), 1):
+        for weaker in _WEAKER[match.group(2)]:
+            what = f"{match.group(1)}{match.group(2)} as {weaker}"
+            yield Mutant(what, number, ptx[: match.start(2)] + weaker + ptx[match.end(2) :])
 
 
 def without_masks(ptx: str) -> Iterator[Mutant]:

@@ -78,6 +78,22 @@ def flash_kernel(q, k, v, out, scale, N, M, BM: tl.constexpr, BN: tl.constexpr, 
     tl.store(out + (head * N + m) * D + d, (total / norm[:, None]).to(out.dtype.element_ty), mask=m < N)
 
 
+@triton.jit
+def last_one_out_kernel(x, parts, out, counter, n, BLOCK: tl.constexpr):
+    """out = the sum of x [programs, BLOCK], by the program that comes last."""
+    i = tl.arange(0, BLOCK)
+    tl.store(parts + tl.program_id(0) * BLOCK + i, 2 * tl.load(x + tl.program_id(0) * BLOCK + i))
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if before == n - 1:
+        total = tl.zeros([BLOCK], tl.float32)
+        for part in range(n):
+            total += tl.load(parts + part * BLOCK + i)
+        tl.store(out + i, total / 2)
+        tl.store(counter, 0)
+
+
 @dataclass
 class Guarded:
     """An output tensor inside a larger allocation that must stay untouched around it."""
@@ -174,6 +190,19 @@ def flash(dtype: torch.dtype = torch.float16) -> Sample:
 
     expected = (q.double() @ k.double().transpose(1, 2) * scale).softmax(2) @ v.double()
     return Sample("flash", run, expected, {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-3}[dtype])
+
+
+def last_one_out() -> Sample:
+    """Programs that wait for each other, through global memory."""
+    x = torch.randn(20, 128)
+
+    def run() -> Guarded:
+        out = Guarded.make(128)
+        counter = torch.zeros(1, dtype=torch.int32)
+        last_one_out_kernel[(20,)](x, torch.full_like(x, float("nan")), out.view, counter, 20, BLOCK=128)
+        return out
+
+    return Sample("last_one_out", run, x.sum(0), 1e-5)
 
 
 SAMPLES = (vector_add, softmax, column_sum, matmul, flash)

@@ -11,8 +11,14 @@ import pytest
 import torch
 
 from ptxsim import SimError, simulated
-from ptxsim.tests.mutations import Mutant, without_all, without_masks, without_synchronisation
-from ptxsim.tests.samples import SAMPLES, Guarded, Sample
+from ptxsim.tests.mutations import (
+    Mutant,
+    with_weaker_order,
+    without_all,
+    without_masks,
+    without_synchronisation,
+)
+from ptxsim.tests.samples import SAMPLES, Guarded, Sample, last_one_out
 
 
 def run_mutant(sample: Sample, arch: int, mutant: Mutant, **options) -> tuple[str, Guarded | None]:
@@ -65,6 +71,19 @@ def test_dropped_synchronisation_is_caught(arch: int, capsys: pytest.CaptureFixt
         )
     assert not missed
     assert len(caught) >= 2 * len(redundant) and len(caught) >= 10
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_dropped_order_between_ctas_is_caught(arch: int) -> None:
+    """The barrier before the release, and every weaker order. Of the two barriers after the acquire one is enough."""
+    sample, reference, ptx = compiled(last_one_out, arch)
+    barriers, orders = list(without_synchronisation(ptx)), list(with_weaker_order(ptx))
+    assert len(barriers) == 3 and len(orders) == 3
+    for mutant in orders:
+        assert "global memory race: load from parts" in run_mutant(sample, arch, mutant)[0], mutant
+    assert "global memory race: load from parts" in run_mutant(sample, arch, barriers[0])[0]
+    assert "shared memory race" in run_mutant(sample, arch, barriers[1])[0]
+    assert harmless(sample, arch, barriers[2], reference)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

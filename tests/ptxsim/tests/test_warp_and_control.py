@@ -54,7 +54,7 @@ def test_loop_with_a_trip_count_per_thread() -> None:
     out = np.zeros(64, np.int64)
     body = f"""mov.b32 %r1, 0; mov.b32 %r2, 0;
         $again: add.s32 %r1, %r1, %t; add.s32 %r2, %r2, 1; setp.le.u32 %p1, %r2, %t; @%p1 bra $again; {store("%r1")}"""
-    run_body(body, out, threads=64, grid=3)
+    run_body(body, out, threads=64, grid=3, check_races=False)  # all CTAs store the same
     np.testing.assert_array_equal(out, np.arange(64) * (np.arange(64) + 1))
 
 
