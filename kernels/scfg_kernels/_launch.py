@@ -218,6 +218,50 @@ def attention_config(
     )
 
 
+@dataclass(frozen=True)
+class FlashConfig(LaunchConfig):
+    """Tiles of attention with its map in two parts.
+
+    Attributes:
+        block_m: query rows of a program, in both parts.
+        block_n: keys at a time in the first part.
+        map_n: keys of a program of the second part.
+        precision: of products of fp32 operands, as in `AttentionConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    map_n: int
+    precision: str
+
+
+def flash_config(
+    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> FlashConfig:
+    """Tiles of attention with its map in two parts; head_dim is the larger one of keys and values.
+
+    64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
+    are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
+    once per tile of keys. Heads beyond 96 take 32 keys at a time, for the registers.
+
+    fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts.
+    """
+    precision = "ieee" if limits.arch.startswith("gfx") else "tf32x3"
+    if dtype == torch.float32:
+        return FlashConfig(num_warps=4, num_stages=1, block_m=32, block_n=32, map_n=32, precision=precision)
+    wide = head_dim <= 128 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
+    block_m = 128 if wide else 64
+    tiles = batch * -(-rows // block_m) * -(-keys // 128)
+    return FlashConfig(
+        num_warps=block_m // 16,
+        num_stages=2,
+        block_m=block_m,
+        block_n=64 if head_dim <= 96 else 32,
+        map_n=128 if wide and tiles >= limits.multiprocessors else 64,
+        precision=precision,
+    )
+
+
 def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
     """Why the kernel of `op` cannot serve a model that computes in `dtype`; empty if it can."""
     if dtype == torch.float64:
@@ -247,9 +291,8 @@ def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class PropagateConfig(LaunchConfig):
-    """Tiles of `propagate`: heads at a time, one warp each, query rows, keys, columns as two tiles side by side."""
+    """Tiles of `propagate`: query rows, keys at a time, columns as two tiles side by side."""
 
-    heads: int
     block_m: int
     block_n: int
     block_t: tuple[int, int]
@@ -259,14 +302,13 @@ class PropagateConfig(LaunchConfig):
 def propagate_config(
     batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
 ) -> PropagateConfig:
-    """Tiles of `propagate`: those of attention in two sweeps, without an output; at most 128 columns at a time."""
-    tiles = attention_config(batch, heads, rows, MAX_ONE_SWEEP + 1, head_dim, dtype, limits)
+    """Tiles of `propagate`: those of attention with its map, at most 128 columns at a time."""
+    tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
     return PropagateConfig(
-        num_warps=tiles.num_warps,
+        num_warps=4,
         num_stages=tiles.num_stages,
-        heads=tiles.heads,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n[0],
+        block_m=min(tiles.block_m, 64),
+        block_n=tiles.block_n,
         block_t=two_widths(min(columns, 128)),
         precision=tiles.precision,
     )

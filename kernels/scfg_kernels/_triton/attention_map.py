@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .._launch import AttentionConfig, attention_config, device_guard
+from .._launch import AttentionConfig, attention_config, device_guard, flash_config
 from ..attention_map import empty_output_and_map
 from ._device import current_limits
 from .cross_attention_map import run_one_sweep
-from .self_attention_map import run_two_sweeps
+from .self_attention_map import run_two_parts
 
 
 def _attend(
@@ -27,8 +27,11 @@ def _attend(
             batch, heads, rows, _ = q.shape
             head_dim = max(x.shape[3] for x in (k, v) if x is not None)
             config = attention_config(batch, heads, rows, k.shape[2], head_dim, q.dtype, current_limits())
-        run = run_one_sweep if config.sweeps == 1 else run_two_sweeps
-        run(q, k, v, out, mean, scale, config)
+        if config.sweeps == 1:
+            run_one_sweep(q, k, v, out, mean, scale, config)
+        else:
+            two = flash_config(batch, heads, rows, k.shape[2], head_dim, q.dtype, current_limits())
+            run_two_parts(q, k, v, out, mean, scale, two)
 
 
 def attend(
