@@ -326,27 +326,25 @@ def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> list[
 
 @dataclass(frozen=True)
 class CompleteConfig(LaunchConfig):
-    """Tiles of the completion: columns, rows of S, and the inner dimension; all products in one launch or one each."""
+    """Tiles of the completion: rows of S, inner dimension, columns as two tiles side by side."""
 
-    block_t: int
-    block_n: int
+    block_m: int
     block_k: int
-    one_launch: bool
+    block_t: tuple[int, int]
+    precision: str
 
 
-MAX_ONE_LAUNCH_ROWS = 512
-"""N up to which one program streams S (1 MiB in fp32) faster than a second launch would start."""
-
-
-def complete_config(n: int, tokens: int) -> CompleteConfig:
-    """Tiles of `complete`. 64 partial sums per thread; few columns at a time, so that there are many programs."""
+def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
+    """Tiles of `complete`. Up to 64 rows are one program, which reads everything once. Beyond, the most rows, which
+    read C least often, that leave half the multiprocessors a program."""
+    rows = [m for m in (64, 32) if n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors]
     return CompleteConfig(
-        num_warps=8,
+        num_warps=4,
         num_stages=1,
-        block_t=min(8, next_power_of_2(tokens)),
-        block_n=64,
+        block_m=rows[0] if rows else 16,
         block_k=32,
-        one_launch=n <= MAX_ONE_LAUNCH_ROWS,
+        block_t=two_widths(min(tokens, 128)),
+        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
     )
 
 
