@@ -339,7 +339,7 @@ def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits)
     read C least often, that leave half the multiprocessors a program."""
     rows = [m for m in (64, 32) if n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors]
     return CompleteConfig(
-        num_warps=4,
+        num_warps=8 if n <= 64 else 4,
         num_stages=1,
         block_m=rows[0] if rows else 16,
         block_k=32,

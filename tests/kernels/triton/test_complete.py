@@ -67,10 +67,9 @@ def test_rows_over_several_programs_give_the_same_bits(rng, fidelity):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_bytes_of_a_real_layer(rng, arch):
     """SD 1.5's 16x16 layers: S once per product, C and Y once per block of rows."""
-    actual, naive, truth, launches = both_ways(rng, arch, (2, 1, 256, 77, "official", 4, torch.float32))
-    for x, y, z in zip(actual, naive, truth, strict=True):
-        assert_as_accurate_as(x, y, z)
+    own, cross = random_maps(rng, 2, 256, 256), random_maps(rng, 2, 256, 77)
+    _, launches = run(arch, lambda: complete(own, cross, unconditional=1, backend="triton"))
     counters = launches[0].counters
-    assert counters.traffic["self_map"].moved_bytes <= 1.2 * 2 * 2 * 256 * 256 * 4
+    assert counters.traffic["self_map"].moved_bytes == 2 * own.nbytes
     assert counters.shared_wavefronts <= 1.1 * counters.shared_wavefronts_ideal
     assert counters.float_atomics == 0
