@@ -33,32 +33,27 @@ def reflect(index, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _three_taps(before, here, after, edge):
+def three_taps(before, here, after, edge):
     """edge before + (1 - 2 edge) here + edge after, with the neighbours as differences: a constant keeps its bits."""
     return here + 2.0 * edge * (0.5 * (before + after) - here)
 
 
 @triton.jit
-def _smoothed_row(row, left, here, right, edge, mask):
-    """Three taps along the row of cells at `row`."""
-    before = tl.load(row + left, mask=mask, other=0.0)
-    after = tl.load(row + right, mask=mask, other=0.0)
-    return _three_taps(before, tl.load(row + here, mask=mask, other=0.0), after, edge)
+def _beside(values, index):
+    """values [T, S] at other cells, index [1, any number]."""
+    return tl.gather(values, tl.broadcast_to(index, [values.shape[0], index.shape[1]]), 1)
 
 
 @triton.jit
-def smoothed(
-    base, y, x, edge, mask, CELL: tl.constexpr, GRID_W: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """3x3 Gaussian at (y, x) of an H x W image whose pixels are CELL x CELL copies of the cells at `base`."""
-    left = reflect(x - 1, W) // CELL
-    here = x // CELL
-    right = reflect(x + 1, W) // CELL
-    # As the torch implementation does it: along x first, the same formula on both axes.
-    above = _smoothed_row(base + reflect(y - 1, H) // CELL * GRID_W, left, here, right, edge, mask)
-    level = _smoothed_row(base + y // CELL * GRID_W, left, here, right, edge, mask)
-    below = _smoothed_row(base + reflect(y + 1, H) // CELL * GRID_W, left, here, right, edge, mask)
-    return _three_taps(above, level, below, edge)
+def smoothed_cells(values, y, x, edge, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    """3x3 Gaussian of maps [T, S] in registers at the cells y, x [1, S]: along x first, as the torch implementation."""
+    last: tl.constexpr = values.shape[1] - 1  # beyond the last cell any other one will do
+    left = _beside(values, tl.minimum(y * GRID_W + reflect(x - 1, GRID_W), last))
+    right = _beside(values, tl.minimum(y * GRID_W + reflect(x + 1, GRID_W), last))
+    level = three_taps(left, values, right, edge)
+    above = _beside(level, tl.minimum(reflect(y - 1, GRID_H) * GRID_W + x, last))
+    below = _beside(level, tl.minimum(reflect(y + 1, GRID_H) * GRID_W + x, last))
+    return three_taps(above, level, below, edge)
 
 
 @triton.jit
@@ -85,71 +80,72 @@ def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
 def _resized(
     maps, index, y, x, mask, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
 ):  # fmt: skip
-    """Number `index` of the H x W maps at grid cell (y, x), fp32. `index` broadcasts against y and x."""
+    """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, from mask [T, S]. A map
+    that is smaller than the grid is read once and resized in registers; of a larger one, four neighbours are read."""
     base = maps + index * (H * W)
     if H == GRID_H and W == GRID_W:
         value = tl.load(base + y * W + x, mask=mask, other=0.0).to(tl.float32)
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
+        if H * W <= mask.shape[1]:
+            place = tl.arange(0, mask.shape[1])[None, :]
+            inside = (tl.max(mask.to(tl.int32), 1)[:, None] > 0) & (place < H * W)
+            whole = tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+            a = _beside(whole, y0 * W + x0)
+            b = _beside(whole, y0 * W + x1)
+            c = _beside(whole, y1 * W + x0)
+            d = _beside(whole, y1 * W + x1)
+        else:
+            a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
+            c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
+            d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
         value = (1.0 - fy) * ((1.0 - fx) * a + fx * b) + fy * ((1.0 - fx) * c + fx * d)
     return value
 
 
 @triton.jit
 def segment_cells(
-    maps, starts, token_mask, scores, sample, tokens, edge,
+    maps, starts, token_mask, sample, tokens, edge,
     LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]; `scores` is scratch [tokens + 1, S]."""
-    CELLS: tl.constexpr = GRID_H * GRID_W
-    cell = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    valid = cell < CELLS
-    y = cell // GRID_W
-    x = cell % GRID_W
-    weight = tl.where(valid, _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS, 0.0)
+    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]."""
+    cell = tl.arange(0, BLOCK_S)
+    valid = cell[None, :] < GRID_H * GRID_W  # [1, BLOCK_S]
+    y = tl.minimum(cell // GRID_W, GRID_H - 1)[None, :]
+    x = (cell % GRID_W)[None, :]
+    weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / (GRID_H * GRID_W)
+    weight = tl.where(valid, weight, 0.0)
 
-    contrast = tl.zeros([BLOCK_S], tl.float32)
+    contrast = tl.zeros([1, BLOCK_S], tl.float32)
     for layer in tl.static_range(LAYERS):
-        image = sample * 2 if PAIRED else sample
+        image = (sample * 2 if PAIRED else sample) + tl.arange(0, 1)[:, None]
         a = _resized(starts[layer], image, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
-        m = tl.sum(a * weight, 0)
+        m = tl.sum(a * weight, 1)[:, None]
         if PAIRED:
             b = _resized(starts[layer], image + 1, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
-            n = tl.sum(b * weight, 0)
+            n = tl.sum(b * weight, 1)[:, None]
             contrast += (a - m) / m - (b - n) / n
         else:
             contrast += (a - m) / (m * (1.0 - m))
-    tl.store(scores + tokens * CELLS + cell, contrast, mask=valid)
-
-    for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
-        inside = (token < tokens) & valid[None, :]
-        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-        for layer in tl.static_range(LAYERS):
-            r = _resized(
-                maps[layer], sample * tokens + token, y[None, :], x[None, :], inside,
-                SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W,
-            )  # fmt: skip  # [BLOCK_T, BLOCK_S]
-            mean = tl.sum(r * weight[None, :], 1)[:, None]
-            total += r / (mean + 1e-8)
-        tl.store(scores + token * CELLS + cell[None, :], total, mask=inside)
-
-    tl.debug_barrier()  # smoothing reads what other threads wrote
+    start = tl.reshape(smoothed_cells(contrast, y, x, edge, GRID_H, GRID_W), [BLOCK_S])
     best = tl.full([BLOCK_S], float("-inf"), tl.float32)
     ids = tl.zeros([BLOCK_S], tl.int32)
     for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]
+        token = first + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
         allowed = token < tokens
-        inside = allowed & valid[None, :]
-        score = smoothed(
-            scores + token * CELLS, y[None, :], x[None, :], edge, inside, 1, GRID_W, GRID_H, GRID_W
-        )  # [BLOCK_T, BLOCK_S]
+        inside = allowed & valid
+        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        for layer in tl.static_range(LAYERS):
+            r = _resized(
+                maps[layer], sample * tokens + token, y, x, inside,
+                SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W,
+            )  # fmt: skip  # [BLOCK_T, BLOCK_S]
+            mean = tl.sum(r * weight, 1)[:, None]
+            total += r / (mean + 1e-8)
+        score = smoothed_cells(total, y, x, edge, GRID_H, GRID_W)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
@@ -158,20 +154,18 @@ def segment_cells(
         winner = tl.min(tl.where(score == top[None, :], token, tokens), 0)
         ids = tl.where(top > best, winner, ids)
         best = tl.maximum(best, top)
-    start = smoothed(scores + tokens * CELLS, y, x, edge, valid, 1, GRID_W, GRID_H, GRID_W)
     return ids, start < -1e-6 * LAYERS
 
 
 @triton.jit
 def segment_kernel(
-    maps, starts, token_mask, scores, ids_out, foreground_out, tokens, edge,
+    maps, starts, token_mask, ids_out, foreground_out, tokens, edge,
     LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
-    scores += sample * (tokens + 1) * (GRID_H * GRID_W)
     ids, foreground = segment_cells(
-        maps, starts, token_mask, scores, sample, tokens, edge,
+        maps, starts, token_mask, sample, tokens, edge,
         LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     )  # fmt: skip
     cell = tl.arange(0, BLOCK_S)
@@ -219,11 +213,10 @@ def launch(
     ids, foreground = empty_regions(batch, h, w, device)
     if batch == 0:
         return ids, foreground
-    scores = torch.empty((batch, count + 1, h * w), dtype=torch.float32, device=device)
     config = config or segment_config(h * w)
     with device_guard(device):
         segment_kernel[(batch,)](
-            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, count, kernel_weights(blur_sigma)[0],
+            tuple(tokens), tuple(start), token_mask, ids, foreground, count, kernel_weights(blur_sigma)[0],
             GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground

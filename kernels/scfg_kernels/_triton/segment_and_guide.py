@@ -21,7 +21,7 @@ from .segment import empty_regions, map_constants, segment_cells
 
 @triton.jit
 def segment_and_guide_kernel(
-    maps, starts, token_mask, scores, ids_out, foreground_out, uncond, cond, guidance_scale, result, rate_out,
+    maps, starts, token_mask, ids_out, foreground_out, uncond, cond, guidance_scale, result, rate_out,
     tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
@@ -33,18 +33,16 @@ def segment_and_guide_kernel(
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     sample = tl.program_id(0).to(tl.int64)
-    scores += sample * (tokens + 2) * (GRID_H * GRID_W)
     ids, foreground = segment_cells(
-        maps, starts, token_mask, scores, sample, tokens, edge,
+        maps, starts, token_mask, sample, tokens, edge,
         LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     )  # fmt: skip
     cell = tl.arange(0, BLOCK_S)
     at = sample * (GRID_H * GRID_W) + cell
     tl.store(ids_out + at, ids.to(tl.int64), mask=cell < GRID_H * GRID_W)
     tl.store(foreground_out + at, foreground, mask=cell < GRID_H * GRID_W)
-    cell_rates = scores + (tokens + 1) * (GRID_H * GRID_W)  # a row of its own: others still read their scores
     guide_cells(
-        uncond, cond, guidance_scale, result, rate_out, cell_rates, ids, foreground, sample, tokens, channels, edge,
+        uncond, cond, guidance_scale, result, rate_out, ids, foreground, sample, tokens, channels, edge,
         rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
@@ -78,14 +76,13 @@ def launch(
     ids, foreground = empty_regions(batch, h, w, cond.device)
     if rate.numel() == 0:
         return result, rate, ids, foreground
-    scores = torch.empty((batch, count + 2, h * w), dtype=torch.float32, device=cond.device)
     scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(h * w)
     constants = prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config)
     constants |= map_constants(start, sizes, token_mask, config)
     with device_guard(cond.device):
         segment_and_guide_kernel[(batch,)](
-            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, uncond, cond, scale, result, rate,
+            tuple(tokens), tuple(start), token_mask, ids, foreground, uncond, cond, scale, result, rate,
             count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
             *uncond.stride(), *cond.stride(), *result.stride(), **constants,
         )  # fmt: skip
