@@ -376,7 +376,7 @@ def segment_config(cells: int) -> SegmentConfig:
     """Tiles of `segment` and `guide`."""
     block_s = max(64, next_power_of_2(cells))
     return SegmentConfig(
-        num_warps=8, num_stages=1, block_t=max(4, min(16, 2048 // block_s)), block_s=block_s, block_p=1024
+        num_warps=8, num_stages=1, block_t=max(4, min(16, 8192 // block_s)), block_s=block_s, block_p=1024
     )
 
 

@@ -1,4 +1,4 @@
-r"""Regions of one sample per program: resize, renormalise, add up layers, smooth, argmax over tokens.
+r"""Regions: resize, renormalise, add up layers, smooth, argmax over tokens.
 
 With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaussian with reflected border:
 
@@ -8,8 +8,10 @@ With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaus
                or, where the sum r' of all others is given, sum_l (r_l - m_l) / m_l - (r'_l - m'_l) / m'_l
 
 G and the resize are linear and keep constants, so a layer's mean after G is a weighted mean before it, and G runs once
-for all layers. Scores go through memory (4 (T + 1) S bytes per sample, written and read by the same program) because
-G needs neighbours. Everything is fp32 in a fixed order. Bytes: every X_l once, ids and foreground once.
+for all layers. A program has BLOCK_T tokens of a sample at all cells, one more the start token: it reads its maps of
+all layers once, and neighbours come from its own registers (`tl.gather`). The last of a sample's programs to finish
+(`_order`) takes the best of all. Everything is fp32 in a fixed order. Bytes: every X_l, ids and foreground once; 6
+bytes a cell for every BLOCK_T tokens, written and read.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import triton.language as tl
 
 from .._launch import SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
+from ._order import announce, counters
 
 
 @triton.jit
@@ -78,20 +81,20 @@ def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _resized(
-    maps, index, y, x, mask, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
+    maps, index, y, x, used, valid, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
 ):  # fmt: skip
-    """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, from mask [T, S]. A map
-    that is smaller than the grid is read once and resized in registers; of a larger one, four neighbours are read."""
+    """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, 0 where not `used`
+    [T, 1]. A map that is smaller than the grid is read once and resized in registers; of a larger one, four neighbours are read."""
     base = maps + index * (H * W)
+    mask = used & valid  # [T, S]
     if H == GRID_H and W == GRID_W:
         value = tl.load(base + y * W + x, mask=mask, other=0.0).to(tl.float32)
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        if H * W <= mask.shape[1]:
+        if mask.shape[1] >= H * W:
             place = tl.arange(0, mask.shape[1])[None, :]
-            inside = (tl.max(mask.to(tl.int32), 1)[:, None] > 0) & (place < H * W)
-            whole = tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+            whole = tl.load(base + place, mask=used & (place < H * W), other=0.0).to(tl.float32)
             a = _beside(whole, y0 * W + x0)
             b = _beside(whole, y0 * W + x1)
             c = _beside(whole, y1 * W + x0)
@@ -106,78 +109,133 @@ def _resized(
 
 
 @triton.jit
-def segment_cells(
-    maps, starts, token_mask, sample, tokens, edge,
+def _start_contrast(
+    starts, sample, y, x, valid, weight,
     LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]."""
-    cell = tl.arange(0, BLOCK_S)
-    valid = cell[None, :] < GRID_H * GRID_W  # [1, BLOCK_S]
-    y = tl.minimum(cell // GRID_W, GRID_H - 1)[None, :]
-    x = (cell % GRID_W)[None, :]
-    weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / (GRID_H * GRID_W)
-    weight = tl.where(valid, weight, 0.0)
-
-    contrast = tl.zeros([1, BLOCK_S], tl.float32)
+    """a of the module's formula at all cells, before G: [1, S]."""
+    contrast = tl.zeros(x.shape, tl.float32)
     for layer in tl.static_range(LAYERS):
         image = (sample * 2 if PAIRED else sample) + tl.arange(0, 1)[:, None]
-        a = _resized(starts[layer], image, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
+        a = _resized(
+            starts[layer], image, y, x, image >= 0, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W
+        )
         m = tl.sum(a * weight, 1)[:, None]
         if PAIRED:
-            b = _resized(starts[layer], image + 1, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
+            b = _resized(
+                starts[layer],
+                image + 1,
+                y,
+                x,
+                image >= 0,
+                valid,
+                SIZES[2 * layer],
+                SIZES[2 * layer + 1],
+                GRID_H,
+                GRID_W,
+            )
             n = tl.sum(b * weight, 1)[:, None]
             contrast += (a - m) / m - (b - n) / n
         else:
             contrast += (a - m) / (m * (1.0 - m))
-    start = tl.reshape(smoothed_cells(contrast, y, x, edge, GRID_H, GRID_W), [BLOCK_S])
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    ids = tl.zeros([BLOCK_S], tl.int32)
-    for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
+    return contrast
+
+
+@triton.jit
+def segment_cells(
+    maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, edge,
+    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
+    the foreground. Returns whether all other programs of the sample are done: then `winners` can be asked."""
+    CELLS: tl.constexpr = GRID_H * GRID_W
+    cell = tl.arange(0, BLOCK_S)
+    valid = cell[None, :] < CELLS  # [1, BLOCK_S]
+    y = tl.minimum(cell // GRID_W, GRID_H - 1)[None, :]
+    x = (cell % GRID_W)[None, :]
+    weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS
+    weight = tl.where(valid, weight, 0.0)
+    parts = tl.cdiv(tokens, BLOCK_T)
+    if part == parts:
+        contrast = _start_contrast(starts, sample, y, x, valid, weight, LAYERS, SIZES, GRID_H, GRID_W, PAIRED)
+        contrast = smoothed_cells(contrast, y, x, edge, GRID_H, GRID_W)
+        tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * LAYERS, mask=valid)
+    else:
+        token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
         allowed = token < tokens
-        inside = allowed & valid
-        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        score = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
         for layer in tl.static_range(LAYERS):
             r = _resized(
-                maps[layer], sample * tokens + token, y, x, inside,
-                SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W,
+                maps[layer], sample * tokens + token, y, x, allowed, valid, SIZES[2 * layer], SIZES[2 * layer + 1],
+                GRID_H, GRID_W,
             )  # fmt: skip  # [BLOCK_T, BLOCK_S]
-            mean = tl.sum(r * weight, 1)[:, None]
-            total += r / (mean + 1e-8)
-        score = smoothed_cells(total, y, x, edge, GRID_H, GRID_W)
+            score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
+        score = smoothed_cells(score, y, x, edge, GRID_H, GRID_W)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
-        top = tl.max(score, 0)
+        best = tl.max(score, 0)
         # Lowest index of the maximum: the same on every device, unlike the order of an argmax reduction.
-        winner = tl.min(tl.where(score == top[None, :], token, tokens), 0)
-        ids = tl.where(top > best, winner, ids)
-        best = tl.maximum(best, top)
-    return ids, start < -1e-6 * LAYERS
+        winner = tl.min(tl.where(score == best[None, :], token, tokens), 0)
+        at = (sample * parts + part) * CELLS + cell
+        tl.store(best_parts + at, best, mask=cell < CELLS)
+        tl.store(id_parts + at, winner.to(id_parts.dtype.element_ty), mask=cell < CELLS)
+    return announce(counters + sample) == parts
+
+
+@triton.jit
+def winners(
+    best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens,
+    CELLS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S], from all parts; the lowest token wins a
+    tie. Stores the ids and sets the counter back."""
+    cell = tl.arange(0, BLOCK_S)
+    valid = cell < CELLS
+    parts = tl.cdiv(tokens, BLOCK_T)
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK_S], tl.int32)
+    for part in tl.range(0, parts):
+        at = (sample * parts + part) * CELLS + cell
+        score = tl.load(best_parts + at, mask=valid, other=0.0)
+        ids = tl.where(score > best, tl.load(id_parts + at, mask=valid, other=0).to(tl.int32), ids)
+        best = tl.maximum(best, score)
+    tl.store(ids_out + sample * CELLS + cell, ids.to(tl.int64), mask=valid)
+    tl.store(counters + sample, 0)
+    foreground = tl.load(foreground_out + sample * CELLS + cell, mask=valid, other=0).to(tl.int1)
+    return ids, foreground
 
 
 @triton.jit
 def segment_kernel(
-    maps, starts, token_mask, ids_out, foreground_out, tokens, edge,
+    maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, edge,
     LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    ids, foreground = segment_cells(
-        maps, starts, token_mask, sample, tokens, edge,
-        LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
-    )  # fmt: skip
-    cell = tl.arange(0, BLOCK_S)
-    at = sample * (GRID_H * GRID_W) + cell
-    tl.store(ids_out + at, ids.to(tl.int64), mask=cell < GRID_H * GRID_W)
-    tl.store(foreground_out + at, foreground, mask=cell < GRID_H * GRID_W)
+    sample = tl.program_id(1).to(tl.int64)
+    if segment_cells(
+        maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0), tokens,
+        edge, LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+    ):  # fmt: skip
+        winners(
+            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
+        )
 
 
 def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and foreground, not yet written."""
     ids = torch.empty((batch, h, w), dtype=torch.int64, device=device)
     return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
+
+
+def empty_parts(
+    batch: int, tokens: int, cells: int, config: SegmentConfig, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scratch for the best score and token of every part and cell, and how many parts a sample has."""
+    parts = triton.cdiv(tokens, config.block_t)
+    best = torch.empty((batch, parts, cells), dtype=torch.float32, device=device)
+    return best, torch.empty((batch, parts, cells), dtype=torch.int16, device=device), parts
 
 
 def map_constants(
@@ -214,9 +272,10 @@ def launch(
     if batch == 0:
         return ids, foreground
     config = config or segment_config(h * w)
-    with device_guard(device):
-        segment_kernel[(batch,)](
-            tuple(tokens), tuple(start), token_mask, ids, foreground, count, kernel_weights(blur_sigma)[0],
-            GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
+    best, winner, parts = empty_parts(batch, count, h * w, config, device)
+    with device_guard(device), counters(device, batch) as zeros:
+        segment_kernel[(parts + 1, batch)](
+            tuple(tokens), tuple(start), token_mask, best, winner, ids, foreground, zeros, count,
+            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground
