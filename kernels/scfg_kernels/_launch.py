@@ -369,7 +369,8 @@ class SegmentConfig(LaunchConfig):
 
 MAX_CELLS = 1024
 """Cells (128x128 latents) up to which one program per sample is fast enough and holds them all in registers."""
-MAX_LAYERS = 16
+MAX_ARGUMENTS = 16
+"""Layers that are arguments of their own, in unrolled code; more are put together in memory by size."""
 
 
 def segment_config(cells: int) -> SegmentConfig:
@@ -388,8 +389,8 @@ def segment_limits(
     reasons = dtype_limits("segment", torch.float64 if torch.float64 in {x.dtype for x in maps} else torch.float32)
     if cells > MAX_CELLS:
         reasons.append(f"{cells} cells exceed {MAX_CELLS}")
-    if len(tokens) > MAX_LAYERS:
-        reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
+    if len(tokens) > 0 and tokens[0].shape[1] > 2**15 - 1:
+        reasons.append(f"{tokens[0].shape[1]} tokens exceed {2**15 - 1}")
     if not all(x.is_contiguous() for x in maps) or not (token_mask is None or token_mask.is_contiguous()):
         reasons.append("maps and mask must be contiguous")
     return reasons

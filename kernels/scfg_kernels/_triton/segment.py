@@ -17,13 +17,14 @@ bytes a cell for every BLOCK_T tokens, written and read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import SegmentConfig, device_guard, segment_config
+from .._launch import MAX_ARGUMENTS, SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
 from ._order import announce, counters
 
@@ -110,41 +111,35 @@ def _resized(
 
 @triton.jit
 def _start_contrast(
-    starts, sample, y, x, valid, weight,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    starts, counts, sample, y, x, valid, weight,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """a of the module's formula at all cells, before G: [1, S]."""
     contrast = tl.zeros(x.shape, tl.float32)
-    for layer in tl.static_range(LAYERS):
-        image = (sample * 2 if PAIRED else sample) + tl.arange(0, 1)[:, None]
-        a = _resized(
-            starts[layer], image, y, x, image >= 0, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W
-        )
-        m = tl.sum(a * weight, 1)[:, None]
-        if PAIRED:
-            b = _resized(
-                starts[layer],
-                image + 1,
-                y,
-                x,
-                image >= 0,
-                valid,
-                SIZES[2 * layer],
-                SIZES[2 * layer + 1],
-                GRID_H,
-                GRID_W,
+    channels: tl.constexpr = 2 if PAIRED else 1
+    for group in tl.static_range(GROUPS):
+        for layer in tl.range(0, counts[group]):
+            image = (layer * tl.num_programs(1) + sample) * channels + tl.arange(0, 1)[:, None]
+            a = _resized(
+                starts[group], image, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
             )
-            n = tl.sum(b * weight, 1)[:, None]
-            contrast += (a - m) / m - (b - n) / n
-        else:
-            contrast += (a - m) / (m * (1.0 - m))
+            m = tl.sum(a * weight, 1)[:, None]
+            if PAIRED:
+                b = _resized(
+                    starts[group], image + 1, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1],
+                    GRID_H, GRID_W,
+                )  # fmt: skip
+                n = tl.sum(b * weight, 1)[:, None]
+                contrast += (a - m) / m - (b - n) / n
+            else:
+                contrast += (a - m) / (m * (1.0 - m))
     return contrast
 
 
 @triton.jit
 def segment_cells(
-    maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers,
+    edge, GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
@@ -158,19 +153,20 @@ def segment_cells(
     weight = tl.where(valid, weight, 0.0)
     parts = tl.cdiv(tokens, BLOCK_T)
     if part == parts:
-        contrast = _start_contrast(starts, sample, y, x, valid, weight, LAYERS, SIZES, GRID_H, GRID_W, PAIRED)
+        contrast = _start_contrast(starts, counts, sample, y, x, valid, weight, GROUPS, SIZES, GRID_H, GRID_W, PAIRED)
         contrast = smoothed_cells(contrast, y, x, edge, GRID_H, GRID_W)
-        tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * LAYERS, mask=valid)
+        tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * layers, mask=valid)
     else:
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
         allowed = token < tokens
         score = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-        for layer in tl.static_range(LAYERS):
-            r = _resized(
-                maps[layer], sample * tokens + token, y, x, allowed, valid, SIZES[2 * layer], SIZES[2 * layer + 1],
-                GRID_H, GRID_W,
-            )  # fmt: skip  # [BLOCK_T, BLOCK_S]
-            score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
+        for group in tl.static_range(GROUPS):
+            for layer in tl.range(0, counts[group]):
+                image = (layer * tl.num_programs(1) + sample) * tokens + token
+                r = _resized(
+                    maps[group], image, y, x, allowed, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
+                )  # [BLOCK_T, BLOCK_S]
+                score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
         score = smoothed_cells(score, y, x, edge, GRID_H, GRID_W)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
@@ -209,18 +205,53 @@ def winners(
 
 @triton.jit
 def segment_kernel(
-    maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
-        maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0), tokens,
-        edge, LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0),
+        tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     ):  # fmt: skip
         winners(
             best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
         )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Layers as the kernel takes them: the maps of every group one after another in memory, their number and size."""
+
+    tokens: tuple[torch.Tensor, ...]
+    start: tuple[torch.Tensor, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.tokens, self.start, self.counts
+
+    @property
+    def layers(self) -> int:
+        return sum(self.counts)
+
+
+def grouped(tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], sizes: Sequence[int]) -> Groups:
+    """Every layer is a group, up to `MAX_ARGUMENTS`; more are put together in memory, those of one size and dtype: a
+    copy, and a loop in the place of more arguments and unrolled code."""
+    if len(tokens) <= MAX_ARGUMENTS:
+        return Groups(tuple(tokens), tuple(start), (1,) * len(tokens), tuple(sizes))
+    members: dict[Any, list[int]] = {}
+    for index, (layer, own) in enumerate(zip(tokens, start, strict=True)):
+        key = (sizes[2 * index], sizes[2 * index + 1], layer.dtype, own.dtype)
+        members.setdefault(key, []).append(index)
+    return Groups(
+        tuple(torch.stack([tokens[index] for index in group]) for group in members.values()),
+        tuple(torch.stack([start[index] for index in group]) for group in members.values()),
+        tuple(map(len, members.values())),
+        tuple(length for key in members for length in key[:2]),
+    )
 
 
 def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +274,7 @@ def map_constants(
 ) -> dict[str, Any]:
     """Constants of `segment_cells` but for the grid, and the launch options."""
     return {
-        "LAYERS": len(sizes) // 2,
+        "GROUPS": len(sizes) // 2,
         "SIZES": tuple(sizes),
         "PAIRED": start[0].dim() == 3,
         "MASKED": token_mask is not None,
@@ -272,10 +303,11 @@ def launch(
     if batch == 0:
         return ids, foreground
     config = config or segment_config(h * w)
+    groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config, device)
     with device_guard(device), counters(device, batch) as zeros:
         segment_kernel[(parts + 1, batch)](
-            tuple(tokens), tuple(start), token_mask, best, winner, ids, foreground, zeros, count,
-            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
+            *groups.arguments, token_mask, best, winner, ids, foreground, zeros, count, groups.layers,
+            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, groups.sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground

@@ -17,16 +17,16 @@ from ..segment import kernel_weights
 from ._device import per_sample
 from ._order import counters
 from .guide import empty_result_and_rate, guide_cells, prediction_constants
-from .segment import empty_parts, empty_regions, map_constants, segment_cells, winners
+from .segment import empty_parts, empty_regions, grouped, map_constants, segment_cells, winners
 
 
 @triton.jit
 def segment_and_guide_kernel(
-    maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, uncond, cond, guidance_scale,
-    result, rate_out, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
+    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, uncond, cond, guidance_scale,
+    result, rate_out, tokens, layers, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -35,8 +35,8 @@ def segment_and_guide_kernel(
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
-        maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0), tokens,
-        edge, LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0),
+        tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     ):  # fmt: skip
         ids, foreground = winners(
             best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
@@ -78,13 +78,14 @@ def launch(
         return result, rate, ids, foreground
     scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(h * w)
+    groups = grouped(tokens, start, sizes)
     constants = prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config)
-    constants |= map_constants(start, sizes, token_mask, config)
+    constants |= map_constants(start, groups.sizes, token_mask, config)
     best, winner, parts = empty_parts(batch, count, h * w, config, cond.device)
     with device_guard(cond.device), counters(cond.device, batch) as zeros:
         segment_and_guide_kernel[(parts + 1, batch)](
-            tuple(tokens), tuple(start), token_mask, best, winner, ids, foreground, zeros, uncond, cond, scale, result,
-            rate, count, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
+            *groups.arguments, token_mask, best, winner, ids, foreground, zeros, uncond, cond, scale, result,
+            rate, count, groups.layers, channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
             *uncond.stride(), *cond.stride(), *result.stride(), **constants,
         )  # fmt: skip
     return result, rate, ids, foreground
