@@ -43,20 +43,42 @@ def three_taps(before, here, after, edge):
 
 
 @triton.jit
-def _beside(values, index):
-    """values [T, S] at other cells, index [1, any number]."""
-    return tl.gather(values, tl.broadcast_to(index, [values.shape[0], index.shape[1]]), 1)
+def beside(values, before, after, scratch, AXIS: tl.constexpr):
+    """values [A, B] at two other places along AXIS, index [1, B] or [A, 1]. Up to 256 places they come from registers;
+    of more, a thread would hold too many for shuffles, and they go through `scratch` [A, B], this program's own."""
+    if values.shape[AXIS] <= 256:
+        first = tl.gather(values, tl.broadcast_to(before, values.shape), AXIS)
+        second = tl.gather(values, tl.broadcast_to(after, values.shape), AXIS)
+    else:
+        row = tl.arange(0, values.shape[0])[:, None]
+        column = tl.arange(0, values.shape[1])[None, :]
+        width: tl.constexpr = values.shape[1]
+        tl.debug_barrier()  # others may still read what was there before
+        tl.store(scratch + row * width + column, values)
+        tl.debug_barrier()
+        if AXIS == 1:
+            first = tl.load(scratch + row * width + before)
+            second = tl.load(scratch + row * width + after)
+        else:
+            first = tl.load(scratch + before * width + column)
+            second = tl.load(scratch + after * width + column)
+    return first, second
 
 
 @triton.jit
-def smoothed_cells(values, y, x, edge, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
-    """3x3 Gaussian of maps [T, S] in registers at the cells y, x [1, S]: along x first, as the torch implementation."""
+def smoothed_cells(values, y, x, edge, scratch, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    """3x3 Gaussian of maps [T, S] at the cells y, x [1, S]: along x first, as the torch implementation does it."""
     last: tl.constexpr = values.shape[1] - 1  # beyond the last cell any other one will do
-    left = _beside(values, tl.minimum(y * GRID_W + reflect(x - 1, GRID_W), last))
-    right = _beside(values, tl.minimum(y * GRID_W + reflect(x + 1, GRID_W), last))
+    row = y * GRID_W
+    left, right = beside(
+        values, tl.minimum(row + reflect(x - 1, GRID_W), last), tl.minimum(row + reflect(x + 1, GRID_W), last),
+        scratch, 1,
+    )  # fmt: skip
     level = three_taps(left, values, right, edge)
-    above = _beside(level, tl.minimum(reflect(y - 1, GRID_H) * GRID_W + x, last))
-    below = _beside(level, tl.minimum(reflect(y + 1, GRID_H) * GRID_W + x, last))
+    above, below = beside(
+        level, tl.minimum(reflect(y - 1, GRID_H) * GRID_W + x, last),
+        tl.minimum(reflect(y + 1, GRID_H) * GRID_W + x, last), scratch, 1,
+    )  # fmt: skip
     return three_taps(above, level, below, edge)
 
 
@@ -85,7 +107,7 @@ def _resized(
     maps, index, y, x, used, valid, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
 ):  # fmt: skip
     """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, 0 where not `used`
-    [T, 1]. A map that is smaller than the grid is read once and resized in registers; of a larger one, four neighbours are read."""
+    [T, 1]. A map that is smaller than a grid of up to 256 cells is read once; of others, four neighbours are read."""
     base = maps + index * (H * W)
     mask = used & valid  # [T, S]
     if H == GRID_H and W == GRID_W:
@@ -93,13 +115,11 @@ def _resized(
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        if mask.shape[1] >= H * W:
+        if H * W <= mask.shape[1] and mask.shape[1] <= 256:  # noqa: SIM300
             place = tl.arange(0, mask.shape[1])[None, :]
             whole = tl.load(base + place, mask=used & (place < H * W), other=0.0).to(tl.float32)
-            a = _beside(whole, y0 * W + x0)
-            b = _beside(whole, y0 * W + x1)
-            c = _beside(whole, y1 * W + x0)
-            d = _beside(whole, y1 * W + x1)
+            a, b = beside(whole, y0 * W + x0, y0 * W + x1, maps, 1)
+            c, d = beside(whole, y1 * W + x0, y1 * W + x1, maps, 1)
         else:
             a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
@@ -138,8 +158,8 @@ def _start_contrast(
 
 @triton.jit
 def segment_cells(
-    maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers,
-    edge, GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample, part,
+    tokens, layers, edge, GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
@@ -152,9 +172,10 @@ def segment_cells(
     weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS
     weight = tl.where(valid, weight, 0.0)
     parts = tl.cdiv(tokens, BLOCK_T)
+    scratch += (sample * (parts + 1) + part) * (BLOCK_T * BLOCK_S)
     if part == parts:
         contrast = _start_contrast(starts, counts, sample, y, x, valid, weight, GROUPS, SIZES, GRID_H, GRID_W, PAIRED)
-        contrast = smoothed_cells(contrast, y, x, edge, GRID_H, GRID_W)
+        contrast = smoothed_cells(contrast, y, x, edge, scratch, GRID_H, GRID_W)
         tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * layers, mask=valid)
     else:
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
@@ -167,7 +188,7 @@ def segment_cells(
                     maps[group], image, y, x, allowed, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
                 )  # [BLOCK_T, BLOCK_S]
                 score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
-        score = smoothed_cells(score, y, x, edge, GRID_H, GRID_W)
+        score = smoothed_cells(score, y, x, edge, scratch, GRID_H, GRID_W)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
@@ -205,14 +226,15 @@ def winners(
 
 @triton.jit
 def segment_kernel(
-    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
+    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, scratch, counters, tokens, layers,
+    edge,
     GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
-        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0),
-        tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample,
+        tl.program_id(0), tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
     ):  # fmt: skip
         winners(
             best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
@@ -260,13 +282,20 @@ def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[tor
     return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
 
 
+def empty_neighbours(programs: int, width: int, config: SegmentConfig, device: torch.device) -> torch.Tensor:
+    """Scratch of `beside` for `width` values of every cell; one element where registers will do."""
+    size = programs * width * config.block_s if config.block_s > 256 else 1
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
 def empty_parts(
     batch: int, tokens: int, cells: int, config: SegmentConfig, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Scratch for the best score and token of every part and cell, and how many parts a sample has."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Scratch: best score and token of every part and cell, and what `beside` needs. And how many parts there are."""
     parts = triton.cdiv(tokens, config.block_t)
     best = torch.empty((batch, parts, cells), dtype=torch.float32, device=device)
-    return best, torch.empty((batch, parts, cells), dtype=torch.int16, device=device), parts
+    winner = torch.empty((batch, parts, cells), dtype=torch.int16, device=device)
+    return best, winner, empty_neighbours(batch * (parts + 1), config.block_t, config, device), parts
 
 
 def map_constants(
@@ -304,10 +333,10 @@ def launch(
         return ids, foreground
     config = config or segment_config(h * w)
     groups = grouped(tokens, start, sizes)
-    best, winner, parts = empty_parts(batch, count, h * w, config, device)
+    best, winner, scratch, parts = empty_parts(batch, count, h * w, config, device)
     with device_guard(device), counters(device, batch) as zeros:
         segment_kernel[(parts + 1, batch)](
-            *groups.arguments, token_mask, best, winner, ids, foreground, zeros, count, groups.layers,
+            *groups.arguments, token_mask, best, winner, ids, foreground, scratch, zeros, count, groups.layers,
             kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, groups.sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground
