@@ -139,14 +139,13 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig(LaunchConfig):
-    """Tiles of the attention kernels.
+    """Tiles of attention in one sweep over the keys, with all heads of some rows in a program.
 
     Attributes:
         heads: heads that one program works on at a time, one warp each.
         block_m: query rows.
-        block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
-        block_d: columns of the head size at a time in one sweep; two sweeps keep whole queries in registers.
-        sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
+        block_n: keys as two widths side by side.
+        block_d: columns of the head size at a time.
         precision: of products of fp32 operands, the `input_precision` of `tl.dot`; others have one way only.
     """
 
@@ -154,7 +153,6 @@ class AttentionConfig(LaunchConfig):
     block_m: int
     block_n: tuple[int, int]
     block_d: int
-    sweeps: int
     precision: str
 
 
@@ -184,37 +182,31 @@ def head_widths(size: int) -> tuple[int, int]:
     return (max(16, whole), 0) if whole <= 64 and size % 16 else two_widths(size)
 
 
-def attention_config(
-    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
-) -> AttentionConfig:
-    """Tiles of the three attention operators; head_dim is the larger one of keys and values.
+def product_precision(limits: DeviceLimits) -> str:
+    """How products of fp32 operands are formed: as three TF32 products, which is as accurate as fp32 arithmetic (11 +
+    11 bits of each operand, sums in fp32), or in fp32 where a matrix core has it (AMD)."""
+    return "ieee" if limits.arch.startswith("gfx") else "tf32x3"
 
-    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
-    tiles of eight heads do not fit in shared memory. 16 rows, which gives small layers as many programs as they can
-    have, or 32, which reads K and V half as often, where those still are two programs for every multiprocessor.
 
-    fp32 operands take twice the registers and the shared memory. Their products are three TF32 products each, which is
-    as accurate as fp32 arithmetic (11 + 11 bits of each operand, sums in fp32), or fp32 arithmetic where a matrix core
-    has it (AMD).
+def attention_config(heads: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits) -> AttentionConfig:
+    """Tiles of attention in one sweep, for up to `MAX_ONE_SWEEP` keys; head_dim is the larger one of keys and values.
+
+    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads), where the
+    tiles of eight heads do not fit in shared memory, or where operands are fp32 and take twice the space. 16 rows give
+    small layers as many programs as they can have.
     """
-    one_sweep = keys <= MAX_ONE_SWEEP
     half = dtype != torch.float32
     at_once = min(8, next_power_of_2(heads))
     if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024 or not half):
         at_once = 4
-    if not half and not one_sweep and head_dim > 128:
-        at_once = min(2, at_once)
-    wide = half and not one_sweep and head_dim <= 64 and batch * -(-rows // 32) >= 2 * limits.multiprocessors
-    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 96 else 16, 0)
     return AttentionConfig(
         num_warps=at_once,
         num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
         heads=at_once,
-        block_m=32 if wide else 16,
-        block_n=block_n,
+        block_m=16,
+        block_n=two_widths(keys),
         block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
-        sweeps=1 if one_sweep else 2,
-        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
+        precision=product_precision(limits),
     )
 
 
@@ -246,7 +238,7 @@ def flash_config(
 
     fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts.
     """
-    precision = "ieee" if limits.arch.startswith("gfx") else "tf32x3"
+    precision = product_precision(limits)
     if dtype == torch.float32:
         return FlashConfig(num_warps=4, num_stages=1, block_m=32, block_n=32, map_n=32, precision=precision)
     wide = head_dim <= 128 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
@@ -344,7 +336,7 @@ def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits)
         block_m=rows[0] if rows else 16,
         block_k=32,
         block_t=two_widths(min(tokens, 128)),
-        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
+        precision=product_precision(limits),
     )
 
 

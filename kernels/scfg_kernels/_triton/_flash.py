@@ -58,7 +58,7 @@ def attend_rows(
     WITH_OUTPUT: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
     VALUES_1: tl.constexpr, VALUES_2: tl.constexpr,
 ):  # fmt: skip
-    """Part 1 for rows of one head, q, k and v at its first element: m, H w, and O in two tiles (zeros if not wanted)."""
+    """Part 1 for rows of one head, q, k, v at its first element: m, H w, and O in two tiles (zeros if not wanted)."""
     BLOCK_M: tl.constexpr = row.shape[0]
     q1 = load_columns(q, row, rows, q_stride, 0, COLUMNS_1, HEAD_DIM, ALIGN)
     q2 = q1

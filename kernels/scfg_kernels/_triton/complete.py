@@ -10,8 +10,8 @@ program has all rows (N <= 64), nobody waits and S stays in registers.
 
 Products are three TF32 products each, as accurate as fp32: the argmax reads the last bits. Loads are one tile ahead, in
 registers: an asynchronous copy of fp32 is read from shared memory with three-way bank conflicts. One rounding, to the
-dtype of S, at the end. Results between products are fp32 [N, T], rows padded to whole sectors. Bytes: S once per product
-and 128 columns, C and each Y once per block of rows, X once.
+dtype of S, at the end. Results between products are fp32 [N, T], rows padded to whole sectors. Bytes: S once per
+product and 128 columns, C and each Y once per block of rows, X once.
 """
 
 from __future__ import annotations
