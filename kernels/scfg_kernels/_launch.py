@@ -210,6 +210,10 @@ def attention_config(heads: int, keys: int, head_dim: int, dtype: torch.dtype, l
     )
 
 
+WARP_GROUP_PRODUCTS = ("sm_90", "sm_100")
+"""Architectures whose products of 64 rows are formed by four warps together, `wgmma` and `tcgen05`."""
+
+
 @dataclass(frozen=True)
 class FlashConfig(LaunchConfig):
     """Tiles of attention with its map in two parts.
@@ -234,7 +238,8 @@ def flash_config(
 
     64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
     are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
-    once per tile of keys. Heads beyond 96 take 32 keys at a time, for the registers.
+    once per tile of keys. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
+    formed by a warp group and the head is small enough for the registers.
 
     fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts.
     """
@@ -248,7 +253,7 @@ def flash_config(
         num_warps=block_m // 16,
         num_stages=2,
         block_m=block_m,
-        block_n=64 if head_dim <= 96 else 32,
+        block_n=64 if head_dim <= 96 and limits.arch in WARP_GROUP_PRODUCTS else 32,
         map_n=128 if wide and tiles >= limits.multiprocessors else 64,
         precision=precision,
     )
@@ -294,12 +299,14 @@ class PropagateConfig(LaunchConfig):
 def propagate_config(
     batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
 ) -> PropagateConfig:
-    """Tiles of `propagate`: those of attention with its map, at most 128 columns at a time."""
+    """Tiles of `propagate`: those of attention with its map, at most 128 columns at a time. Where products of 64 rows
+    are a warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise."""
     tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
+    rows_at_once = 32 if limits.arch in WARP_GROUP_PRODUCTS else min(tiles.block_m, 64)
     return PropagateConfig(
-        num_warps=4,
+        num_warps=rows_at_once // 16,
         num_stages=tiles.num_stages,
-        block_m=min(tiles.block_m, 64),
+        block_m=rows_at_once,
         block_n=tiles.block_n,
         block_t=two_widths(min(columns, 128)),
         precision=tiles.precision,

@@ -124,7 +124,7 @@ def guide_cells(
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the argmax; ids int32 and foreground int1 [BLOCK_S]; `scratch` [BLOCK_S, BLOCK_CELL] for `beside`."""
+    """All after the argmax; ids int32, foreground int1 [BLOCK_S]; `scratch` [BLOCK_S, BLOCK_CELL] for `beside`."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     uncond += sample * u_stride_b

@@ -2,8 +2,8 @@ r"""Head-mean attention applied to columns, Y = S X, one launch in two parts and
 
 The first tickets (`_order`) find m and w of the softmax, for one head and a block of rows each (part 1 of `_flash`, no
 output). Each of the others has a block of rows of Y and up to 128 columns: it waits for all heads of its rows, forms S
-a tile at a time (part 2) and multiplies it with X. Heads are added up before that product, which is therefore one and not
-one per head. It is formed in fp32 (three TF32 products on NVIDIA): the argmax over the columns reads the last bits.
+a tile at a time (part 2) and multiplies it with X. Heads are added up before that product, which is therefore one and
+not one per head. It is formed in fp32 (three TF32 products on NVIDIA): the argmax over the columns reads the last bits.
 Columns are two tiles side by side (77 = 64 + 16).
 
 Bytes: Y once; K twice and X once per block of rows; Q once, and once more per tile of keys.

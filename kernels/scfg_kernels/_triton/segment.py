@@ -159,7 +159,8 @@ def _start_contrast(
 @triton.jit
 def segment_cells(
     maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample, part,
-    tokens, layers, edge, GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    tokens, layers, edge,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,

@@ -23,7 +23,8 @@ from .segment import empty_neighbours, empty_parts, empty_regions, grouped, map_
 @triton.jit
 def segment_and_guide_kernel(
     maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, scratch, counters, uncond, cond,
-    guidance_scale, result, rate_out, rate_scratch, tokens, layers, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
+    guidance_scale, result, rate_out, rate_scratch, tokens, layers, channels, edge,
+    rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     GROUPS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,

@@ -1,8 +1,8 @@
 r"""Attention with its head-mean map, one launch in two parts: self-attention, or T > 96 text tokens.
 
 The first tickets (`_order`) are flash attention of one head and a block of rows each (part 1 of `_flash`): O, and m and
-w of the softmax to scratch. Each of the others is a tile of S (part 2), sums over the heads and stores it once; it waits
-for all heads of its rows.
+w of the softmax to scratch. Each of the others is a tile of S (part 2), sums over the heads and stores it once; it
+waits for all heads of its rows.
 
 Bytes: O and S once; K and V once per block of rows, and K once more in part 2; Q once, and once more per tile of keys;
 m and w are 8 B H N bytes, written once and read once per tile of keys.

@@ -83,7 +83,8 @@ def test_rows_are_many_where_programs_are():
 
 def test_propagate_takes_the_tiles_of_attention():
     config = propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_80"])
-    assert (config.block_m, config.block_n, config.block_t) == (64, 64, (64, 16))
+    assert (config.block_m, config.block_n, config.num_warps, config.block_t) == (64, 32, 4, (64, 16))
+    assert propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_90"]).num_warps == 2
     assert propagate_config(2, 10, 4096, 200, 64, torch.float16, DEVICES["sm_80"]).block_t == (128, 0)
 
 
