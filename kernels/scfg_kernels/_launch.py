@@ -288,10 +288,11 @@ def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class PropagateConfig(LaunchConfig):
-    """Tiles of `propagate`: query rows, keys at a time, columns as two tiles side by side."""
+    """Tiles of `propagate`: query rows, keys at a time in both parts, columns as two tiles side by side."""
 
     block_m: int
     block_n: int
+    map_n: int
     block_t: tuple[int, int]
     precision: str
 
@@ -308,6 +309,7 @@ def propagate_config(
         num_stages=tiles.num_stages,
         block_m=rows_at_once,
         block_n=tiles.block_n,
+        map_n=min(tiles.map_n, 64),
         block_t=two_widths(min(columns, 128)),
         precision=tiles.precision,
     )

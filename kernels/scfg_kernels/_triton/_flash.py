@@ -52,6 +52,18 @@ def _scores(
 
 
 @triton.jit
+def _row_sums(x):
+    """Sums of neighbours, of their sums, and so on: bits that do not depend on how the compiler lays x out."""
+    width: tl.constexpr = x.shape[1]
+    if width == 1:
+        result = tl.reshape(x, [x.shape[0]])
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], width // 2, 2]))
+        result = _row_sums(even + odd)
+    return result
+
+
+@triton.jit
 def attend_rows(
     q, k, v, row, rows, keys, scale, q_stride, k_stride, v_stride,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +77,7 @@ def attend_rows(
     if COLUMNS_2 > 0:
         q2 = load_columns(q, row, rows, q_stride, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    parts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of the row sums, one per key of a tile
     out1 = tl.zeros([BLOCK_M, VALUES_1], tl.float32)
     out2 = tl.zeros([BLOCK_M, VALUES_2 if VALUES_2 > 0 else 1], tl.float32)
     for start in tl.range(0, keys, BLOCK_N):
@@ -75,7 +87,7 @@ def attend_rows(
         top = tl.maximum(top, tl.max(p, 1))  # finite: a tile has at least one key
         p = tl.exp2(p - top[:, None])
         shrink = tl.exp2(previous - top)
-        total = total * shrink + tl.sum(p, 1)
+        parts = parts * shrink[:, None] + p
         if WITH_OUTPUT:
             weights = p.to(v.dtype.element_ty)
             v1 = load_columns(v, key, keys, v_stride, 0, VALUES_1, VALUE_DIM, ALIGN)
@@ -83,7 +95,7 @@ def attend_rows(
             if VALUES_2 > 0:
                 v2 = load_columns(v, key, keys, v_stride, VALUES_1, VALUES_2, VALUE_DIM, ALIGN)
                 out2 = tl.dot(weights, v2, out2 * shrink[:, None], input_precision=PRECISION)
-    return top, 1.0 / total, out1, out2
+    return top, 1.0 / _row_sums(parts), out1, out2
 
 
 @triton.jit

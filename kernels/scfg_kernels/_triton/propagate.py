@@ -41,7 +41,7 @@ def propagate_kernel(
     q, k, x, out, top, weight, counters, scale, samples, heads, rows, keys, columns,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, x_stride_b, x_stride_n, x_stride_t,
     HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+    MAP_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
     LENGTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ticket = take_ticket(counters)
@@ -75,8 +75,8 @@ def propagate_kernel(
         wait(counters + 2 + block, heads)
         out1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
         out2 = tl.zeros([BLOCK_M, BLOCK_T2 if BLOCK_T2 > 0 else 1], tl.float32)
-        for start in tl.range(0, keys, BLOCK_N, num_stages=1):
-            key = start + tl.arange(0, BLOCK_N)
+        for start in tl.range(0, keys, MAP_N, num_stages=1):
+            key = start + tl.arange(0, MAP_N)
             tile = map_tile(
                 q, k, top, weight, row, key, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
                 HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES,
@@ -111,8 +111,8 @@ def launch(
             propagate_kernel[(blocks * (heads + triton.cdiv(columns, sum(config.block_t))),)](
                 q, k, x, out, top, weight, zeros, scale * LOG2E, samples, heads, rows, keys, columns, *strides.values,
                 *x.stride(), HEAD_DIM=head_dim, ALIGN=strides.align, PRECISION=config.precision,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T1=config.block_t[0], BLOCK_T2=config.block_t[1],
-                COLUMNS_1=widths[0], COLUMNS_2=widths[1], LENGTH=length, STAGES=config.num_stages,
-                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, MAP_N=config.map_n, BLOCK_T1=config.block_t[0],
+                BLOCK_T2=config.block_t[1], COLUMNS_1=widths[0], COLUMNS_2=widths[1], LENGTH=length,
+                STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
     return out

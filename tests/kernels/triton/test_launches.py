@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ptxsim import recorded, simulated
 from scfg_kernels._launch import OPS
+from scfg_kernels._triton._order import counters
 from scfg_kernels.testing import assert_as_accurate_as
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,8 @@ SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     """At SD 1.5's own latents, so that 16x16 and 8x8 are captured, and in a dtype that the attention kernels take."""
+    with counters(torch.device("cpu"), 1):
+        pass  # made once per process
     return tiny_sd_pipeline(sample_size=64, dtype=torch.bfloat16)
 
 

@@ -46,7 +46,7 @@ def test_a_program_of_32_rows_has_the_result_of_two_of_16(rng):
     x = random_maps(rng, 1, 40, 77)
     results = []
     for rows in (16, 32):
-        config = PropagateConfig(4, 1, block_m=rows, block_n=16, block_t=(64, 16), precision="tf32x3")
+        config = PropagateConfig(4, 1, block_m=rows, block_n=16, map_n=16, block_t=(64, 16), precision="tf32x3")
         result, launches = run(80, lambda config=config: KERNELS["propagate"](q, k, x, 0.125, config))
         assert launches[0].counters.ctas == 32 // rows * (4 + 1)
         results.append(result)
