@@ -139,14 +139,13 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig(LaunchConfig):
-    """Tiles of the attention kernels.
+    """Tiles of attention in one sweep over the keys, with all heads of some rows in a program.
 
     Attributes:
         heads: heads that one program works on at a time, one warp each.
         block_m: query rows.
-        block_n: keys at a time; two widths side by side where all keys fit one sweep, else (keys, 0).
-        block_d: columns of the head size at a time in one sweep; two sweeps keep whole queries in registers.
-        sweeps: 1 where a row of scores fits in registers, 2 where it must be computed again for the map.
+        block_n: keys as two widths side by side.
+        block_d: columns of the head size at a time.
         precision: of products of fp32 operands, the `input_precision` of `tl.dot`; others have one way only.
     """
 
@@ -154,7 +153,6 @@ class AttentionConfig(LaunchConfig):
     block_m: int
     block_n: tuple[int, int]
     block_d: int
-    sweeps: int
     precision: str
 
 
@@ -184,37 +182,80 @@ def head_widths(size: int) -> tuple[int, int]:
     return (max(16, whole), 0) if whole <= 64 and size % 16 else two_widths(size)
 
 
-def attention_config(
-    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
-) -> AttentionConfig:
-    """Tiles of the three attention operators; head_dim is the larger one of keys and values.
+def product_precision(limits: DeviceLimits) -> str:
+    """How products of fp32 operands are formed: as three TF32 products, which is as accurate as fp32 arithmetic (11 +
+    11 bits of each operand, sums in fp32), or in fp32 where a matrix core has it (AMD)."""
+    return "ieee" if limits.arch.startswith("gfx") else "tf32x3"
 
-    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
-    tiles of eight heads do not fit in shared memory. 16 rows, which gives small layers as many programs as they can
-    have, or 32, which reads K and V half as often, where those still are two programs for every multiprocessor.
 
-    fp32 operands take twice the registers and the shared memory. Their products are three TF32 products each, which is
-    as accurate as fp32 arithmetic (11 + 11 bits of each operand, sums in fp32), or fp32 arithmetic where a matrix core
-    has it (AMD).
+def attention_config(heads: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits) -> AttentionConfig:
+    """Tiles of attention in one sweep, for up to `MAX_ONE_SWEEP` keys; head_dim is the larger one of keys and values.
+
+    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads), where the
+    tiles of eight heads do not fit in shared memory, or where operands are fp32 and take twice the space. 16 rows give
+    small layers as many programs as they can have.
     """
-    one_sweep = keys <= MAX_ONE_SWEEP
     half = dtype != torch.float32
     at_once = min(8, next_power_of_2(heads))
     if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024 or not half):
         at_once = 4
-    if not half and not one_sweep and head_dim > 128:
-        at_once = min(2, at_once)
-    wide = half and not one_sweep and head_dim <= 64 and batch * -(-rows // 32) >= 2 * limits.multiprocessors
-    block_n = two_widths(keys) if one_sweep else (32 if half and not wide and head_dim <= 96 else 16, 0)
     return AttentionConfig(
         num_warps=at_once,
         num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
         heads=at_once,
-        block_m=32 if wide else 16,
-        block_n=block_n,
+        block_m=16,
+        block_n=two_widths(keys),
         block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
-        sweeps=1 if one_sweep else 2,
-        precision="ieee" if limits.arch.startswith("gfx") else "tf32x3",
+        precision=product_precision(limits),
+    )
+
+
+WARP_GROUP_PRODUCTS = ("sm_90", "sm_100")
+"""Architectures whose products of 64 rows are formed by four warps together, `wgmma` and `tcgen05`."""
+
+
+@dataclass(frozen=True)
+class FlashConfig(LaunchConfig):
+    """Tiles of attention with its map in two parts.
+
+    Attributes:
+        block_m: query rows of a program, in both parts.
+        block_n: keys at a time in the first part.
+        map_n: keys of a program of the second part.
+        precision: of products of fp32 operands, as in `AttentionConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    map_n: int
+    precision: str
+
+
+def flash_config(
+    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
+) -> FlashConfig:
+    """Tiles of attention with its map in two parts; head_dim is the larger one of keys and values.
+
+    64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
+    are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
+    once per tile of keys. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
+    formed by a warp group and the head is small enough for the registers.
+
+    fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts.
+    """
+    precision = product_precision(limits)
+    if dtype == torch.float32:
+        return FlashConfig(num_warps=4, num_stages=1, block_m=32, block_n=32, map_n=32, precision=precision)
+    wide = head_dim <= 128 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
+    block_m = 128 if wide else 64
+    tiles = batch * -(-rows // block_m) * -(-keys // 128)
+    return FlashConfig(
+        num_warps=block_m // 16,
+        num_stages=2,
+        block_m=block_m,
+        block_n=64 if head_dim <= 96 and limits.arch in WARP_GROUP_PRODUCTS else 32,
+        map_n=128 if wide and tiles >= limits.multiprocessors else 64,
+        precision=precision,
     )
 
 
@@ -247,11 +288,11 @@ def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class PropagateConfig(LaunchConfig):
-    """Tiles of `propagate`: heads at a time, one warp each, query rows, keys, columns as two tiles side by side."""
+    """Tiles of `propagate`: query rows, keys at a time in both parts, columns as two tiles side by side."""
 
-    heads: int
     block_m: int
     block_n: int
+    map_n: int
     block_t: tuple[int, int]
     precision: str
 
@@ -259,14 +300,16 @@ class PropagateConfig(LaunchConfig):
 def propagate_config(
     batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
 ) -> PropagateConfig:
-    """Tiles of `propagate`: those of attention in two sweeps, without an output; at most 128 columns at a time."""
-    tiles = attention_config(batch, heads, rows, MAX_ONE_SWEEP + 1, head_dim, dtype, limits)
+    """Tiles of `propagate`: those of attention with its map, at most 128 columns at a time. Where products of 64 rows
+    are a warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise."""
+    tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
+    rows_at_once = 32 if limits.arch in WARP_GROUP_PRODUCTS else min(tiles.block_m, 64)
     return PropagateConfig(
-        num_warps=tiles.num_warps,
+        num_warps=rows_at_once // 16,
         num_stages=tiles.num_stages,
-        heads=tiles.heads,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n[0],
+        block_m=rows_at_once,
+        block_n=tiles.block_n,
+        map_n=min(tiles.map_n, 64),
         block_t=two_widths(min(columns, 128)),
         precision=tiles.precision,
     )
@@ -284,27 +327,25 @@ def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> list[
 
 @dataclass(frozen=True)
 class CompleteConfig(LaunchConfig):
-    """Tiles of the completion: columns, rows of S, and the inner dimension; all products in one launch or one each."""
+    """Tiles of the completion: rows of S, inner dimension, columns as two tiles side by side."""
 
-    block_t: int
-    block_n: int
+    block_m: int
     block_k: int
-    one_launch: bool
+    block_t: tuple[int, int]
+    precision: str
 
 
-MAX_ONE_LAUNCH_ROWS = 512
-"""N up to which one program streams S (1 MiB in fp32) faster than a second launch would start."""
-
-
-def complete_config(n: int, tokens: int) -> CompleteConfig:
-    """Tiles of `complete`. 64 partial sums per thread; few columns at a time, so that there are many programs."""
+def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
+    """Tiles of `complete`. Up to 64 rows are one program, which reads everything once. Beyond, the most rows, which
+    read C least often, that leave half the multiprocessors a program."""
+    rows = [m for m in (64, 32) if n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors]
     return CompleteConfig(
-        num_warps=8,
+        num_warps=8 if n <= 64 else 4,
         num_stages=1,
-        block_t=min(8, next_power_of_2(tokens)),
-        block_n=64,
+        block_m=rows[0] if rows else 16,
         block_k=32,
-        one_launch=n <= MAX_ONE_LAUNCH_ROWS,
+        block_t=two_widths(min(tokens, 128)),
+        precision=product_precision(limits),
     )
 
 
@@ -329,14 +370,15 @@ class SegmentConfig(LaunchConfig):
 
 MAX_CELLS = 1024
 """Cells (128x128 latents) up to which one program per sample is fast enough and holds them all in registers."""
-MAX_LAYERS = 16
+MAX_ARGUMENTS = 16
+"""Layers that are arguments of their own, in unrolled code; more are put together in memory by size."""
 
 
 def segment_config(cells: int) -> SegmentConfig:
     """Tiles of `segment` and `guide`."""
     block_s = max(64, next_power_of_2(cells))
     return SegmentConfig(
-        num_warps=8, num_stages=1, block_t=max(4, min(16, 2048 // block_s)), block_s=block_s, block_p=1024
+        num_warps=8, num_stages=1, block_t=max(4, min(16, 8192 // block_s)), block_s=block_s, block_p=1024
     )
 
 
@@ -348,8 +390,8 @@ def segment_limits(
     reasons = dtype_limits("segment", torch.float64 if torch.float64 in {x.dtype for x in maps} else torch.float32)
     if cells > MAX_CELLS:
         reasons.append(f"{cells} cells exceed {MAX_CELLS}")
-    if len(tokens) > MAX_LAYERS:
-        reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
+    if len(tokens) > 0 and tokens[0].shape[1] > 2**15 - 1:
+        reasons.append(f"{tokens[0].shape[1]} tokens exceed {2**15 - 1}")
     if not all(x.is_contiguous() for x in maps) or not (token_mask is None or token_mask.is_contiguous()):
         reasons.append("maps and mask must be contiguous")
     return reasons

@@ -70,27 +70,6 @@ def columns_first(tile):
     return tl.permute(tile, 1, 2, 0)
 
 
-@triton.jit
-def masked_scores(
-    q1, q2, k, head, key, scale, heads, keys, k_stride_h, k_stride_n,
-    COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """scale q k^T of a tile of keys, fp32, -inf beyond the last key: [HEADS, BLOCK_M, BLOCK_N]. q1 and q2 are the first
-    COLUMNS_1 and the other COLUMNS_2 (possibly 0) columns of the queries, in registers.
-
-    Both sweeps take their scores from here. That the product with `scale` is rounded alike in both, and is subtracted
-    from no other number than its own maximum, keeps the error of the map at that of a softmax in one sweep.
-    """
-    k1 = load_tile(k, head, key, 0, heads, keys, k_stride_h, k_stride_n, COLUMNS_1, HEAD_DIM, ALIGN)
-    if COLUMNS_2 > 0:
-        k2 = load_tile(k, head, key, COLUMNS_1, heads, keys, k_stride_h, k_stride_n, COLUMNS_2, HEAD_DIM, ALIGN)
-    result = tl.dot(q1, columns_first(k1), input_precision=PRECISION)
-    if COLUMNS_2 > 0:
-        result = tl.dot(q2, columns_first(k2), result, input_precision=PRECISION)
-    return tl.where(key[None, None, :] < keys, result * scale, float("-inf"))
-
-
 @dataclass(frozen=True)
 class Strides:
     """Batch, head and row strides of [B, H, N, d] operands in units of `align` elements."""

@@ -1,14 +1,14 @@
-"""Launcher of the three attention operators: one sweep where a row of scores fits in registers, else two."""
+"""Launcher of the three attention operators: one sweep where a row of scores fits in registers, else two parts."""
 
 from __future__ import annotations
 
 import torch
 
-from .._launch import AttentionConfig, attention_config, device_guard
+from .._launch import MAX_ONE_SWEEP, AttentionConfig, FlashConfig, attention_config, device_guard, flash_config
 from ..attention_map import empty_output_and_map
 from ._device import current_limits
 from .cross_attention_map import run_one_sweep
-from .self_attention_map import run_two_sweeps
+from .self_attention_map import run_two_parts
 
 
 def _attend(
@@ -18,21 +18,26 @@ def _attend(
     out: torch.Tensor | None,
     mean: torch.Tensor,
     scale: float,
-    config: AttentionConfig | None,
+    config: AttentionConfig | FlashConfig | None,
 ) -> None:
     if mean.numel() == 0:
         return
     with device_guard(q.device):
         if config is None:
             batch, heads, rows, _ = q.shape
-            head_dim = max(x.shape[3] for x in (k, v) if x is not None)
-            config = attention_config(batch, heads, rows, k.shape[2], head_dim, q.dtype, current_limits())
-        run = run_one_sweep if config.sweeps == 1 else run_two_sweeps
-        run(q, k, v, out, mean, scale, config)
+            keys, head_dim = k.shape[2], max(x.shape[3] for x in (k, v) if x is not None)
+            if keys <= MAX_ONE_SWEEP:
+                config = attention_config(heads, keys, head_dim, q.dtype, current_limits())
+            else:
+                config = flash_config(batch, heads, rows, keys, head_dim, q.dtype, current_limits())
+        if isinstance(config, AttentionConfig):
+            run_one_sweep(q, k, v, out, mean, scale, config)
+        else:
+            run_two_parts(q, k, v, out, mean, scale, config)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: AttentionConfig | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: AttentionConfig | FlashConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and head-mean map; `config` overrides the choice."""
     out, mean = empty_output_and_map(q, k, v)
@@ -40,7 +45,9 @@ def attend(
     return out, mean
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, scale: float, config: AttentionConfig | None = None) -> torch.Tensor:
+def launch(
+    q: torch.Tensor, k: torch.Tensor, scale: float, config: AttentionConfig | FlashConfig | None = None
+) -> torch.Tensor:
     """The map alone; `config` overrides the choice."""
     mean = torch.empty((q.shape[0], q.shape[2], k.shape[2]), dtype=torch.float32, device=q.device)
     _attend(q, k, None, None, mean, scale, config)

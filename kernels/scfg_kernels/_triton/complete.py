@@ -1,84 +1,213 @@
-r"""Completion of the cross-attention maps: products S x (columns), a block of columns per program.
+r"""Completion of the cross-attention maps: products S x (columns), on tensor cores, all in one launch.
 
     official   Y = S C,    X = (Y + (R - 1) S Y) / R              2 products
     paper      Y_1 = S C,  Y_(r+1) = S (C + Y_r),  X = Y_R / R    R products
 
-The T columns of a conditional sample are cut into blocks of BLOCK_T; the start column of an unconditional sample is a
-block with one column, so both halves run side by side in one grid. Columns are independent through all products: a
-program that owns all N rows of its block needs no other program, and all products are one launch. That is the choice
-while a single program reads S fast enough; for larger N rows are spread over programs and each product is a launch.
+A program has BLOCK_M rows of S of one sample and up to 128 columns as two tiles side by side (77 = 64 + 16), or, for an
+unconditional sample, its start column alone. A product needs all rows of the one before, so the products are stages of
+one launch: tickets (`_order`) of a later product are higher, and wait for the row blocks of their sample. Where one
+program has all rows (N <= 64), nobody waits and S stays in registers.
 
-Arithmetic is fp32 without tensor cores: TF32 would cost the last bits that the argmax reads, and `tl.dot` in fp32 reads
-S from shared memory with five-way bank conflicts. Here a lane owns every BLOCK_K-th inner index, S goes from memory to
-registers in whole rows, and is used for BLOCK_T columns. One rounding, to the dtype of S, at the end. Results between
-products are fp32 in memory, [column, N]. Bytes: S once per product and block of columns, from the L2 cache after the
-first; C and X once.
+Products are three TF32 products each, as accurate as fp32: the argmax reads the last bits. Loads are one tile ahead, in
+registers: an asynchronous copy of fp32 is read from shared memory with three-way bank conflicts. One rounding, to the
+dtype of S, at the end. Results between products are fp32 [N, T], rows padded to whole sectors. Bytes: S once per
+product and 128 columns, C and each Y once per block of rows, X once.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .._launch import CompleteConfig, complete_config, device_guard
+from ._device import current_limits
+from ._order import announce, counters, leave, take_ticket, wait
+
+
+@triton.jit
+def _tile(base, row, column, stride, rows, columns):
+    """[row, column] of a matrix with rows of `stride` elements, fp32, zero outside."""
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _operand(base, inner, column, n, columns, stride, SCALAR: tl.constexpr):
+    """[inner, column] of C or Y. Loads of one shape are given one layout, that of the widest vectors among them, and
+    rows of 77 elements cannot be read in vectors: C is loaded in a shape of its own, its transpose."""
+    if SCALAR:
+        inside = (inner[None, :] < n) & (column[:, None] < columns)
+        pointers = base + inner[None, :] * stride + column[:, None]
+        tile = tl.trans(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+    else:
+        tile = _tile(base, inner, column, stride, n, columns)
+    return tile
+
+
+@triton.jit
+def _store(base, row, column, values, rows, columns, row_stride, column_stride):
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    pointers = base + row[:, None] * row_stride + column[None, :] * column_stride
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(
+    self_map, operand, row, first, n, columns, s_stride, stride,
+    BLOCK_K: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, PRECISION: tl.constexpr,
+    SCALAR: tl.constexpr,
+):  # fmt: skip
+    """Rows of S times columns first .. of `operand` [n, columns], in two tiles (zeros if the second has no width)."""
+    BLOCK_M: tl.constexpr = row.shape[0]
+    WIDTH_2: tl.constexpr = BLOCK_T2 if BLOCK_T2 > 0 else 1
+    column1 = first + tl.arange(0, BLOCK_T1)
+    column2 = first + BLOCK_T1 + tl.arange(0, WIDTH_2)
+    total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
+    total2 = tl.zeros([BLOCK_M, WIDTH_2], tl.float32)
+    inner = tl.arange(0, BLOCK_K)
+    s = _tile(self_map, row, inner, s_stride, n, n)
+    x1 = _operand(operand, inner, column1, n, columns, stride, SCALAR)
+    x2 = _operand(operand, inner, column2, n, columns, stride, SCALAR)
+    for start in tl.range(BLOCK_K, n + BLOCK_K, BLOCK_K):  # the loads of the next tile are under way meanwhile
+        inner = start + tl.arange(0, BLOCK_K)
+        next_s = _tile(self_map, row, inner, s_stride, n, n)
+        next_x1 = _operand(operand, inner, column1, n, columns, stride, SCALAR)
+        next_x2 = _operand(operand, inner, column2, n, columns, stride, SCALAR)
+        total1 = tl.dot(s, x1, total1, input_precision=PRECISION)
+        if BLOCK_T2 > 0:
+            total2 = tl.dot(s, x2, total2, input_precision=PRECISION)
+        s = next_s
+        x1 = next_x1
+        x2 = next_x2
+    return total1, total2
+
+
+@triton.jit
+def _stage(
+    self_map, cross_map, previous, current, out, row, first, product, products, n, columns, y_columns, own, others,
+    s_stride, c_stride, y_stride,
+    PAPER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One product for some rows and columns; the last one stores X, the others what the next one multiplies."""
+    if product == 0:
+        total1, total2 = _product(
+            self_map, cross_map, row, first, n, columns, s_stride, c_stride,
+            BLOCK_K, BLOCK_T1, BLOCK_T2, PRECISION, True,
+        )  # fmt: skip
+    else:
+        total1, total2 = _product(
+            self_map, previous, row, first, n, y_columns, s_stride, y_stride,
+            BLOCK_K, BLOCK_T1, BLOCK_T2, PRECISION, False,
+        )  # fmt: skip
+    column1 = first + tl.arange(0, BLOCK_T1)
+    column2 = first + BLOCK_T1 + tl.arange(0, total2.shape[1])
+    if product == products - 1:
+        have_y = tl.where(product > 0, n, 0)
+        total1 = own * _tile(previous, row, column1, y_stride, have_y, y_columns) + others * total1
+        _store(out, row, column1, total1, n, columns, 1, n)
+        if BLOCK_T2 > 0:
+            total2 = own * _tile(previous, row, column2, y_stride, have_y, y_columns) + others * total2
+            _store(out, row, column2, total2, n, columns, 1, n)
+    else:
+        if PAPER:
+            total1 += _tile(cross_map, row, column1, c_stride, n, columns)
+            total2 += _tile(cross_map, row, column2, c_stride, n, columns)
+        _store(current, row, column1, total1, n, y_columns, y_stride, 1)
+        if BLOCK_T2 > 0:
+            _store(current, row, column2, total2, n, y_columns, y_stride, 1)
 
 
 @triton.jit
 def complete_kernel(
-    self_map, cross_map, between, token_out, start_out, first, last, products, n, tokens, columns, unconditional,
-    blocks, own, others, s_stride_b, s_stride_n, c_stride_b, c_stride_n,
-    PAPER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    self_map, cross_map, between, token_out, start_out, counters, products, n, tokens, samples, unconditional,
+    own, others, s_stride_b, s_stride_n, c_stride_b, c_stride_n, y_stride,
+    PAPER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    PRECISION: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Products `first` .. `last` - 1 of `products`; X = own Y_previous + others S Y_previous in the last one."""
-    job = tl.program_id(0)
-    if job < unconditional:  # the start column of an unconditional sample
-        sample = job.to(tl.int64)
-        column = (columns - unconditional + sample) + tl.arange(0, BLOCK_T).to(tl.int64)  # row of `between`
-        token = tl.arange(0, BLOCK_T)
-        used = token < 1
-        out = start_out + sample * n
-    else:
-        sample = ((job - unconditional) // blocks).to(tl.int64)
-        token = (job - unconditional) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-        used = token < tokens
-        column = sample * tokens + token
-        out = token_out + sample * tokens * n
-        sample += unconditional
+    """`between`: [2, samples, n, y_stride], what the next product multiplies. X = own Y_previous + others S Y_previous
+    in the last product."""
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    token_blocks = tl.cdiv(tokens, BLOCK_T1 + BLOCK_T2)
+    start_jobs = row_blocks * unconditional
+    jobs = start_jobs + row_blocks * (samples - unconditional) * token_blocks
+    ticket = take_ticket(counters)
+    product = ticket // jobs
+    job = ticket % jobs
+    is_start = job < start_jobs
+    sample = job // row_blocks if is_start else unconditional + (job - start_jobs) // (row_blocks * token_blocks)
+    first = (job - start_jobs) // row_blocks % token_blocks * (BLOCK_T1 + BLOCK_T2)
+    row = job % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    sample = sample.to(tl.int64)
     self_map += sample * s_stride_b
     cross_map += sample * c_stride_b
+    previous = between + ((product + 1) % 2 * samples + sample) * n * y_stride
+    current = between + (product % 2 * samples + sample) * n * y_stride
+    if product > 0:
+        wait(counters + 2 + (product - 1) * samples + sample, row_blocks if is_start else row_blocks * token_blocks)
+    if is_start:  # one column
+        _stage(
+            self_map, cross_map, previous, current, start_out + sample * n, row, 0, product, products, n, 1, 1,
+            own, others, s_stride_n, c_stride_n, y_stride, PAPER, BLOCK_K, 16, 0, PRECISION,
+        )  # fmt: skip
+    else:
+        _stage(
+            self_map, cross_map, previous, current, token_out + (sample - unconditional) * tokens * n, row, first,
+            product, products, n, tokens, y_stride, own, others, s_stride_n, c_stride_n, y_stride,
+            PAPER, BLOCK_K, BLOCK_T1, BLOCK_T2, PRECISION,
+        )  # fmt: skip
+    if product < products - 1:
+        announce(counters + 2 + product * samples + sample)
+    leave(counters, counters + 1, products * jobs, LENGTH)
 
-    for product in tl.range(first, last):
-        is_last = product == products - 1
-        previous = between + (product + 1) % 2 * columns.to(tl.int64) * n
-        current = between + product % 2 * columns.to(tl.int64) * n
-        for row_start in tl.range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
-            row = row_start + tl.arange(0, BLOCK_N)
-            # One partial sum per lane and column, added up across lanes once per row block.
-            partial = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_K], tl.float32)
-            for inner_start in tl.range(0, n, BLOCK_K):
-                inner = inner_start + tl.arange(0, BLOCK_K)[None, None, :]
-                s = tl.load(
-                    self_map + row[None, :, None] * s_stride_n + inner,
-                    mask=(row[None, :, None] < n) & (inner < n), other=0.0,
-                )  # fmt: skip  # [1, BLOCK_N, BLOCK_K]
-                inside = used[:, None, None] & (inner < n)
-                x = tl.load(
-                    cross_map + inner * c_stride_n + token[:, None, None],
-                    mask=inside & ((product == 0) | PAPER), other=0.0,
-                ).to(tl.float32)  # fmt: skip  # [BLOCK_T, 1, BLOCK_K]
-                x += tl.load(previous + column[:, None, None] * n + inner, mask=inside & (product > 0), other=0.0)
-                partial += x * s.to(tl.float32)
-            total = tl.sum(partial, 2)  # [BLOCK_T, BLOCK_N]
-            inside = used[:, None] & (row[None, :] < n)
-            if is_last:
-                here = column[:, None] * n + row[None, :]
-                y = tl.load(previous + here, mask=inside & (product > 0) & (not PAPER), other=0.0)
-                result = own * y + others * total
-                tl.store(out + token[:, None] * n + row[None, :], result.to(token_out.dtype.element_ty), mask=inside)
-            else:
-                tl.store(current + column[:, None] * n + row[None, :], total, mask=inside)
-        tl.debug_barrier()  # the next product reads what other threads of this program wrote
+
+@triton.jit
+def _completed(
+    s, cross_map, out, first, products, n, columns, own, others, c_stride,
+    PAPER: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X at all rows and BLOCK_T columns of a sample."""
+    row = tl.arange(0, s.shape[0])
+    column = first + tl.arange(0, BLOCK_T)
+    c = _operand(cross_map, row, column, n, columns, c_stride, True)
+    y = tl.zeros_like(c)
+    total = tl.dot(s, c, input_precision=PRECISION)
+    for _ in tl.range(1, products):
+        y = total + c if PAPER else total
+        total = tl.dot(s, y, input_precision=PRECISION)
+    _store(out, row, column, own * y + others * total, n, columns, 1, n)
+
+
+@triton.jit
+def complete_whole_kernel(
+    self_map, cross_map, token_out, start_out, products, n, tokens, unconditional, own, others,
+    s_stride_b, s_stride_n, c_stride_b, c_stride_n,
+    PAPER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All rows and all products in one program: S, C and every Y stay in registers."""
+    sample = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    s = _tile(self_map + sample * s_stride_b, row, row, s_stride_n, n, n)
+    cross_map += sample * c_stride_b
+    if sample < unconditional:  # one column
+        _completed(
+            s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION
+        )
+    else:
+        out = token_out + (sample - unconditional) * tokens * n
+        first = tl.program_id(1) * (BLOCK_T1 + BLOCK_T2)
+        _completed(
+            s, cross_map, out, first, products, n, tokens, own, others, c_stride_n, PAPER, BLOCK_T1, PRECISION
+        )  # fmt: skip
+        if BLOCK_T2 > 0:
+            _completed(
+                s, cross_map, out, first + BLOCK_T1, products, n, tokens, own, others, c_stride_n, PAPER, BLOCK_T2,
+                PRECISION,
+            )  # fmt: skip
 
 
 def launch(
@@ -100,19 +229,28 @@ def launch(
     products = powers if paper else 2
     # Official with one power is S C itself: 1 Y + 0 S Y.
     own, others = (0.0, 1.0 / powers) if paper else (1.0 / powers, (powers - 1.0) / powers)
-    columns = conditional * tokens + unconditional
-    between = torch.empty((2, columns, n), dtype=torch.float32, device=self_map.device)
     with device_guard(self_map.device):
-        config = config or complete_config(n, tokens)
-        blocks = triton.cdiv(tokens, config.block_t)
-        row_programs = 1 if config.one_launch else triton.cdiv(n, config.block_n)
-        at_once = products if config.one_launch else 1
-        for first in range(0, products, at_once):
-            complete_kernel[(unconditional + conditional * blocks, row_programs)](
-                self_map, cross_map, between, token_out, start_out, first, first + at_once, products, n, tokens,
-                columns, unconditional, blocks, own, others, self_map.stride(0), self_map.stride(1),
-                cross_map.stride(0), cross_map.stride(1),
-                PAPER=paper, BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        config = config or complete_config(conditional, n, tokens, current_limits())
+        token_blocks = triton.cdiv(tokens, sum(config.block_t))
+        shape: dict[str, Any] = {
+            "PAPER": paper, "BLOCK_M": config.block_m, "BLOCK_T1": config.block_t[0], "BLOCK_T2": config.block_t[1],
+            "PRECISION": config.precision, "num_warps": config.num_warps, "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+        strides = self_map.stride(0), self_map.stride(1), cross_map.stride(0), cross_map.stride(1)
+        if n <= config.block_m:
+            complete_whole_kernel[(batch, token_blocks)](
+                self_map, cross_map, token_out, start_out, products, n, tokens, unconditional, own, others, *strides,
+                **shape,
+            )  # fmt: skip
+            return token_out, start_out
+        padded = -(-tokens // 16) * 16
+        between = torch.empty((2, batch, n, padded), dtype=torch.float32, device=self_map.device)
+        row_blocks = triton.cdiv(n, config.block_m)
+        length = triton.next_power_of_2(2 + products * batch)
+        with counters(self_map.device, length) as zeros:
+            complete_kernel[(products * row_blocks * (unconditional + conditional * token_blocks),)](
+                self_map, cross_map, between, token_out, start_out, zeros, products, n, tokens, batch, unconditional,
+                own, others, *strides, padded, BLOCK_K=config.block_k, LENGTH=length, **shape,
             )  # fmt: skip
     return token_out, start_out

@@ -23,7 +23,7 @@ import triton.language as tl
 from .._launch import SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
 from ._device import per_sample
-from .segment import smoothed
+from .segment import beside, empty_neighbours, reflect, three_taps
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def store_rescaled(
 
 @triton.jit
 def guide_cells(
-    uncond, cond, guidance_scale, result, rate_out, cell_rates, ids, foreground, sample, tokens, channels, edge,
+    uncond, cond, guidance_scale, result, rate_out, scratch, ids, foreground, sample, tokens, channels, edge,
     rate_min, rate_max, max_scale, rescale, scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
@@ -124,7 +124,7 @@ def guide_cells(
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the argmax; ids int32 and foreground int1 [BLOCK_S]; `cell_rates` is scratch [S]."""
+    """All after the argmax; ids int32, foreground int1 [BLOCK_S]; `scratch` [BLOCK_S, BLOCK_CELL] for `beside`."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     uncond += sample * u_stride_b
@@ -135,7 +135,7 @@ def guide_cells(
 
     cell = tl.arange(0, BLOCK_S)
     valid = cell < GRID_H * GRID_W
-    cell_y = cell // GRID_W
+    cell_y = tl.minimum(cell // GRID_W, GRID_H - 1)
     cell_x = cell % GRID_W
     rows = tl.minimum(H - cell_y * CELL, CELL)
     area = tl.where(valid, (rows * tl.minimum(W - cell_x * CELL, CELL)).to(tl.float32), 0.0)
@@ -168,20 +168,32 @@ def guide_cells(
         region_rate = tl.minimum(tl.maximum(region_rate, rate_min), rate_max)
         region_rate = tl.minimum(region_rate, tl.div_rn(max_scale, scale))
         rates += tl.sum(tl.where(member, region_rate[:, None], 0.0), 0)  # a cell has one region
-    tl.store(cell_rates + cell, rates, mask=valid)
 
-    tl.debug_barrier()  # smoothing reads what other threads wrote
-    for first in tl.range(0, H * W, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        inside = pixel < H * W
-        y = pixel // W
-        x = pixel % W
-        rate = smoothed(cell_rates, y, x, edge, inside, CELL, GRID_W, H, W)
-        tl.store(rate_out + pixel, rate, mask=inside)
+    # The rate of a pixel: smoothed along x within the cells [BLOCK_S, BLOCK_CELL], then between rows of cells.
+    last_x = tl.minimum(cell_x * CELL + CELL, W) - 1
+    last_y = tl.minimum(cell_y * CELL + CELL, H) - 1
+    row = cell_y * GRID_W
+    here = rates[:, None]  # [BLOCK_S, 1]
+    left, right = beside(
+        here, (row + reflect(cell_x * CELL - 1, W) // CELL)[:, None], (row + reflect(last_x + 1, W) // CELL)[:, None],
+        scratch, 0,
+    )  # fmt: skip
+    level = three_taps(tl.where(along == 0, left, here), here, tl.where(px == last_x[:, None], right, here), edge)
+    above, below = beside(
+        level, (reflect(cell_y * CELL - 1, H) // CELL * GRID_W + cell_x)[:, None],
+        (reflect(last_y + 1, H) // CELL * GRID_W + cell_x)[:, None], scratch, 0,
+    )  # fmt: skip
+    for dy in tl.range(0, CELL):
+        py = (cell_y * CELL + dy)[:, None]
+        inside = valid[:, None] & (along < CELL) & (px < W) & (py < H)
+        rate = three_taps(
+            tl.where(dy == 0, above, level), level, tl.where(py == last_y[:, None], below, level), edge
+        )  # fmt: skip
+        tl.store(rate_out + py * W + px, rate, mask=inside)
         if not RESCALE:
             weight = tl.div_rn(-scale, scale - 1.0) * (rate - 1.0) if UNCONDITIONAL else scale * rate
             store_combined(
-                uncond, cond, result, weight, 1.0, y, x, inside, channels,
+                uncond, cond, result, weight, 1.0, py, px, inside, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
                 r_stride_c, r_stride_y, r_stride_x, False,
             )  # fmt: skip
@@ -196,7 +208,7 @@ def guide_cells(
 
 @triton.jit
 def guide_kernel(
-    uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, cell_rates, tokens, channels, edge,
+    uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, scratch, tokens, channels, edge,
     rate_min, rate_max, max_scale, rescale, scale_stride,
     i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
@@ -215,7 +227,8 @@ def guide_kernel(
     at = foreground_in + sample * f_stride_b + y * f_stride_y + x * f_stride_x
     foreground = tl.load(at, mask=cell < CELLS, other=0).to(tl.int1)
     guide_cells(
-        uncond, cond, guidance_scale, result, rate_out, cell_rates + sample * CELLS, ids.to(tl.int32), foreground,
+        uncond, cond, guidance_scale, result, rate_out,
+        scratch + sample * (BLOCK_S * BLOCK_CELL), ids.to(tl.int32), foreground,
         sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
@@ -275,12 +288,12 @@ def launch(
     result, rate = empty_result_and_rate(cond)
     if rate.numel() == 0:
         return result, rate
-    cell_rates = torch.empty((batch, cells), dtype=torch.float32, device=cond.device)
     scale, scale_stride = per_sample(guidance_scale)
     config = config or segment_config(cells)
+    scratch = empty_neighbours(batch, triton.next_power_of_2(cell), config, cond.device)
     with device_guard(cond.device):
         guide_kernel[(batch,)](
-            uncond, cond, token_index, foreground, scale, result, rate, cell_rates, num_tokens, channels,
+            uncond, cond, token_index, foreground, scale, result, rate, scratch, num_tokens, channels,
             kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
             *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
             **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),

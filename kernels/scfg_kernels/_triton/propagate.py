@@ -1,15 +1,12 @@
-r"""Head-mean attention applied to columns, two sweeps over the keys in one launch and no N x N map.
+r"""Head-mean attention applied to columns, Y = S X, one launch in two parts and no N x N map.
 
-    sweep 1, per tile of keys:  m_h[n] = max_t s_h[n, t],   l_h[n] = sum_t 2^(s_h[n, t] - m_h[n])
-    sweep 2, per tile of keys:  Y[n] += (1/H sum_h 2^(s_h[n, t] - m_h[n]) / l_h[n]) X[t]
+The first tickets (`_order`) find m and w of the softmax, for one head and a block of rows each (part 1 of `_flash`, no
+output). Each of the others has a block of rows of Y and up to 128 columns: it waits for all heads of its rows, forms S
+a tile at a time (part 2) and multiplies it with X. Heads are added up before that product, which is therefore one and
+not one per head. It is formed in fp32 (three TF32 products on NVIDIA): the argmax over the columns reads the last bits.
+Columns are two tiles side by side (77 = 64 + 16).
 
-with s_h = scale log2(e) q_h k_h^T in fp32, for a group of HEADS heads at once; queries, maxima and sums stay in
-registers. Heads are added up before the product with X, which is therefore one product per group and not one per head.
-It is formed in fp32 (three TF32 products on NVIDIA): the argmax over the columns reads the last bits. Columns are two
-tiles side by side (77 = 64 + 16).
-
-Program (i, b, j) takes BLOCK_M query rows of sample b and up to 128 columns. Bytes: Q and Y once per 128 columns; K
-twice and X once per row block and group of heads, from the L2 cache.
+Bytes: Y once; K twice and X once per block of rows; Q once, and once more per tile of keys.
 """
 
 from __future__ import annotations
@@ -20,8 +17,10 @@ import triton.language as tl
 
 from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
 from ..attention_map import map_dtype
-from ._attention import LOG2E, common_strides, load_tile, masked_scores, rows_first
+from ._attention import LOG2E, common_strides
 from ._device import current_limits
+from ._flash import attend_rows, map_tile
+from ._order import announce, counters, leave, take_ticket, wait
 
 
 @triton.jit
@@ -32,87 +31,88 @@ def _column_tile(x, key, column, keys, columns, x_stride_n, x_stride_t):
 
 
 @triton.jit
-def _store_columns(out, row, column, values, rows, columns):
-    tl.store(out + row * columns + column[None, :], values, mask=(row < rows) & (column[None, :] < columns))
+def _store(out, row, column, values, rows, columns):
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    tl.store(out + row[:, None] * columns + column[None, :], values, mask=inside)
 
 
 @triton.jit
 def propagate_kernel(
-    q, k, x, out, scale, heads, rows, keys, columns,
+    q, k, x, out, top, weight, counters, scale, samples, heads, rows, keys, columns,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, x_stride_b, x_stride_n, x_stride_t,
-    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
-    COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAP_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+    LENGTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
+    ticket = take_ticket(counters)
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    statistics = samples * row_blocks * heads
+    column_blocks = tl.cdiv(columns, BLOCK_T1 + BLOCK_T2)
+    is_statistics = ticket < statistics
+    block = ticket // heads if is_statistics else (ticket - statistics) // column_blocks  # of rows, of all samples
+    batch = (block // row_blocks).to(tl.int64)
+    row = block % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     q += batch * q_stride_b * ALIGN
     k += batch * k_stride_b * ALIGN
-    x += batch * x_stride_b
-    out += batch * rows * columns
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column1 = tl.program_id(2) * (BLOCK_T1 + BLOCK_T2) + tl.arange(0, BLOCK_T1)
-    out1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
-    if BLOCK_T2 > 0:
-        column2 = tl.program_id(2) * (BLOCK_T1 + BLOCK_T2) + BLOCK_T1 + tl.arange(0, BLOCK_T2)
-        out2 = tl.zeros([BLOCK_M, BLOCK_T2], tl.float32)
-
-    for first in tl.range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)
-        q1 = rows_first(load_tile(q, head, row, 0, heads, rows, q_stride_h, q_stride_n, COLUMNS_1, HEAD_DIM, ALIGN))
-        q2 = q1
-        if COLUMNS_2 > 0:
-            q2 = rows_first(
-                load_tile(q, head, row, COLUMNS_1, heads, rows, q_stride_h, q_stride_n, COLUMNS_2, HEAD_DIM, ALIGN)
-            )
-        top = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([HEADS, BLOCK_M], tl.float32)
-        for start in tl.range(0, keys, BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            p = masked_scores(
-                q1, q2, k, head, key, scale, heads, keys, k_stride_h, k_stride_n,
-                COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION,
-            )  # fmt: skip  # [HEADS, BLOCK_M, BLOCK_N]
-            previous = top
-            top = tl.maximum(top, tl.max(p, 2))  # finite: a tile has at least one key
-            total = total * tl.exp2(previous - top) + tl.sum(tl.exp2(p - top[:, :, None]), 2)
-
-        weight = tl.where(head[:, None] < heads, 1.0 / total, 0.0)[:, :, None]
-        for start in tl.range(0, keys, BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            p = masked_scores(
-                q1, q2, k, head, key, scale, heads, keys, k_stride_h, k_stride_n,
-                COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION,
+    top += batch * heads * rows
+    weight += batch * heads * rows
+    if is_statistics:
+        head = ticket % heads
+        k += head * (k_stride_h * ALIGN)
+        own_top, own_weight, _, _ = attend_rows(
+            q + head * (q_stride_h * ALIGN), k, k, row, rows, keys, scale, q_stride_n, k_stride_n, k_stride_n,
+            HEAD_DIM, HEAD_DIM, ALIGN, PRECISION, False, BLOCK_N, COLUMNS_1, COLUMNS_2, COLUMNS_1, COLUMNS_2,
+        )  # fmt: skip
+        tl.store(top + head * rows + row, own_top, mask=row < rows)
+        tl.store(weight + head * rows + row, own_weight / heads, mask=row < rows)
+        announce(counters + 2 + block)
+    else:
+        x += batch * x_stride_b
+        out += batch * rows * columns
+        column1 = (ticket - statistics) % column_blocks * (BLOCK_T1 + BLOCK_T2) + tl.arange(0, BLOCK_T1)
+        column2 = (ticket - statistics) % column_blocks * (BLOCK_T1 + BLOCK_T2) + BLOCK_T1
+        column2 += tl.arange(0, BLOCK_T2 if BLOCK_T2 > 0 else 1)
+        wait(counters + 2 + block, heads)
+        out1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
+        out2 = tl.zeros([BLOCK_M, BLOCK_T2 if BLOCK_T2 > 0 else 1], tl.float32)
+        for start in tl.range(0, keys, MAP_N, num_stages=1):
+            key = start + tl.arange(0, MAP_N)
+            tile = map_tile(
+                q, k, top, weight, row, key, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
+                HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES,
             )  # fmt: skip
-            share = tl.sum(tl.exp2(p - top[:, :, None]) * weight, 0)  # [BLOCK_M, BLOCK_N]
-            tile = _column_tile(x, key, column1, keys, columns, x_stride_n, x_stride_t)
-            out1 = tl.dot(share, tile, out1, input_precision=PRECISION)
+            x1 = _column_tile(x, key, column1, keys, columns, x_stride_n, x_stride_t)
+            out1 = tl.dot(tile, x1, out1, input_precision=PRECISION)
             if BLOCK_T2 > 0:
-                tile = _column_tile(x, key, column2, keys, columns, x_stride_n, x_stride_t)
-                out2 = tl.dot(share, tile, out2, input_precision=PRECISION)
-
-    _store_columns(out, row[:, None], column1, out1 / heads, rows, columns)
-    if BLOCK_T2 > 0:
-        _store_columns(out, row[:, None], column2, out2 / heads, rows, columns)
+                x2 = _column_tile(x, key, column2, keys, columns, x_stride_n, x_stride_t)
+                out2 = tl.dot(tile, x2, out2, input_precision=PRECISION)
+        _store(out, row, column1, out1, rows, columns)
+        if BLOCK_T2 > 0:
+            _store(out, row, column2, out2, rows, columns)
+    leave(counters, counters + 1, statistics + samples * row_blocks * column_blocks, LENGTH)
 
 
 def launch(
     q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, scale: float, config: PropagateConfig | None = None
 ) -> torch.Tensor:
     """Y [B, N, T] in fp32; `config` overrides the choice."""
-    batch, heads, rows, head_dim = q.shape
+    samples, heads, rows, head_dim = q.shape
     keys, columns = x.shape[1:]
-    out = torch.empty((batch, rows, columns), dtype=map_dtype(q.dtype), device=q.device)
+    out = torch.empty((samples, rows, columns), dtype=map_dtype(q.dtype), device=q.device)
     if out.numel() == 0:
         return out
     with device_guard(q.device):
-        config = config or propagate_config(batch, heads, rows, columns, head_dim, q.dtype, current_limits())
+        config = config or propagate_config(samples, heads, rows, columns, head_dim, q.dtype, current_limits())
         strides, widths = common_strides(q, k), head_widths(head_dim)
-        grid = (triton.cdiv(rows, config.block_m), batch, triton.cdiv(columns, sum(config.block_t)))
-        propagate_kernel[grid](
-            q, k, x, out, scale * LOG2E, heads, rows, keys, columns, *strides.values, *x.stride(),
-            HEAD_DIM=head_dim, ALIGN=strides.align, PRECISION=config.precision, HEADS=config.heads,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T1=config.block_t[0], BLOCK_T2=config.block_t[1],
-            COLUMNS_1=widths[0], COLUMNS_2=widths[1], num_warps=config.num_warps, num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        blocks = samples * triton.cdiv(rows, config.block_m)
+        top, weight = torch.empty((2, samples, heads, rows), dtype=torch.float32, device=q.device)
+        length = triton.next_power_of_2(2 + blocks)
+        with counters(q.device, length) as zeros:
+            propagate_kernel[(blocks * (heads + triton.cdiv(columns, sum(config.block_t))),)](
+                q, k, x, out, top, weight, zeros, scale * LOG2E, samples, heads, rows, keys, columns, *strides.values,
+                *x.stride(), HEAD_DIM=head_dim, ALIGN=strides.align, PRECISION=config.precision,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, MAP_N=config.map_n, BLOCK_T1=config.block_t[0],
+                BLOCK_T2=config.block_t[1], COLUMNS_1=widths[0], COLUMNS_2=widths[1], LENGTH=length,
+                STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-r"""Regions of one sample per program: resize, renormalise, add up layers, smooth, argmax over tokens.
+r"""Regions: resize, renormalise, add up layers, smooth, argmax over tokens.
 
 With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaussian with reflected border:
 
@@ -8,21 +8,25 @@ With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaus
                or, where the sum r' of all others is given, sum_l (r_l - m_l) / m_l - (r'_l - m'_l) / m'_l
 
 G and the resize are linear and keep constants, so a layer's mean after G is a weighted mean before it, and G runs once
-for all layers. Scores go through memory (4 (T + 1) S bytes per sample, written and read by the same program) because
-G needs neighbours. Everything is fp32 in a fixed order. Bytes: every X_l once, ids and foreground once.
+for all layers. A program has BLOCK_T tokens of a sample at all cells, one more the start token: it reads its maps of
+all layers once, and neighbours come from its own registers (`tl.gather`). The last of a sample's programs to finish
+(`_order`) takes the best of all. Everything is fp32 in a fixed order. Bytes: every X_l, ids and foreground once; 6
+bytes a cell for every BLOCK_T tokens, written and read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import SegmentConfig, device_guard, segment_config
+from .._launch import MAX_ARGUMENTS, SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
+from ._order import announce, counters
 
 
 @triton.jit
@@ -33,32 +37,49 @@ def reflect(index, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _three_taps(before, here, after, edge):
+def three_taps(before, here, after, edge):
     """edge before + (1 - 2 edge) here + edge after, with the neighbours as differences: a constant keeps its bits."""
     return here + 2.0 * edge * (0.5 * (before + after) - here)
 
 
 @triton.jit
-def _smoothed_row(row, left, here, right, edge, mask):
-    """Three taps along the row of cells at `row`."""
-    before = tl.load(row + left, mask=mask, other=0.0)
-    after = tl.load(row + right, mask=mask, other=0.0)
-    return _three_taps(before, tl.load(row + here, mask=mask, other=0.0), after, edge)
+def beside(values, before, after, scratch, AXIS: tl.constexpr):
+    """values [A, B] at two other places along AXIS, index [1, B] or [A, 1]. Up to 256 places they come from registers;
+    of more, a thread would hold too many for shuffles, and they go through `scratch` [A, B], this program's own."""
+    if values.shape[AXIS] <= 256:
+        first = tl.gather(values, tl.broadcast_to(before, values.shape), AXIS)
+        second = tl.gather(values, tl.broadcast_to(after, values.shape), AXIS)
+    else:
+        row = tl.arange(0, values.shape[0])[:, None]
+        column = tl.arange(0, values.shape[1])[None, :]
+        width: tl.constexpr = values.shape[1]
+        tl.debug_barrier()  # others may still read what was there before
+        tl.store(scratch + row * width + column, values)
+        tl.debug_barrier()
+        if AXIS == 1:
+            first = tl.load(scratch + row * width + before)
+            second = tl.load(scratch + row * width + after)
+        else:
+            first = tl.load(scratch + before * width + column)
+            second = tl.load(scratch + after * width + column)
+    return first, second
 
 
 @triton.jit
-def smoothed(
-    base, y, x, edge, mask, CELL: tl.constexpr, GRID_W: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """3x3 Gaussian at (y, x) of an H x W image whose pixels are CELL x CELL copies of the cells at `base`."""
-    left = reflect(x - 1, W) // CELL
-    here = x // CELL
-    right = reflect(x + 1, W) // CELL
-    # As the torch implementation does it: along x first, the same formula on both axes.
-    above = _smoothed_row(base + reflect(y - 1, H) // CELL * GRID_W, left, here, right, edge, mask)
-    level = _smoothed_row(base + y // CELL * GRID_W, left, here, right, edge, mask)
-    below = _smoothed_row(base + reflect(y + 1, H) // CELL * GRID_W, left, here, right, edge, mask)
-    return _three_taps(above, level, below, edge)
+def smoothed_cells(values, y, x, edge, scratch, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    """3x3 Gaussian of maps [T, S] at the cells y, x [1, S]: along x first, as the torch implementation does it."""
+    last: tl.constexpr = values.shape[1] - 1  # beyond the last cell any other one will do
+    row = y * GRID_W
+    left, right = beside(
+        values, tl.minimum(row + reflect(x - 1, GRID_W), last), tl.minimum(row + reflect(x + 1, GRID_W), last),
+        scratch, 1,
+    )  # fmt: skip
+    level = three_taps(left, values, right, edge)
+    above, below = beside(
+        level, tl.minimum(reflect(y - 1, GRID_H) * GRID_W + x, last),
+        tl.minimum(reflect(y + 1, GRID_H) * GRID_W + x, last), scratch, 1,
+    )  # fmt: skip
+    return three_taps(above, level, below, edge)
 
 
 @triton.jit
@@ -83,101 +104,177 @@ def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _resized(
-    maps, index, y, x, mask, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
+    maps, index, y, x, used, valid, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
 ):  # fmt: skip
-    """Number `index` of the H x W maps at grid cell (y, x), fp32. `index` broadcasts against y and x."""
+    """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, 0 where not `used`
+    [T, 1]. A map that is smaller than a grid of up to 256 cells is read once; of others, four neighbours are read."""
     base = maps + index * (H * W)
+    mask = used & valid  # [T, S]
     if H == GRID_H and W == GRID_W:
         value = tl.load(base + y * W + x, mask=mask, other=0.0).to(tl.float32)
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
+        if H * W <= mask.shape[1] and mask.shape[1] <= 256:  # noqa: SIM300
+            place = tl.arange(0, mask.shape[1])[None, :]
+            whole = tl.load(base + place, mask=used & (place < H * W), other=0.0).to(tl.float32)
+            a, b = beside(whole, y0 * W + x0, y0 * W + x1, maps, 1)
+            c, d = beside(whole, y1 * W + x0, y1 * W + x1, maps, 1)
+        else:
+            a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
+            c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
+            d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
         value = (1.0 - fy) * ((1.0 - fx) * a + fx * b) + fy * ((1.0 - fx) * c + fx * d)
     return value
 
 
 @triton.jit
+def _start_contrast(
+    starts, counts, sample, y, x, valid, weight,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """a of the module's formula at all cells, before G: [1, S]."""
+    contrast = tl.zeros(x.shape, tl.float32)
+    channels: tl.constexpr = 2 if PAIRED else 1
+    for group in tl.static_range(GROUPS):
+        for layer in tl.range(0, counts[group]):
+            image = (layer * tl.num_programs(1) + sample) * channels + tl.arange(0, 1)[:, None]
+            a = _resized(
+                starts[group], image, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
+            )
+            m = tl.sum(a * weight, 1)[:, None]
+            if PAIRED:
+                b = _resized(
+                    starts[group], image + 1, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1],
+                    GRID_H, GRID_W,
+                )  # fmt: skip
+                n = tl.sum(b * weight, 1)[:, None]
+                contrast += (a - m) / m - (b - n) / n
+            else:
+                contrast += (a - m) / (m * (1.0 - m))
+    return contrast
+
+
+@triton.jit
 def segment_cells(
-    maps, starts, token_mask, scores, sample, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample, part,
+    tokens, layers, edge,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S]; `scores` is scratch [tokens + 1, S]."""
+    """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
+    the foreground. Returns whether all other programs of the sample are done: then `winners` can be asked."""
     CELLS: tl.constexpr = GRID_H * GRID_W
-    cell = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    valid = cell < CELLS
-    y = cell // GRID_W
-    x = cell % GRID_W
-    weight = tl.where(valid, _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS, 0.0)
-
-    contrast = tl.zeros([BLOCK_S], tl.float32)
-    for layer in tl.static_range(LAYERS):
-        image = sample * 2 if PAIRED else sample
-        a = _resized(starts[layer], image, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
-        m = tl.sum(a * weight, 0)
-        if PAIRED:
-            b = _resized(starts[layer], image + 1, y, x, valid, SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W)
-            n = tl.sum(b * weight, 0)
-            contrast += (a - m) / m - (b - n) / n
-        else:
-            contrast += (a - m) / (m * (1.0 - m))
-    tl.store(scores + tokens * CELLS + cell, contrast, mask=valid)
-
-    for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
-        inside = (token < tokens) & valid[None, :]
-        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-        for layer in tl.static_range(LAYERS):
-            r = _resized(
-                maps[layer], sample * tokens + token, y[None, :], x[None, :], inside,
-                SIZES[2 * layer], SIZES[2 * layer + 1], GRID_H, GRID_W,
-            )  # fmt: skip  # [BLOCK_T, BLOCK_S]
-            mean = tl.sum(r * weight[None, :], 1)[:, None]
-            total += r / (mean + 1e-8)
-        tl.store(scores + token * CELLS + cell[None, :], total, mask=inside)
-
-    tl.debug_barrier()  # smoothing reads what other threads wrote
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    ids = tl.zeros([BLOCK_S], tl.int32)
-    for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]
+    cell = tl.arange(0, BLOCK_S)
+    valid = cell[None, :] < CELLS  # [1, BLOCK_S]
+    y = tl.minimum(cell // GRID_W, GRID_H - 1)[None, :]
+    x = (cell % GRID_W)[None, :]
+    weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS
+    weight = tl.where(valid, weight, 0.0)
+    parts = tl.cdiv(tokens, BLOCK_T)
+    scratch += (sample * (parts + 1) + part) * (BLOCK_T * BLOCK_S)
+    if part == parts:
+        contrast = _start_contrast(starts, counts, sample, y, x, valid, weight, GROUPS, SIZES, GRID_H, GRID_W, PAIRED)
+        contrast = smoothed_cells(contrast, y, x, edge, scratch, GRID_H, GRID_W)
+        tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * layers, mask=valid)
+    else:
+        token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
         allowed = token < tokens
-        inside = allowed & valid[None, :]
-        score = smoothed(
-            scores + token * CELLS, y[None, :], x[None, :], edge, inside, 1, GRID_W, GRID_H, GRID_W
-        )  # [BLOCK_T, BLOCK_S]
+        score = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        for group in tl.static_range(GROUPS):
+            for layer in tl.range(0, counts[group]):
+                image = (layer * tl.num_programs(1) + sample) * tokens + token
+                r = _resized(
+                    maps[group], image, y, x, allowed, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
+                )  # [BLOCK_T, BLOCK_S]
+                score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
+        score = smoothed_cells(score, y, x, edge, scratch, GRID_H, GRID_W)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
-        top = tl.max(score, 0)
+        best = tl.max(score, 0)
         # Lowest index of the maximum: the same on every device, unlike the order of an argmax reduction.
-        winner = tl.min(tl.where(score == top[None, :], token, tokens), 0)
-        ids = tl.where(top > best, winner, ids)
-        best = tl.maximum(best, top)
-    start = smoothed(scores + tokens * CELLS, y, x, edge, valid, 1, GRID_W, GRID_H, GRID_W)
-    return ids, start < -1e-6 * LAYERS
+        winner = tl.min(tl.where(score == best[None, :], token, tokens), 0)
+        at = (sample * parts + part) * CELLS + cell
+        tl.store(best_parts + at, best, mask=cell < CELLS)
+        tl.store(id_parts + at, winner.to(id_parts.dtype.element_ty), mask=cell < CELLS)
+    return announce(counters + sample) == parts
+
+
+@triton.jit
+def winners(
+    best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens,
+    CELLS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S], from all parts; the lowest token wins a
+    tie. Stores the ids and sets the counter back."""
+    cell = tl.arange(0, BLOCK_S)
+    valid = cell < CELLS
+    parts = tl.cdiv(tokens, BLOCK_T)
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK_S], tl.int32)
+    for part in tl.range(0, parts):
+        at = (sample * parts + part) * CELLS + cell
+        score = tl.load(best_parts + at, mask=valid, other=0.0)
+        ids = tl.where(score > best, tl.load(id_parts + at, mask=valid, other=0).to(tl.int32), ids)
+        best = tl.maximum(best, score)
+    tl.store(ids_out + sample * CELLS + cell, ids.to(tl.int64), mask=valid)
+    tl.store(counters + sample, 0)
+    foreground = tl.load(foreground_out + sample * CELLS + cell, mask=valid, other=0).to(tl.int1)
+    return ids, foreground
 
 
 @triton.jit
 def segment_kernel(
-    maps, starts, token_mask, scores, ids_out, foreground_out, tokens, edge,
-    LAYERS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, scratch, counters, tokens, layers,
+    edge,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    scores += sample * (tokens + 1) * (GRID_H * GRID_W)
-    ids, foreground = segment_cells(
-        maps, starts, token_mask, scores, sample, tokens, edge,
-        LAYERS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
-    )  # fmt: skip
-    cell = tl.arange(0, BLOCK_S)
-    at = sample * (GRID_H * GRID_W) + cell
-    tl.store(ids_out + at, ids.to(tl.int64), mask=cell < GRID_H * GRID_W)
-    tl.store(foreground_out + at, foreground, mask=cell < GRID_H * GRID_W)
+    sample = tl.program_id(1).to(tl.int64)
+    if segment_cells(
+        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample,
+        tl.program_id(0), tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+    ):  # fmt: skip
+        winners(
+            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
+        )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Layers as the kernel takes them: the maps of every group one after another in memory, their number and size."""
+
+    tokens: tuple[torch.Tensor, ...]
+    start: tuple[torch.Tensor, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.tokens, self.start, self.counts
+
+    @property
+    def layers(self) -> int:
+        return sum(self.counts)
+
+
+def grouped(tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], sizes: Sequence[int]) -> Groups:
+    """Every layer is a group, up to `MAX_ARGUMENTS`; more are put together in memory, those of one size and dtype: a
+    copy, and a loop in the place of more arguments and unrolled code."""
+    if len(tokens) <= MAX_ARGUMENTS:
+        return Groups(tuple(tokens), tuple(start), (1,) * len(tokens), tuple(sizes))
+    members: dict[Any, list[int]] = {}
+    for index, (layer, own) in enumerate(zip(tokens, start, strict=True)):
+        key = (sizes[2 * index], sizes[2 * index + 1], layer.dtype, own.dtype)
+        members.setdefault(key, []).append(index)
+    return Groups(
+        tuple(torch.stack([tokens[index] for index in group]) for group in members.values()),
+        tuple(torch.stack([start[index] for index in group]) for group in members.values()),
+        tuple(map(len, members.values())),
+        tuple(length for key in members for length in key[:2]),
+    )
 
 
 def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,12 +283,28 @@ def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[tor
     return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
 
 
+def empty_neighbours(programs: int, width: int, config: SegmentConfig, device: torch.device) -> torch.Tensor:
+    """Scratch of `beside` for `width` values of every cell; one element where registers will do."""
+    size = programs * width * config.block_s if config.block_s > 256 else 1
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def empty_parts(
+    batch: int, tokens: int, cells: int, config: SegmentConfig, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Scratch: best score and token of every part and cell, and what `beside` needs. And how many parts there are."""
+    parts = triton.cdiv(tokens, config.block_t)
+    best = torch.empty((batch, parts, cells), dtype=torch.float32, device=device)
+    winner = torch.empty((batch, parts, cells), dtype=torch.int16, device=device)
+    return best, winner, empty_neighbours(batch * (parts + 1), config.block_t, config, device), parts
+
+
 def map_constants(
     start: Sequence[torch.Tensor], sizes: Sequence[int], token_mask: torch.Tensor | None, config: SegmentConfig
 ) -> dict[str, Any]:
     """Constants of `segment_cells` but for the grid, and the launch options."""
     return {
-        "LAYERS": len(sizes) // 2,
+        "GROUPS": len(sizes) // 2,
         "SIZES": tuple(sizes),
         "PAIRED": start[0].dim() == 3,
         "MASKED": token_mask is not None,
@@ -219,11 +332,12 @@ def launch(
     ids, foreground = empty_regions(batch, h, w, device)
     if batch == 0:
         return ids, foreground
-    scores = torch.empty((batch, count + 1, h * w), dtype=torch.float32, device=device)
     config = config or segment_config(h * w)
-    with device_guard(device):
-        segment_kernel[(batch,)](
-            tuple(tokens), tuple(start), token_mask, scores, ids, foreground, count, kernel_weights(blur_sigma)[0],
-            GRID_H=h, GRID_W=w, **map_constants(start, sizes, token_mask, config),
+    groups = grouped(tokens, start, sizes)
+    best, winner, scratch, parts = empty_parts(batch, count, h * w, config, device)
+    with device_guard(device), counters(device, batch) as zeros:
+        segment_kernel[(parts + 1, batch)](
+            *groups.arguments, token_mask, best, winner, ids, foreground, scratch, zeros, count, groups.layers,
+            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, groups.sizes, token_mask, config),
         )  # fmt: skip
     return ids, foreground

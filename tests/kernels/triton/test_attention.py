@@ -6,7 +6,7 @@ import pytest
 import torch
 from ptxsim import simulated
 from scfg_kernels import attention_map, cross_attention_map, self_attention_map
-from scfg_kernels._launch import AttentionConfig
+from scfg_kernels._launch import FlashConfig
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.attention_map import attention_with_map
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
@@ -22,23 +22,23 @@ CASES = {
     "sliced": ((1, 2, 17, 78, 72), torch.float16, "sliced"),
     "head-160": ((1, 3, 19, 77, 160), torch.float16, "projection"),
     "more-heads-than-warps": ((1, 10, 5, 20, 64), torch.float16, "projection"),
-    "two-sweeps": ((1, 2, 33, 300, 64), torch.float16, "projection"),
-    "two-sweeps-160": ((1, 3, 18, 140, 160), torch.bfloat16, "projection"),
+    "two-parts": ((1, 2, 33, 300, 64), torch.float16, "projection"),
+    "two-parts-160": ((1, 3, 18, 140, 160), torch.bfloat16, "projection"),
     "512-tokens": ((1, 2, 16, 512, 64), torch.float16, "projection"),
 }
-# One architecture each: the other head sizes of both kernels, two sweeps in every layout, fp32.
+# One architecture each: the other head sizes of both kernels, two parts in every layout, fp32.
 MORE_CASES = {
     "head-96": (80, (1, 2, 17, 78, 96), torch.bfloat16, "projection"),
     "head-128": (90, (1, 2, 17, 63, 128), torch.float16, "projection"),
-    "two-sweeps-40": (90, (3, 2, 17, 130, 40), torch.float16, "expanded"),
-    "two-sweeps-72": (80, (1, 2, 17, 131, 72), torch.bfloat16, "sliced"),
-    "two-sweeps-80": (90, (3, 1, 17, 144, 80), torch.float16, "projection"),
-    "two-sweeps-96": (80, (1, 2, 9, 129, 96), torch.float16, "contiguous"),
-    "two-sweeps-128": (90, (1, 2, 17, 150, 128), torch.bfloat16, "projection"),
-    "two-sweeps-more-heads-than-warps": (80, (2, 10, 17, 133, 16), torch.bfloat16, "projection"),
+    "two-parts-40": (90, (3, 2, 17, 130, 40), torch.float16, "expanded"),
+    "two-parts-72": (80, (1, 2, 17, 131, 72), torch.bfloat16, "sliced"),
+    "two-parts-80": (90, (3, 1, 17, 144, 80), torch.float16, "projection"),
+    "two-parts-96": (80, (1, 2, 9, 129, 96), torch.float16, "contiguous"),
+    "two-parts-128": (90, (1, 2, 17, 150, 128), torch.bfloat16, "projection"),
+    "two-parts-more-heads-than-warps": (80, (2, 10, 17, 133, 16), torch.bfloat16, "projection"),
     "fp32-40": (80, (1, 5, 17, 77, 40), torch.float32, "projection"),
-    "fp32-two-sweeps-64": (90, (1, 2, 17, 140, 64), torch.float32, "sliced"),
-    "fp32-two-sweeps-160": (80, (1, 3, 17, 133, 160), torch.float32, "projection"),
+    "fp32-two-parts-64": (90, (1, 2, 17, 140, 64), torch.float32, "sliced"),
+    "fp32-two-parts-160": (80, (1, 3, 17, 133, 160), torch.float32, "projection"),
 }
 
 
@@ -71,11 +71,11 @@ def test_output_and_map_of_more_sizes(rng, arch, shape, dtype, layout):
 
 
 REAL_LAYERS = {
-    # name: (arch, shape [batch, heads, queries, keys, head_dim]). Queries are whole programs of 16 rows; the other
-    # programs of the layer do the same on other rows.
+    # name: (arch, shape [batch, heads, queries, keys, head_dim]). Queries are whole programs; the other programs of the
+    # layer do the same on other rows.
     "sd15-16x16-self": (80, (1, 8, 256, 256, 160)),
     "sd15-16x16-cross": (90, (1, 8, 256, 77, 160)),
-    "sdxl-32x32-self-one-of-64-programs": (90, (1, 20, 16, 1024, 64)),
+    "sdxl-32x32-self-64-rows": (90, (1, 20, 64, 1024, 64)),
     "sdxl-32x32-cross-4-of-64-programs": (80, (1, 20, 64, 77, 64)),
 }
 
@@ -90,18 +90,22 @@ def test_bytes_and_wavefronts_of_a_real_layer(rng, arch, shape):
     torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
 
     counters, traffic = launches[0].counters, launches[0].counters.traffic
-    sweeps, programs = (1, 2)[keys > 96], queries // 16
-    assert counters.ctas == programs
-    once = [traffic[name] for name in ("q", "out", "mean")]
-    groups = -(-heads // launches[0].num_warps)
-    if sweeps == 2 and groups > 1:  # further groups of heads read the map and write it again
-        once.remove(traffic["mean"])
-        assert traffic["mean"].moved_bytes == (2 * groups - 1) * 4 * mean.numel()
-    assert sum(x.moved_bytes for x in once) <= 1.2 * sum(x.unique_bytes for x in once)
-    assert traffic["k"].moved_bytes == sweeps * programs * k.nbytes, "from the L2 cache after the first program"
-    assert traffic["v"].moved_bytes == programs * v.nbytes
     assert counters.shared_wavefronts <= 1.1 * counters.shared_wavefronts_ideal
-    assert counters.atomics == 0
+    assert counters.float_atomics == 0
+    once = [traffic["out"], traffic["mean"]]
+    if keys <= 96:  # one sweep: programs of 16 rows and all heads
+        programs = queries // 16
+        assert counters.ctas == programs
+        once.append(traffic["q"])
+        assert traffic["k"].moved_bytes == programs * k.nbytes, "from the L2 cache after the first program"
+    else:  # two parts: 64 rows of one head, then tiles of 64 keys
+        blocks, tiles = -(-queries // 64), keys // 64
+        assert counters.ctas == blocks * (heads + tiles)
+        assert traffic["q"].moved_bytes == (1 + tiles) * q.nbytes
+        assert traffic["k"].moved_bytes == 2 * blocks * k.nbytes
+        programs = blocks
+    assert traffic["v"].moved_bytes == programs * v.nbytes
+    assert sum(x.moved_bytes for x in once) <= 1.2 * sum(x.unique_bytes for x in once)
 
 
 @pytest.mark.parametrize("keys", [20, 133])
@@ -129,13 +133,11 @@ def test_the_map_alone_has_the_bits_of_the_map_beside_the_output(rng, arch, keys
     assert torch.equal(mean, beside)
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (32, 16)])
-def test_self_attention_in_one_and_two_sweeps(rng, block_m, block_n):
+@pytest.mark.parametrize(("block_m", "block_n", "map_n"), [(16, 32, 16), (64, 16, 32)])
+def test_self_attention_in_one_sweep_and_in_two_parts(rng, block_m, block_n, map_n):
     q, k, v = random_qkv(rng, (1, 2, 33, 33, 40), torch.float16)
     (out, mean), _ = run(80, lambda: self_attention_map(q, k, v, backend="triton"))
-    forced = AttentionConfig(
-        2, 1, heads=2, block_m=block_m, block_n=(block_n, 0), block_d=32, sweeps=2, precision="ieee"
-    )
+    forced = FlashConfig(4, 2, block_m=block_m, block_n=block_n, map_n=map_n, precision="ieee")
     (out2, mean2), launches = run(80, lambda: KERNELS["self_attention_map"](q, k, v, 40**-0.5, forced))
     assert launches[0].kernel == "self_attention_map_kernel"
     truth, true_mean = attention_with_map(q.double(), k.double(), v.double(), 40**-0.5)

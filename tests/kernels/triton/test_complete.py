@@ -13,12 +13,16 @@ from tests.kernels.cases import by_name, random_maps
 from tests.kernels.triton.simulation import ARCHITECTURES, run
 
 CASES = {
-    # name: (batch, unconditional, N, T, fidelity, powers, dtype)
+    # name: (batch, unconditional, N, T, fidelity, powers, dtype); up to 64 rows are one program
     "official": (2, 1, 70, 20, "official", 4, torch.float32),
     "paper": (3, 1, 33, 7, "paper", 4, torch.float32),
     "two-powers": (2, 2, 20, 5, "official", 2, torch.float32),
     "one-power": (1, 0, 20, 5, "paper", 1, torch.float32),
     "half": (2, 1, 33, 17, "official", 4, torch.float16),
+    "half-of-several-programs": (3, 1, 81, 77, "official", 4, torch.bfloat16),
+    "paper-of-several-programs": (2, 1, 65, 20, "paper", 3, torch.float32),
+    "one-power-of-several-programs": (2, 1, 66, 5, "official", 1, torch.float32),
+    "more-tokens-than-a-program-takes": (2, 1, 66, 150, "official", 4, torch.float32),
     "one-row": (2, 1, 1, 3, "official", 4, torch.float32),
 }
 
@@ -48,11 +52,24 @@ def test_completed_maps(rng, arch, case):
 
 @pytest.mark.parametrize("fidelity", ["official", "paper"])
 def test_rows_over_several_programs_give_the_same_bits(rng, fidelity):
-    case = (2, 1, 40, 7, fidelity, 3, torch.float32)
-    state = rng.get_state()
-    one, *_ = both_ways(rng, 80, case, CompleteConfig(4, 2, block_t=8, block_n=32, block_k=32, one_launch=True))
-    rng.set_state(state)
-    config = CompleteConfig(4, 2, block_t=8, block_n=32, block_k=32, one_launch=False)
-    split, _, _, launches = both_ways(rng, 80, case, config)
-    assert len(launches) == (2 if fidelity == "official" else 3)
-    assert all(torch.equal(x, y) for x, y in zip(one, split, strict=True))
+    case = (2, 1, 70, 7, fidelity, 3, torch.float32)
+    state, results = rng.get_state(), []
+    for rows in (16, 32, 64):
+        rng.set_state(state)
+        config = CompleteConfig(4, 1, block_m=rows, block_k=32, block_t=(16, 0), precision="tf32x3")
+        actual, _, _, launches = both_ways(rng, 80, case, config)
+        assert len(launches) == 1
+        results.append(actual)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bytes_of_a_real_layer(rng, arch):
+    """SD 1.5's 16x16 layers: S once per product, C and Y once per block of rows."""
+    own, cross = random_maps(rng, 2, 256, 256), random_maps(rng, 2, 256, 77)
+    _, launches = run(arch, lambda: complete(own, cross, unconditional=1, backend="triton"))
+    counters = launches[0].counters
+    assert counters.traffic["self_map"].moved_bytes == 2 * own.nbytes
+    assert counters.shared_wavefronts <= 1.1 * counters.shared_wavefronts_ideal
+    assert counters.float_atomics == 0

@@ -13,10 +13,12 @@ from scfg_kernels._launch import (
     attention_limits,
     complete_config,
     complete_limits,
+    flash_config,
     guide_limits,
     head_widths,
     pixel_config,
     pixel_limits,
+    propagate_config,
     segment_config,
     segment_limits,
     two_widths,
@@ -34,19 +36,18 @@ DEVICES = {
 }
 
 
-def config_of(limits=DEVICES["sm_80"], batch=2, heads=8, rows=256, keys=256, head_dim=64, dtype=torch.float16):
-    return attention_config(batch, heads, rows, keys, head_dim, dtype, limits)
+def config_of(limits=DEVICES["sm_80"], heads=8, keys=77, head_dim=64, dtype=torch.float16):
+    return attention_config(heads, keys, head_dim, dtype, limits)
 
 
 @pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
 @pytest.mark.parametrize("heads", [1, 2, 5, 8, 10, 20])
-@pytest.mark.parametrize("keys", [1, 64, 77, 96, 128, 129, 256, 1024])
-def test_attention(limits, heads, keys):
-    for head_dim, rows, dtype in ((40, 4096, torch.float16), (64, 1024, torch.bfloat16), (160, 256, torch.float32)):
-        config = config_of(limits, heads=heads, rows=rows, keys=keys, head_dim=head_dim, dtype=dtype)
+@pytest.mark.parametrize("keys", [1, 64, 77, 96])
+def test_attention_in_one_sweep(limits, heads, keys):
+    for head_dim, dtype in ((40, torch.float16), (64, torch.bfloat16), (160, torch.float32)):
+        config = config_of(limits, heads=heads, keys=keys, head_dim=head_dim, dtype=dtype)
         assert config.heads == config.num_warps, "one head per warp"
-        assert config.sweeps == (1 if keys <= 96 else 2)
-        assert config.sweeps == 2 or keys <= sum(config.block_n)
+        assert keys <= sum(config.block_n)
         assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
         assert config.num_stages == 1, "an asynchronous copy cannot be permuted"
         if limits.arch == "gfx942":
@@ -55,15 +56,36 @@ def test_attention(limits, heads, keys):
 
 @pytest.mark.parametrize(("heads", "at_once"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (10, 4), (20, 4), (24, 8)])
 def test_few_warps_are_idle(heads, at_once):
-    assert config_of(heads=heads, keys=77).heads == at_once
+    assert config_of(heads=heads).heads == at_once
 
 
-def test_rows_are_wide_where_programs_are_many():
-    assert config_of(heads=20, rows=1024, keys=1024).block_m == 16, "64 programs for 108 multiprocessors"
-    many = config_of(batch=8, heads=20, rows=1024, keys=1024)
-    assert (many.block_m, many.block_n) == (32, (16, 0))
-    for options in ({"head_dim": 80}, {"keys": 77}, {"dtype": torch.float32}):
-        assert config_of(**{"batch": 64, "rows": 1024, "keys": 1024, **options}).block_m == 16, "registers"
+def flash_of(limits=DEVICES["sm_80"], batch=2, heads=8, rows=256, head_dim=64, dtype=torch.float16):
+    return flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
+
+
+@pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
+def test_attention_in_two_parts(limits):
+    for head_dim, rows, dtype in ((64, 1024, torch.float16), (160, 256, torch.bfloat16), (80, 256, torch.float32)):
+        config = flash_of(limits, rows=rows, head_dim=head_dim, dtype=dtype)
+        assert config.block_m >= 16 * config.num_warps or dtype == torch.float32, "16 rows for a warp"
+        assert min(config.block_m, config.block_n, config.map_n) >= 16
+        assert (config.num_stages > 1) == (dtype != torch.float32), "asynchronous copies, but of fp32"
+
+
+def test_rows_are_many_where_programs_are():
+    sd15 = flash_of(head_dim=160)
+    assert (sd15.block_m, sd15.map_n, sd15.num_warps) == (64, 64, 4), "64 programs of the first part"
+    sdxl = flash_of(heads=20, rows=1024)
+    assert (sdxl.block_m, sdxl.map_n, sdxl.num_warps) == (128, 128, 8), "320 of the first, 128 of the second"
+    assert flash_of(DEVICES["sm_90"], heads=20, rows=1024).map_n == 64, "128 tiles are not one for each of 132"
+    assert flash_of(heads=20, rows=1024, head_dim=160).block_m == 64, "registers"
+
+
+def test_propagate_takes_the_tiles_of_attention():
+    config = propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_80"])
+    assert (config.block_m, config.block_n, config.num_warps, config.block_t) == (64, 32, 4, (64, 16))
+    assert propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_90"]).num_warps == 2
+    assert propagate_config(2, 10, 4096, 200, 64, torch.float16, DEVICES["sm_80"]).block_t == (128, 0)
 
 
 def test_products_of_fp32():
@@ -87,10 +109,12 @@ def test_widths_of_a_head_do_not_cut_sectors(size, widths):
     assert head_widths(size) == widths
 
 
-@pytest.mark.parametrize("n", [1, 64, 256, 512, 513, 4096])
-def test_complete_is_one_launch_while_one_program_reads_the_map_fast_enough(n):
-    assert complete_config(n, 77).one_launch == (n <= 512)
-    assert complete_config(n, 3).block_t == 4
+@pytest.mark.parametrize(
+    ("conditional", "n", "rows"), [(1, 64, 64), (1, 65, 16), (1, 256, 16), (4, 1024, 64), (16, 256, 64), (7, 256, 32)]
+)
+def test_complete_has_the_most_rows_that_leave_programs_enough(conditional, n, rows):
+    config = complete_config(conditional, n, 77, DEVICES["sm_80"])
+    assert (config.block_m, config.block_t) == (rows, (64, 16))
 
 
 @pytest.mark.parametrize("cells", [1, 64, 100, 256, 1024])
@@ -98,6 +122,7 @@ def test_segment_holds_all_cells(cells):
     config = segment_config(cells)
     assert cells <= config.block_s <= max(64, 2 * cells)
     assert config.block_t * config.block_s <= 32 * 32 * config.num_warps, "at most 32 scores per thread"
+    assert config.block_t >= 4
 
 
 @pytest.mark.parametrize("pixels", [1, 63, 256, 300, 4096, 4097, 16384])
@@ -146,7 +171,9 @@ def test_limits_of_the_other_operators():
     assert len(complete_limits(s, c)) == 2 and complete_limits(s.float(), c.contiguous()) == []
     x = torch.zeros(1, 3, 4)
     assert segment_limits([x], [x[:, 0]], None, 4) == []
-    assert len(segment_limits([x.double().mT] * 17, [x[:, 0]] * 17, None, 5000)) == 4
+    assert len(segment_limits([x.double().mT] * 17, [x[:, 0]] * 17, None, 5000)) == 3
+    many = torch.zeros(1, 2**15, 1)
+    assert segment_limits([many], [many[:, 0]], None, 1) == ["32768 tokens exceed 32767"]
     assert guide_limits(x, 4) == [] and len(guide_limits(x.double(), 5000)) == 2
     x = torch.zeros(1, 1, 128, 128)
     assert pixel_limits(x) == []

@@ -1,0 +1,123 @@
+"""What the kernels of two parts share: flash attention of one head that keeps what its softmax needs, and map tiles.
+
+    part 1   rows of one head:        O by online softmax over tiles of keys,
+                                      m[n] = max_t s[n, t],  w[n] = 1 / (H sum_t 2^(s[n, t] - m[n]))
+    part 2   a tile of the map:       S[n, t] = sum_h 2^(s_h[n, t] - m_h[n]) w_h[n]      heads in order
+
+with s = scale log2(e) q k^T in fp32. A row of scores of all heads does not fit a program, so part 2 forms the scores
+again. Both are loops over plain two-dimensional products, whose operands are copied ahead asynchronously. Heads whose
+size is no power of two are two tiles side by side (160 = 128 + 32 columns).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_columns(
+    base, row, rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """Columns FIRST .. FIRST + WIDTH of some rows of one head [N, DIM]: [row, WIDTH], zero outside."""
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    pointers = base + row[:, None] * (stride * ALIGN) + column
+    return tl.load(pointers, mask=(row[:, None] < rows) & (column < DIM), other=0.0)
+
+
+@triton.jit
+def store_columns(
+    base, values, row, rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """The counterpart of `load_columns`, from values of any dtype."""
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    pointers = base + row[:, None] * (stride * ALIGN) + column
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=(row[:, None] < rows) & (column < DIM))
+
+
+@triton.jit
+def _scores(
+    q1, q2, k, key, keys, stride, scale,
+    COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale q k^T of one head, fp32, -inf beyond the last key. Both parts take their scores from here, so that the
+    maxima of part 1 are those of part 2's scores, and the map is as accurate as a softmax in one sweep."""
+    k1 = load_columns(k, key, keys, stride, 0, COLUMNS_1, HEAD_DIM, ALIGN)
+    result = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+    if COLUMNS_2 > 0:
+        k2 = load_columns(k, key, keys, stride, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN)
+        result = tl.dot(q2, tl.trans(k2), result, input_precision=PRECISION)
+    return tl.where(key[None, :] < keys, result * scale, float("-inf"))
+
+
+@triton.jit
+def _row_sums(x):
+    """Sums of neighbours, of their sums, and so on: bits that do not depend on how the compiler lays x out."""
+    width: tl.constexpr = x.shape[1]
+    if width == 1:
+        result = tl.reshape(x, [x.shape[0]])
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], width // 2, 2]))
+        result = _row_sums(even + odd)
+    return result
+
+
+@triton.jit
+def attend_rows(
+    q, k, v, row, rows, keys, scale, q_stride, k_stride, v_stride,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_OUTPUT: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+    VALUES_1: tl.constexpr, VALUES_2: tl.constexpr,
+):  # fmt: skip
+    """Part 1 for rows of one head, q, k, v at its first element: m, H w, and O in two tiles (zeros if not wanted)."""
+    BLOCK_M: tl.constexpr = row.shape[0]
+    q1 = load_columns(q, row, rows, q_stride, 0, COLUMNS_1, HEAD_DIM, ALIGN)
+    q2 = q1
+    if COLUMNS_2 > 0:
+        q2 = load_columns(q, row, rows, q_stride, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    parts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of the row sums, one per key of a tile
+    out1 = tl.zeros([BLOCK_M, VALUES_1], tl.float32)
+    out2 = tl.zeros([BLOCK_M, VALUES_2 if VALUES_2 > 0 else 1], tl.float32)
+    for start in tl.range(0, keys, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        p = _scores(q1, q2, k, key, keys, k_stride, scale, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION)
+        previous = top
+        top = tl.maximum(top, tl.max(p, 1))  # finite: a tile has at least one key
+        p = tl.exp2(p - top[:, None])
+        shrink = tl.exp2(previous - top)
+        parts = parts * shrink[:, None] + p
+        if WITH_OUTPUT:
+            weights = p.to(v.dtype.element_ty)
+            v1 = load_columns(v, key, keys, v_stride, 0, VALUES_1, VALUE_DIM, ALIGN)
+            out1 = tl.dot(weights, v1, out1 * shrink[:, None], input_precision=PRECISION)
+            if VALUES_2 > 0:
+                v2 = load_columns(v, key, keys, v_stride, VALUES_1, VALUES_2, VALUE_DIM, ALIGN)
+                out2 = tl.dot(weights, v2, out2 * shrink[:, None], input_precision=PRECISION)
+    return top, 1.0 / _row_sums(parts), out1, out2
+
+
+@triton.jit
+def map_tile(
+    q, k, top, weight, row, key, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, COLUMNS_1: tl.constexpr,
+    COLUMNS_2: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Part 2: S at [row, key], fp32, 0 beyond the last key. q and k, m and w [H, N] at a sample's first element."""
+    BLOCK_M: tl.constexpr = row.shape[0]
+    BLOCK_N: tl.constexpr = key.shape[0]
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for head in tl.range(0, heads, num_stages=STAGES):
+        q_head = q + head * (q_stride_h * ALIGN)
+        k_head = k + head * (k_stride_h * ALIGN)
+        q1 = load_columns(q_head, row, rows, q_stride_n, 0, COLUMNS_1, HEAD_DIM, ALIGN)
+        q2 = q1
+        if COLUMNS_2 > 0:
+            q2 = load_columns(q_head, row, rows, q_stride_n, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN)
+        p = _scores(q1, q2, k_head, key, keys, k_stride_n, scale, COLUMNS_1, COLUMNS_2, HEAD_DIM, ALIGN, PRECISION)
+        at = head * rows + row
+        own_top = tl.load(top + at, mask=row < rows, other=0.0)
+        own_weight = tl.load(weight + at, mask=row < rows, other=0.0)
+        result += tl.exp2(p - own_top[:, None]) * own_weight[:, None]
+    return result
