@@ -25,9 +25,11 @@ from ._order import announce, counters, leave, take_ticket, wait
 
 @triton.jit
 def _column_tile(x, key, column, keys, columns, x_stride_n, x_stride_t):
-    """[BLOCK_N, columns] of X in fp32, zero outside."""
-    inside = (key[:, None] < keys) & (column[None, :] < columns)
-    return tl.load(x + key[:, None] * x_stride_n + column[None, :] * x_stride_t, mask=inside, other=0.0).to(tl.float32)
+    """[BLOCK_N, columns] of X in fp32, zero outside. Loaded as its transpose: rows of 77 elements cannot be read in
+    vectors, and a shape of its own gets a layout of its own."""
+    inside = (key[None, :] < keys) & (column[:, None] < columns)
+    pointers = x + key[None, :] * x_stride_n + column[:, None] * x_stride_t
+    return tl.trans(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -40,8 +42,9 @@ def _store(out, row, column, values, rows, columns):
 def propagate_kernel(
     q, k, x, out, top, weight, counters, scale, samples, heads, rows, keys, columns,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, x_stride_b, x_stride_n, x_stride_t,
-    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MAP_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MAP_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
     LENGTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ticket = take_ticket(counters)
@@ -113,6 +116,7 @@ def launch(
                 *x.stride(), HEAD_DIM=head_dim, ALIGN=strides.align, PRECISION=config.precision,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, MAP_N=config.map_n, BLOCK_T1=config.block_t[0],
                 BLOCK_T2=config.block_t[1], COLUMNS_1=widths[0], COLUMNS_2=widths[1], LENGTH=length,
-                STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+                STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out
