@@ -25,6 +25,13 @@ def current_limits() -> DeviceLimits:
     return _limits(driver, driver.get_current_device())
 
 
+def copy_stages(stages: int) -> int:
+    """`num_stages` of a loop whose products read asynchronous copies: 1 on sm_90 with Triton 3.6, which leaves out the
+    fence between such a copy and `wgmma` (its issue 9610; 3.7 has it)."""
+    fenced = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+    return stages if fenced or current_limits().arch != "sm_90" else 1
+
+
 def per_sample(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A tensor [] or [B] of any strides, and how far one sample's element is from the next: 0 for a shared one."""
     flat = values.reshape(-1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
 from ..attention_map import map_dtype
 from ._attention import LOG2E, common_strides
-from ._device import current_limits
+from ._device import copy_stages, current_limits
 from ._flash import attend_rows, map_tile
 from ._order import announce, counters, leave, take_ticket, wait
 
@@ -108,6 +108,7 @@ def launch(
         config = config or propagate_config(samples, heads, rows, columns, head_dim, q.dtype, current_limits())
         strides, widths = common_strides(q, k), head_widths(head_dim)
         blocks = samples * triton.cdiv(rows, config.block_m)
+        stages = copy_stages(config.num_stages)
         top, weight = torch.empty((2, samples, heads, rows), dtype=torch.float32, device=q.device)
         length = triton.next_power_of_2(2 + blocks)
         with counters(q.device, length) as zeros:
@@ -116,7 +117,7 @@ def launch(
                 *x.stride(), HEAD_DIM=head_dim, ALIGN=strides.align, PRECISION=config.precision,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, MAP_N=config.map_n, BLOCK_T1=config.block_t[0],
                 BLOCK_T2=config.block_t[1], COLUMNS_1=widths[0], COLUMNS_2=widths[1], LENGTH=length,
-                STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
+                STAGES=stages, num_warps=config.num_warps, num_stages=stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .._launch import FlashConfig, head_widths
 from ._attention import LOG2E, common_strides
+from ._device import copy_stages
 from ._flash import attend_rows, map_tile, store_columns
 from ._order import announce, counters, leave, take_ticket, wait
 
@@ -88,6 +89,7 @@ def run_two_parts(
     strides = common_strides(q, k, values, result)
     columns, widths = head_widths(head_dim), head_widths(values.shape[3])
     blocks = samples * triton.cdiv(rows, config.block_m)
+    stages = copy_stages(config.num_stages)
     top, weight = torch.empty((2, samples, heads, rows), dtype=torch.float32, device=q.device)
     length = triton.next_power_of_2(2 + blocks)
     with counters(q.device, length) as zeros:
@@ -96,5 +98,5 @@ def run_two_parts(
             HEAD_DIM=head_dim, VALUE_DIM=values.shape[3], ALIGN=strides.align, PRECISION=config.precision,
             WITH_OUTPUT=out is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, MAP_N=config.map_n,
             COLUMNS_1=columns[0], COLUMNS_2=columns[1], VALUES_1=widths[0], VALUES_2=widths[1], LENGTH=length,
-            STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            STAGES=stages, num_warps=config.num_warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
