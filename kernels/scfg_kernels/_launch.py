@@ -241,7 +241,8 @@ def flash_config(
     once per tile of keys. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
     formed by a warp group and the head is small enough for the registers.
 
-    fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts.
+    fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts. On
+    AMD, where a program has 64 KiB, large heads are not copied ahead either.
     """
     precision = product_precision(limits)
     if dtype == torch.float32:
@@ -251,7 +252,7 @@ def flash_config(
     tiles = batch * -(-rows // block_m) * -(-keys // 128)
     return FlashConfig(
         num_warps=block_m // 16,
-        num_stages=2,
+        num_stages=1 if head_dim > 96 and limits.arch.startswith("gfx") else 2,
         block_m=block_m,
         block_n=64 if head_dim <= 96 and limits.arch in WARP_GROUP_PRODUCTS else 32,
         map_n=128 if wide and tiles >= limits.multiprocessors else 64,

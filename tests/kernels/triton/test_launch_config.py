@@ -69,7 +69,8 @@ def test_attention_in_two_parts(limits):
         config = flash_of(limits, rows=rows, head_dim=head_dim, dtype=dtype)
         assert config.block_m >= 16 * config.num_warps or dtype == torch.float32, "16 rows for a warp"
         assert min(config.block_m, config.block_n, config.map_n) >= 16
-        assert (config.num_stages > 1) == (dtype != torch.float32), "asynchronous copies, but of fp32"
+        ahead = dtype != torch.float32 and not (limits.arch == "gfx942" and head_dim > 96)
+        assert (config.num_stages > 1) == ahead
 
 
 def test_rows_are_many_where_programs_are():
