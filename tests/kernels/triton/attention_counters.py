@@ -23,11 +23,11 @@ LAYERS = {
     "SD 1.5 8x8 self": ((1, 8, 64, 64, 160), torch.float16, 0),
     "SD 1.5 32x32 cross, 64 rows": ((1, 8, 64, 77, 80), torch.float16, 0),
     "SD 1.5 64x64 cross, 64 rows": ((1, 8, 64, 77, 40), torch.float16, 0),
-    "SDXL 32x32 self, 16 rows": ((1, 20, 16, 1024, 64), torch.float16, 0),
+    "SDXL 32x32 self, 64 rows": ((1, 20, 64, 1024, 64), torch.float16, 0),
     "SDXL 32x32 cross, 64 rows": ((1, 20, 64, 77, 64), torch.float16, 0),
     "SDXL 32x32 cross in fp32, 32 rows": ((1, 20, 32, 77, 64), torch.float32, 0),
     "head size 72 cross, 64 rows": ((1, 16, 64, 77, 72), torch.float16, 0),
-    "`propagate`, SDXL 64x64, 16 rows": ((1, 10, 16, 4096, 64), torch.float16, 77),
+    "`propagate`, SDXL 64x64, 64 rows": ((1, 10, 64, 4096, 64), torch.float16, 77),
 }
 
 
