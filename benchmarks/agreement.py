@@ -8,17 +8,17 @@ under plain guidance, at an early, a middle and a late step, and rounded to fp16
 `tests.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens, or of 40 over
 8x8, and 24 text tokens.
 
-Writes `benchmarks/results/agreement.md` and `.csv`.
+Writes `benchmarks/results/agreement.md` and `.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -333,11 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{', with changes' if where['dirty'] else ''}.\n\n"
     )
     arguments.out.with_suffix(".md").write_text(f"{source}{table(rows)}\n{EXPLAINED}", encoding="utf-8")
-    with arguments.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    print(f"wrote {arguments.out.name}.md and .csv")
+    records = json.dumps([asdict(row) for row in rows], indent=1)
+    arguments.out.with_suffix(".json").write_text(records + "\n", encoding="utf-8")
+    print(f"wrote {arguments.out.name}.md and .json")
     return 0
 
 
