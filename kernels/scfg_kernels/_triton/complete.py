@@ -193,10 +193,11 @@ def complete_whole_kernel(
     row = tl.arange(0, BLOCK_M)
     s = _tile(self_map + sample * s_stride_b, row, row, s_stride_n, n, n)
     cross_map += sample * c_stride_b
-    if sample < unconditional:  # one column
-        _completed(
-            s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION
-        )
+    if sample < unconditional:
+        if tl.program_id(1) == 0:  # one column
+            _completed(
+                s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION
+            )
     else:
         out = token_out + (sample - unconditional) * tokens * n
         first = tl.program_id(1) * (BLOCK_T1 + BLOCK_T2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptxsim import recorded
 from scfg_kernels import complete
 from scfg_kernels._launch import CompleteConfig
 from scfg_kernels._triton import KERNELS
@@ -22,6 +23,7 @@ CASES = {
     "half-of-several-programs": (3, 1, 81, 77, "official", 4, torch.bfloat16),
     "paper-of-several-programs": (2, 1, 65, 20, "paper", 3, torch.float32),
     "one-power-of-several-programs": (2, 1, 66, 5, "official", 1, torch.float32),
+    "many-tokens-of-few-rows": (2, 1, 20, 150, "official", 4, torch.float32),
     "more-tokens-than-a-program-takes": (2, 1, 66, 150, "official", 4, torch.float32),
     "one-row": (2, 1, 1, 3, "official", 4, torch.float32),
 }
@@ -48,6 +50,12 @@ def test_completed_maps(rng, arch, case):
     for name, x, y, z in zip(("tokens", "start"), actual, naive, truth, strict=True):
         assert x.dtype == y.dtype
         assert_as_accurate_as(x, y, z, name=name)
+
+
+def test_a_layer_of_sdxl_is_one_launch() -> None:
+    with recorded("sm_90") as launches:
+        complete(torch.empty(2, 1024, 1024), torch.empty(2, 1024, 77), unconditional=1, backend="triton")
+    assert [launch.kernel for launch in launches] == ["complete_kernel"]
 
 
 @pytest.mark.parametrize("fidelity", ["official", "paper"])

@@ -17,6 +17,8 @@ CASES = {
     "masked-unsmoothed": (2, 7, [(6, 7)], (6, 7), 0.0, True, torch.float32, 1),
     "one-row": (1, 5, [(1, 4), (2, 2)], (1, 4), 0.5, False, torch.float32, 1),
     "finer-than-the-grid": (1, 5, [(7, 9)], (4, 5), 0.5, False, torch.float32, 1),
+    "more-layers-than-arguments": (2, 7, [(3, 4)] * 9 + [(6, 7)] * 8, (6, 7), 0.5, True, torch.float32, 2),
+    "neighbours-through-scratch": (2, 11, [(17, 16), (9, 8)], (17, 16), 0.5, False, torch.float32, 1),
     "half": (1, 5, [(4, 4)], (4, 4), 0.5, False, torch.float16, 1),
 }
 

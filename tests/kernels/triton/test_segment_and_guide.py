@@ -22,6 +22,7 @@ CASES = {
     "paper": ((13, 25), 1, 4, torch.float32, "contiguous", 5.0, True, {"fidelity": "paper", "blur_sigma": 0.0}),
     "rescaled": ((13, 25), 2, 4, torch.float16, "contiguous", torch.tensor([7.5, 4.0]), False, {"rescale": 0.7}),
     "deepfloyd": ((9, 7), 2, 3, torch.float32, "contiguous", 7.0, False, {"benchmark": "image", "rate_min": None}),
+    "many-cells": ((66, 63), 1, 4, torch.float16, "contiguous", 7.5, False, {}),
     "cells-of-three": ((7, 10), 2, 1, torch.float32, "contiguous", torch.tensor(5.0).expand(2), False, {"cell": 3}),
 }
 
