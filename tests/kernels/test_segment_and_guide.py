@@ -217,8 +217,9 @@ class TestChecks:
         )
         with pytest.raises(BackendError) as raised:
             segment_and_guide([x.mT.contiguous().mT for x in tokens], start, *rest, 7.5, backend="triton")
-        for reason in ("CUDA device", "fp64 needs", "1190 cells exceed 1024", "17 layers exceed 16", "be contiguous"):
+        for reason in ("CUDA device", "fp64 needs", "1190 cells exceed 1024", "be contiguous"):
             assert str(raised.value).count(reason) == 1, reason
+        assert "layers" not in str(raised.value), "any number of them"
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
