@@ -362,7 +362,7 @@ def complete_limits(self_map: torch.Tensor, cross_map: torch.Tensor) -> list[str
 
 @dataclass(frozen=True)
 class SegmentConfig(LaunchConfig):
-    """Tiles of `segment` and `guide`, one program per sample: tokens and cells at a time, pixels at a time."""
+    """Tiles of `segment` and `guide`: tokens of a program, all cells of a sample, pixels at a time."""
 
     block_t: int
     block_s: int

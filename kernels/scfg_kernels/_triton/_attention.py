@@ -1,4 +1,4 @@
-"""What the attention kernels share: loads and stores of tiles of several heads, scores, and the operands' strides.
+"""Loads and stores of tiles of several heads, for attention in one sweep, and the strides of all attention kernels.
 
 A program works on `HEADS` heads of one sample at once, one warp each: every product is a batch of small ones, softmax
 rows stay inside a warp, and the sum over heads that the map needs is a sum across the warps of one program. So no head

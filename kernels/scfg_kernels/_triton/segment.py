@@ -28,6 +28,9 @@ from .._launch import MAX_ARGUMENTS, SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
 from ._order import announce, counters
 
+SHUFFLED = tl.constexpr(256)
+"""Places along an axis up to which neighbours come from registers: beyond, a thread holds too many for shuffles."""
+
 
 @triton.jit
 def reflect(index, LENGTH: tl.constexpr):
@@ -44,9 +47,9 @@ def three_taps(before, here, after, edge):
 
 @triton.jit
 def beside(values, before, after, scratch, AXIS: tl.constexpr):
-    """values [A, B] at two other places along AXIS, index [1, B] or [A, 1]. Up to 256 places they come from registers;
-    of more, a thread would hold too many for shuffles, and they go through `scratch` [A, B], this program's own."""
-    if values.shape[AXIS] <= 256:
+    """values [A, B] at two other places along AXIS, index [1, B] or [A, 1]: from registers up to `SHUFFLED` places,
+    else through `scratch` [A, B], this program's own."""
+    if values.shape[AXIS] <= SHUFFLED:
         first = tl.gather(values, tl.broadcast_to(before, values.shape), AXIS)
         second = tl.gather(values, tl.broadcast_to(after, values.shape), AXIS)
     else:
@@ -107,7 +110,7 @@ def _resized(
     maps, index, y, x, used, valid, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
 ):  # fmt: skip
     """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, 0 where not `used`
-    [T, 1]. A map that is smaller than a grid of up to 256 cells is read once; of others, four neighbours are read."""
+    [T, 1]. A map smaller than a grid of up to `SHUFFLED` cells is read once; of others, four neighbours are read."""
     base = maps + index * (H * W)
     mask = used & valid  # [T, S]
     if H == GRID_H and W == GRID_W:
@@ -115,7 +118,7 @@ def _resized(
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        if H * W <= mask.shape[1] and mask.shape[1] <= 256:  # noqa: SIM300
+        if H * W <= mask.shape[1] and mask.shape[1] <= SHUFFLED:  # noqa: SIM300
             place = tl.arange(0, mask.shape[1])[None, :]
             whole = tl.load(base + place, mask=used & (place < H * W), other=0.0).to(tl.float32)
             a, b = beside(whole, y0 * W + x0, y0 * W + x1, maps, 1)
@@ -285,7 +288,7 @@ def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[tor
 
 def empty_neighbours(programs: int, width: int, config: SegmentConfig, device: torch.device) -> torch.Tensor:
     """Scratch of `beside` for `width` values of every cell; one element where registers will do."""
-    size = programs * width * config.block_s if config.block_s > 256 else 1
+    size = programs * width * config.block_s if config.block_s > SHUFFLED.value else 1
     return torch.empty(size, dtype=torch.float32, device=device)
 
 
