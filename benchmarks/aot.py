@@ -103,13 +103,14 @@ def _complete(sizes: str, rows: int, fidelity: str = "official") -> Case:
 
 def _guidance(
     op: str, sizes: str, side: int, layers: Sequence[int], dtype: torch.dtype, channels: int = 4, masked: bool = False,
-    **options: Any,
+    lengths: tuple[int, int] | None = None, **options: Any,
 ) -> Case:  # fmt: skip
-    """`segment`, `guide` or both; `layers`: side of each captured layer's map."""
+    """`segment`, `guide` or both; `layers`: side of each captured layer's map; `lengths`: of an oblong latent."""
+    height, width = lengths or (side, side)
 
     def call() -> Any:
-        uncond, cond = torch.empty(2, channels, side, side, dtype=dtype).chunk(2)
-        grid = (-(-side // 4),) * 2
+        uncond, cond = torch.empty(2, channels, height, width, dtype=dtype).chunk(2)
+        grid = -(-height // 4), -(-width // 4)
         cells = grid[0] * grid[1]
         maps = (
             [torch.empty(1, TOKENS, n * n) for n in layers], [torch.empty(1, n * n) for n in layers],
@@ -172,13 +173,17 @@ def _cases() -> Iterator[Case]:
     yield _guidance("segment", "sd15", 64, sd15, single)
     yield _guidance("guide", "sd15", 64, sd15, half)
     yield _guidance("guide", "sdxl", 128, [], half)
+    yield _guidance("guide", "sdxl-rescaled", 128, [], half, rescale=0.7)
     for dtype in (half, brain, single):
         yield _guidance("segment_and_guide", "sd15", 64, sd15, dtype)
     yield _guidance("segment_and_guide", "sd15-unconditional-masked", 64, sd15, half, masked=True,
                     rewrite="unconditional")  # fmt: skip
     yield _guidance("segment_and_guide", "sd15-rescaled", 64, sd15, half, rescale=0.7)
     yield _guidance("segment_and_guide", "sd15-paper", 64, sd15, half, fidelity="paper", blur_sigma=0.0)
+    yield _guidance("segment_and_guide", "sdxl-60layers", 128, [32] * 60, half)
     yield _guidance("segment_and_guide", "1024cells-16channels", 128, [32] * 4, half, channels=16)
+    yield _guidance("segment_and_guide", "4096cells", 256, [64] * 2 + [32], half)
+    yield _guidance("segment_and_guide", "80x48cells", 0, [64] * 2 + [32], brain, lengths=(320, 192))
     yield _pixels("sd15", 64, half)
     yield _pixels("sdxl", 128, brain)
     yield _pixels("sdxl-rescaled", 128, half, rescale=0.7)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ ARCHITECTURES = (80, 90)
 TOKENS = 77
 REREAD = 1.05
 SHARED_BY_ROW_BLOCKS = {"k", "v"}
+OPERANDS = SHARED_BY_ROW_BLOCKS | {"q", "x", "self_map", "cross_map", "between"}
+"""Of matrix products, which other tiles of the result read again."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -80,10 +82,9 @@ class Count:
         """Bytes of all 32-byte sectors between L2 and the multiprocessors."""
         return sum(part.moved_bytes for part in self.traffic.values())
 
-    @property
-    def moved_without_sharing(self) -> int:
-        """`moved`, with K and V, which every block of rows reads again, counted once."""
-        again = (part for name, part in self.traffic.items() if SHARED_BY_ROW_BLOCKS & set(name.split("/")))
+    def moved_once(self, names: Set[str]) -> int:
+        """`moved`, with the arguments of these names counted once."""
+        again = (part for name, part in self.traffic.items() if names & set(name.split("/")))
         return self.moved - sum(part.moved_bytes - part.unique_bytes for part in again)
 
     @property
@@ -174,6 +175,7 @@ def _cases() -> Iterator[Case]:
     yield _guide("sd15", 64)
     yield _regions("segment_and_guide", "sd15", 64, [16] * 5 + [8])
     yield _regions("segment_and_guide", "1024cells-6layers", 128, [32] * 6)
+    yield _regions("segment_and_guide", "sdxl-60layers", 128, [32] * 60)
     yield _pixels("sd15", 64)
     yield _pixels("sdxl", 128)
     yield _attention("self_attention_map", "sdxl-32x32-half", 20, 1024, 1024, 64, samples=1)
@@ -204,16 +206,17 @@ def count(case: Case, arch: int) -> Count:
 
 
 HEADER = (
-    "operator/sizes", "sm", "launches", "compulsory MB", "moved", "K, V once", "touched", "read again", "wavefronts",
-    "MMA", "with sweep 2",
+    "operator/sizes", "sm", "launches", "compulsory MB", "moved", "K, V once", "operands once", "touched", "read again",
+    "wavefronts", "MMA", "with sweep 2",
 )  # fmt: skip
 EXPLAINED = """\
 fp16 predictions, queries, keys and values, fp32 maps, 77 text tokens, one image: two samples in attention and
 completion, but one in sdxl-32x32-half, whose two halves are alike.
 
-- compulsory: bytes of all inputs and results, once each. The next three columns are multiples of it.
+- compulsory: bytes of all inputs and results, once each. The next four columns are multiples of it.
 - moved: all 32-byte sectors between L2 and the multiprocessors. K, V once: the same, without what blocks of rows read
-  of K and V again. touched: every sector that was touched at all, once, scratch memory included.
+  of K and V again. operands once: the same, without what any tile of a matrix product reads again of its operands: Q by
+  tiles of keys, S, C and Y of the completion by products and blocks of rows. touched: every sector that was touched at all, once, scratch memory included.
 - read again: operands of the kernel that are read more than 1.05 times, and how often.
 - wavefronts: of shared memory, over the fewest for the same words; `wgmma` operands are not counted.
 - MMA: work of the tensor-core instructions over that of the products in the formula; with sweep 2: over the same with
@@ -225,12 +228,15 @@ def row(case: Case, arch: int, counted: Count) -> tuple[str, ...]:
     """A line of the table."""
     again = ", ".join(f"{name} {factor:.3g}x" for name, factor in counted.reread().items())
     ideal = case.scores + case.values
+    moved = (
+        counted.moved, counted.moved_once(SHARED_BY_ROW_BLOCKS), counted.moved_once(OPERANDS), counted.touched,
+    )  # fmt: skip
     return (
         case.name,
         str(arch),
         str(len(counted.kernels)),
         f"{counted.compulsory / 1e6:.3f}",
-        *(f"{x / counted.compulsory:.2f}" for x in (counted.moved, counted.moved_without_sharing, counted.touched)),
+        *(f"{x / counted.compulsory:.2f}" for x in moved),
         again or "-",
         f"{counted.wavefronts / counted.wavefronts_ideal:.2f}" if counted.wavefronts_ideal else "-",
         f"{counted.mma / ideal:.2f}" if ideal else "-",

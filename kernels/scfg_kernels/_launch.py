@@ -362,35 +362,45 @@ def complete_limits(self_map: torch.Tensor, cross_map: torch.Tensor) -> list[str
 
 @dataclass(frozen=True)
 class SegmentConfig(LaunchConfig):
-    """Tiles of `segment` and `guide`: tokens of a program, all cells of a sample, pixels at a time."""
+    """Tiles of `segment`: tokens of a program, and all cells of a sample, both axes padded to powers of two."""
 
     block_t: int
-    block_s: int
-    block_p: int
+    block_h: int
+    block_w: int
 
 
-MAX_CELLS = 1024
-"""Cells (128x128 latents) up to which one program per sample is fast enough and holds them all in registers."""
-MAX_ARGUMENTS = 16
-"""Layers that are arguments of their own, in unrolled code; more are put together in memory by size."""
+TILE = 8192
+"""Values of a tile: 32 registers of each thread of eight warps. And cells, both axes padded, up to which regions and
+rates are found without spills in a loop: 2560 x 1536 pixels are 80 x 48 cells, 128 x 64 padded."""
+MAX_AXIS = 256
+"""Cells along an axis up to which neighbours come from registers: a warp has them all."""
+MAX_LAYERS = 192
+"""Layers that are arguments of a launch: two pointers each, of the 4 KiB that its arguments may take."""
 
 
-def segment_config(cells: int) -> SegmentConfig:
-    """Tiles of `segment` and `guide`."""
-    block_s = max(64, next_power_of_2(cells))
-    return SegmentConfig(
-        num_warps=8, num_stages=1, block_t=max(4, min(16, 8192 // block_s)), block_s=block_s, block_p=1024
-    )
+def segment_config(h: int, w: int) -> SegmentConfig:
+    """Tiles of `segment` for h x w cells."""
+    block_h, block_w = next_power_of_2(h), next_power_of_2(w)
+    tokens = max(1, min(16, TILE // (block_h * block_w)))
+    return SegmentConfig(num_warps=8, num_stages=1, block_t=tokens, block_h=block_h, block_w=block_w)
+
+
+def _cell_limits(h: int, w: int) -> list[str]:
+    """Why a grid is too large for `segment` and `guide`; empty if it is not."""
+    if next_power_of_2(h) * next_power_of_2(w) <= TILE and max(h, w) <= MAX_AXIS:
+        return []
+    return [f"{h} x {w} cells, as powers of two, exceed {TILE} or {MAX_AXIS} along an axis"]
 
 
 def segment_limits(
-    tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], token_mask: torch.Tensor | None, cells: int
+    tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], token_mask: torch.Tensor | None, h: int, w: int
 ) -> list[str]:
     """Every reason why the segmentation kernel cannot take these maps; empty if it can."""
     maps = [*tokens, *start]
     reasons = dtype_limits("segment", torch.float64 if torch.float64 in {x.dtype for x in maps} else torch.float32)
-    if cells > MAX_CELLS:
-        reasons.append(f"{cells} cells exceed {MAX_CELLS}")
+    reasons += _cell_limits(h, w)
+    if len(tokens) > MAX_LAYERS:
+        reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
     if len(tokens) > 0 and tokens[0].shape[1] > 2**15 - 1:
         reasons.append(f"{tokens[0].shape[1]} tokens exceed {2**15 - 1}")
     if not all(x.is_contiguous() for x in maps) or not (token_mask is None or token_mask.is_contiguous()):
@@ -398,35 +408,76 @@ def segment_limits(
     return reasons
 
 
-def guide_limits(cond: torch.Tensor, cells: int) -> list[str]:
+@dataclass(frozen=True)
+class GuideConfig(SegmentConfig):
+    """Tiles of `guide`, alone or after `segment`.
+
+    Attributes:
+        held: whether both predictions of a sample are one tile, which stays in registers.
+        block_c: channels of a tile.
+        rows: rows of cells of a tile.
+        lines: pixel lines of each of them.
+    """
+
+    held: bool
+    block_c: int
+    rows: int
+    lines: int
+
+
+HELD_BYTES = 128 * 1024
+"""Both predictions of a sample, padded, up to which a program holds them in registers, of which it has 256 KiB."""
+
+
+def guide_config(channels: int, height: int, width: int, cell: int, itemsize: int) -> GuideConfig:
+    """Tiles of `guide`; `itemsize`: bytes of an element of the predictions. Sixteen warps hold more than a quarter of
+    all registers."""
+    cells = segment_config(-(-height // cell), -(-width // cell))
+    lines, block_c = next_power_of_2(cell), next_power_of_2(channels)
+    line = cells.block_w * lines  # pixels
+    whole = cells.block_h * lines * line * block_c
+    bytes_held = 2 * whole * itemsize
+    if bytes_held <= HELD_BYTES:
+        warps = 16 if bytes_held > HELD_BYTES // 2 else cells.num_warps
+        return GuideConfig(**{**vars(cells), "num_warps": warps}, held=True, block_c=block_c, rows=cells.block_h,
+                           lines=lines)  # fmt: skip
+    block_c = min(block_c, 2)
+    lines_at_once = max(1, TILE // (line * block_c))
+    lines = min(lines, lines_at_once)
+    rows = min(cells.block_h, max(1, lines_at_once // next_power_of_2(cell)))
+    return GuideConfig(**vars(cells), held=False, block_c=block_c, rows=rows, lines=lines)
+
+
+def guide_limits(cond: torch.Tensor, cell: int) -> list[str]:
     """Every reason why the guidance kernel cannot take these predictions; empty if it can."""
-    reasons = dtype_limits("guide", cond.dtype)
-    if cells > MAX_CELLS:
-        reasons.append(f"{cells} cells exceed {MAX_CELLS}")
-    return reasons
+    return dtype_limits("guide", cond.dtype) + _cell_limits(-(-cond.shape[2] // cell), -(-cond.shape[3] // cell))
 
 
 @dataclass(frozen=True)
 class PixelConfig(LaunchConfig):
-    """Tile of `guide_pixels`, one program per sample: pixels at a time."""
+    """Tile of `guide_pixels`: pixels, all channels of each, and whether that is all of a sample, held in registers."""
 
+    held: bool
+    block_c: int
     block_p: int
 
 
-MAX_PIXELS = 16384
-"""Pixels (128x128 latents) up to which one program per sample is fast enough, as for `MAX_CELLS`."""
+MAX_CHANNELS = 256
+"""Channels up to which `guide_pixels` has all of a pixel in a tile."""
 
 
-def pixel_config(pixels: int) -> PixelConfig:
-    """Tile of `guide_pixels`: eight pixels per thread are 16 bytes of half precision."""
-    block_p = min(4096, max(256, next_power_of_2(pixels)))
-    return PixelConfig(num_warps=block_p // 256, num_stages=1, block_p=block_p)
+def pixel_config(channels: int, pixels: int, itemsize: int) -> PixelConfig:
+    """Tile of `guide_pixels`; `itemsize`: bytes of an element of the predictions."""
+    block_c, block_p = next_power_of_2(channels), next_power_of_2(pixels)
+    bytes_held = 2 * block_c * block_p * itemsize
+    if bytes_held <= HELD_BYTES:
+        return PixelConfig(16 if bytes_held > HELD_BYTES // 2 else 8, 1, True, block_c, block_p)
+    return PixelConfig(8, 1, False, block_c, TILE // block_c)
 
 
 def pixel_limits(cond: torch.Tensor) -> list[str]:
     """Every reason why the per-pixel guidance kernel cannot take these predictions; empty if it can."""
     reasons = dtype_limits("guide_pixels", cond.dtype)
-    pixels = cond.shape[2] * cond.shape[3]
-    if pixels > MAX_PIXELS:
-        reasons.append(f"{pixels} pixels exceed {MAX_PIXELS}")
+    if cond.shape[1] > MAX_CHANNELS:
+        reasons.append(f"{cond.shape[1]} channels exceed {MAX_CHANNELS}")
     return reasons

@@ -263,10 +263,9 @@ def guide(
     scale = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
     reasons.same_device(uncond, cond, token_index, foreground, *scale)
     reasons.raise_if_any()
-    _, h, w = cell_grid(cond, cell)
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
-    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, h * w))
+    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, cell))
     return _guide(
         uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
         low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale), benchmark,

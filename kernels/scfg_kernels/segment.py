@@ -210,6 +210,6 @@ def segment(
     reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
     reasons.raise_if_any()
     h, w = size
-    chosen = choose_backend("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h * w))
+    chosen = choose_backend("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h, w))
     flat_sizes = [length for pair in sizes for length in pair]
     return _segment(list(tokens), list(start), flat_sizes, h, w, float(blur_sigma), token_mask, chosen)

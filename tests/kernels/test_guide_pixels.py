@@ -332,10 +332,10 @@ class TestChecks:
         assert [reason for reason in reasons if message.count(reason) != 1] == []
 
     def test_the_limits_of_the_kernel_are_listed(self):
-        large = torch.zeros(1, 1, 129, 128, dtype=torch.float64)
+        large = torch.zeros(1, 257, 2, 3, dtype=torch.float64)
         with pytest.raises(BackendError) as raised:
             guide_pixels(large, large, 7.5, backend="triton")
-        for reason in ("CUDA device", "fp64 needs", "16512 pixels exceed 16384"):
+        for reason in ("CUDA device", "fp64 needs", "257 channels exceed 256"):
             assert str(raised.value).count(reason) == 1, reason
 
 

@@ -6,10 +6,12 @@ r"""Region rates and the guided prediction, one program per sample.
     result[x] = u + weight d,     weight = g rate,  or  -g / (g - 1) (rate - 1)  for the rewritten unconditional half
     result    = f (phi std(cond) / std(f) + 1 - phi)  with f = u + weight d, if it is rescaled
 
-Cells are reduced by region with a masked sum over [tokens, cells] in a fixed order: no atomics. The rates of the cells
-go through memory (4 S bytes) because G needs neighbours. Products and sums are not fused, so that a rate of 1 gives the
-bits of plain guidance. Spreads are Welford's, per lane and then merged: exactly 0 for a constant. Bytes: uncond and
-cond twice (three times if rescaled; from cache but for the first), result and rate once.
+Tiles are [channels, pixels], whose pixels are those of some rows of cells. Up to `HELD_BYTES` u and c stay in registers
+from the norms to the prediction; larger ones pass through in tiles, twice, or three times if rescaled. Rates of cells
+go through memory (4 S bytes), because G needs neighbours, and norms too where tiles pass through.
+
+Cells are reduced by region with masked sums in a fixed order: no atomics. Products and sums are not fused, so that a
+rate of 1 gives the bits of plain guidance. Spreads are Welford's, per lane and then merged: exactly 0 for a constant.
 """
 
 from __future__ import annotations
@@ -20,37 +22,52 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import SegmentConfig, device_guard, segment_config
+from .._launch import GuideConfig, device_guard, guide_config
 from ..segment import kernel_weights
 from ._device import per_sample
-from .segment import beside, empty_neighbours, reflect, three_taps
+from .segment import reflect, three_taps
 
 
 @triton.jit
-def combined(uncond, cond, weight, mask):
-    """cond, and uncond + weight d, of one channel at these pointers, in fp32."""
-    u = tl.load(uncond, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cond, mask=mask, other=0.0).to(tl.float32)
-    return c, u + weight * (c - u)
-
-
-@triton.jit
-def store_combined(
-    uncond, cond, result, weight, factor, y, x, mask, channels,
-    u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-    RESCALE: tl.constexpr,
+def load_predictions(
+    uncond, cond, first, y, x, inside, channels,
+    u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All channels of the pixels (y, x) of a sample; `factor` counts only if RESCALE."""
-    for channel in tl.range(0, channels):
-        _, guided = combined(
-            uncond + channel * u_stride_c + y * u_stride_y + x * u_stride_x,
-            cond + channel * c_stride_c + y * c_stride_y + x * c_stride_x,
-            weight, mask,
-        )  # fmt: skip
-        if RESCALE:
-            guided *= factor
-        target = result + channel * r_stride_c + y * r_stride_y + x * r_stride_x
-        tl.store(target, guided.to(result.dtype.element_ty), mask=mask)
+    """Of channels `first` .. and the pixels y, x [P]: u and c [BLOCK_C, P], 0 where there is none, and where one is."""
+    channel = first + tl.arange(0, BLOCK_C)[:, None]
+    mask = inside[None, :] & (channel < channels)
+    u = uncond + channel * u_stride_c + y[None, :] * u_stride_y + x[None, :] * u_stride_x
+    c = cond + channel * c_stride_c + y[None, :] * c_stride_y + x[None, :] * c_stride_x
+    return tl.load(u, mask=mask, other=0.0), tl.load(c, mask=mask, other=0.0), mask
+
+
+@triton.jit
+def store_prediction(
+    result, guided, first, y, x, mask, r_stride_c, r_stride_y, r_stride_x,
+):  # fmt: skip
+    """guided [BLOCK_C, P] as channels `first` .. of the pixels y, x [P]."""
+    channel = first + tl.arange(0, guided.shape[0])[:, None]
+    target = result + channel * r_stride_c + y[None, :] * r_stride_y + x[None, :] * r_stride_x
+    tl.store(target, guided.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def energy(u, c):
+    """Sum of squares of c - u over the channels, fp32 [P]."""
+    d = c.to(tl.float32) - u.to(tl.float32)
+    return tl.sum(d * d, 0)
+
+
+@triton.jit
+def combined(u, c, weight):
+    """u + weight d, fp32 [BLOCK_C, P]; weight [P]."""
+    u = u.to(tl.float32)
+    return u + weight[None, :] * (c.to(tl.float32) - u)
+
+
+@triton.jit
+def weight_of(rate, scale, UNCONDITIONAL: tl.constexpr):
+    return tl.div_rn(-scale, scale - 1.0) * (rate - 1.0) if UNCONDITIONAL else scale * rate
 
 
 @triton.jit
@@ -66,52 +83,161 @@ def _squares_of_all(mean, squares, count):
     """Squares about the mean of all lanes, from those about the mean of each."""
     # Sums alone: they commute to the bit, so every thread of a reduction has one result. From the lowest mean, so that
     # those of a constant differ by exactly 0.
-    apart = mean - tl.min(tl.where(count > 0.0, mean, float("inf")), 0)
-    apart -= tl.div_rn(tl.sum(count * apart, 0), tl.sum(count, 0))
-    return tl.sum(squares + count * apart * apart, 0)
+    apart = mean - tl.min(tl.where(count > 0.0, mean, float("inf")))
+    apart -= tl.div_rn(tl.sum(count * apart), tl.sum(count))
+    return tl.sum(squares + count * apart * apart)
+
+
+@triton.jit
+def _factor(squares_c, squares_f, rescale):
+    """What f is multiplied by; a constant stays as it is."""
+    ratio = tl.sqrt_rn(tl.div_rn(squares_c, squares_f))
+    return tl.where(squares_f == 0.0, 1.0, rescale * ratio + (1.0 - rescale))
+
+
+@triton.jit
+def rescaled(guided, c, mask, rescale):
+    """All of a sample's f [C, P] times its factor."""
+    count = mask.to(tl.float32)
+    squares_c = _squares_of_all(c.to(tl.float32), 0.0, count)
+    return guided * _factor(squares_c, _squares_of_all(guided, 0.0, count), rescale)
+
+
+@triton.constexpr_function
+def quarter(pixels):
+    """Pixels of a tile of `store_rescaled`, which has four statistics of each."""
+    return max(1, pixels // 4)
 
 
 @triton.jit
 def store_rescaled(
     uncond, cond, rates, result, scale, rescale, channels,
     u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-    H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rescaled prediction of a sample from its rates [H, W] in memory."""
-    count = tl.zeros([BLOCK_P], tl.float32)
-    mean_c = tl.zeros([BLOCK_P], tl.float32)
-    squares_c = tl.zeros([BLOCK_P], tl.float32)
-    mean_f = tl.zeros([BLOCK_P], tl.float32)
-    squares_f = tl.zeros([BLOCK_P], tl.float32)
-    for first in tl.range(0, H * W, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
+    """The rescaled prediction of a sample in tiles, from its rates [H, W] in memory."""
+    count = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    mean_c = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    squares_c = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    mean_f = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    squares_f = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in tl.range(0, H * W, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < H * W
-        y = pixel // W
-        x = pixel % W
         weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
-        for channel in tl.range(0, channels):
-            c, f = combined(
-                uncond + channel * u_stride_c + y * u_stride_y + x * u_stride_x,
-                cond + channel * c_stride_c + y * c_stride_y + x * c_stride_x,
-                weight, inside,
+        for first in tl.range(0, channels, BLOCK_C):
+            u, c, mask = load_predictions(
+                uncond, cond, first, pixel // W, pixel % W, inside, channels,
+                u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
             )  # fmt: skip
-            count += tl.where(inside, 1.0, 0.0)
+            count += mask.to(tl.float32)
             number = tl.maximum(count, 1.0)
-            mean_c, squares_c = _with_sample(mean_c, squares_c, c, number, inside)
-            mean_f, squares_f = _with_sample(mean_f, squares_f, f, number, inside)
-    spread = _squares_of_all(mean_f, squares_f, count)
-    ratio = tl.sqrt_rn(tl.div_rn(_squares_of_all(mean_c, squares_c, count), spread))
-    factor = tl.where(spread == 0.0, 1.0, rescale * ratio + (1.0 - rescale))
+            mean_c, squares_c = _with_sample(mean_c, squares_c, c.to(tl.float32), number, mask)
+            mean_f, squares_f = _with_sample(mean_f, squares_f, combined(u, c, weight), number, mask)
+    factor = _factor(
+        _squares_of_all(mean_c, squares_c, count), _squares_of_all(mean_f, squares_f, count), rescale
+    )  # fmt: skip
 
-    for first in tl.range(0, H * W, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
+    for start in tl.range(0, H * W, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < H * W
         weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
-        store_combined(
-            uncond, cond, result, weight, factor, pixel // W, pixel % W, inside, channels,
-            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-            True,
-        )  # fmt: skip
+        for first in tl.range(0, channels, BLOCK_C):
+            u, c, mask = load_predictions(
+                uncond, cond, first, pixel // W, pixel % W, inside, channels,
+                u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
+            )  # fmt: skip
+            store_prediction(
+                result, combined(u, c, weight) * factor, first, pixel // W, pixel % W, mask,
+                r_stride_c, r_stride_y, r_stride_x,
+            )  # fmt: skip
+
+
+@triton.jit
+def _region_rates(
+    ids, foreground, norm, area, valid, tokens, scale, rate_min, rate_max, max_scale,
+    PAPER: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Rate of every cell; all [BLOCK_H, BLOCK_W], and norm and area 0 beyond the grid."""
+    benchmark = valid if IMAGE else foreground & valid
+    fore_area = tl.sum(tl.where(benchmark, area, 0.0))
+    fore_mean = tl.div_rn(tl.sum(tl.where(benchmark, norm, 0.0)), fore_area + 1e-8)
+    rates = tl.zeros(norm.shape, tl.float32)
+    for first in tl.range(0, tokens, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)[:, None, None]
+        member = (ids[None, :, :] == token) & valid[None, :, :]  # [BLOCK_T, BLOCK_H, BLOCK_W]
+        region_norm = tl.sum(tl.sum(tl.where(member, norm[None, :, :], 0.0), 2), 1)
+        region_area = tl.sum(tl.sum(tl.where(member, area[None, :, :], 0.0), 2), 1)
+        region_rate = tl.div_rn(fore_mean, tl.div_rn(region_norm, region_area + 1e-8) + 1e-8)  # [BLOCK_T]
+        if PAPER:
+            region_rate = tl.where(fore_area > 0.0, region_rate, 1.0)
+        region_rate = tl.minimum(tl.maximum(region_rate, rate_min), rate_max)
+        region_rate = tl.minimum(region_rate, tl.div_rn(max_scale, scale))
+        rates += tl.sum(tl.where(member, region_rate[:, None, None], 0.0), 0)  # a cell has one region
+    return rates
+
+
+@triton.jit
+def _smoothed_row(
+    rates, row, edge, W: tl.constexpr, CELL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr
+):  # fmt: skip
+    """Rates of rows of cells, row [R, 1], smoothed along x: at the pixels of a line, [R, 1, BLOCK_W, BLOCK_CELL]."""
+    GRID_W: tl.constexpr = (W + CELL - 1) // CELL
+    column = tl.minimum(tl.arange(0, BLOCK_W)[None, :], GRID_W - 1)
+    first = column * CELL
+    last = tl.minimum(first + CELL, W) - 1
+    row = row * GRID_W
+    here = tl.load(rates + row + column)
+    left = tl.gather(here, tl.broadcast_to(reflect(first - 1, W) // CELL, here.shape), 1)[:, None, :, None]
+    right = tl.gather(here, tl.broadcast_to(reflect(last + 1, W) // CELL, here.shape), 1)[:, None, :, None]
+    here = here[:, None, :, None]
+    x = tl.arange(0, BLOCK_CELL)[None, None, None, :]
+    return three_taps(
+        tl.where(x == 0, left, here), here, tl.where(x == (last - first)[:, None, :, None], right, here), edge
+    )  # fmt: skip
+
+
+@triton.jit
+def _pixel_rates(
+    rates, first_row, first_line, edge, H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
+):  # fmt: skip
+    """Smoothed rates of the pixels of `_pixels`, from those of the cells in memory."""
+    GRID_H: tl.constexpr = (H + CELL - 1) // CELL
+    row = tl.minimum(first_row + tl.arange(0, ROWS), GRID_H - 1)[:, None]
+    first = row * CELL
+    last = tl.minimum(first + CELL, H) - 1
+    here = _smoothed_row(rates, row, edge, W, CELL, BLOCK_W, BLOCK_CELL)
+    above = _smoothed_row(rates, reflect(first - 1, H) // CELL, edge, W, CELL, BLOCK_W, BLOCK_CELL)
+    below = _smoothed_row(rates, reflect(last + 1, H) // CELL, edge, W, CELL, BLOCK_W, BLOCK_CELL)
+    y = first_line + tl.arange(0, LINES)[None, :, None, None]
+    rate = three_taps(
+        tl.where(y == 0, above, here), here, tl.where(y == (last - first)[:, :, None, None], below, here), edge
+    )  # fmt: skip
+    return tl.reshape(rate, [ROWS * LINES * BLOCK_W * BLOCK_CELL])
+
+
+@triton.jit
+def _pixels(
+    first_row, first_line, H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
+):  # fmt: skip
+    """y and x of a tile of pixels, and which are in the picture: LINES lines, from `first_line`, of each of ROWS rows
+    of cells, from `first_row`. The tile is [ROWS, LINES, BLOCK_W, BLOCK_CELL], flattened."""
+    place = tl.arange(0, ROWS * LINES * BLOCK_W * BLOCK_CELL)
+    x_in_cell = place % BLOCK_CELL
+    y_in_cell = first_line + place // (BLOCK_CELL * BLOCK_W) % LINES
+    x = place // BLOCK_CELL % BLOCK_W * CELL + x_in_cell
+    y = (first_row + place // (BLOCK_CELL * BLOCK_W * LINES)) * CELL + y_in_cell
+    return y, x, (x_in_cell < CELL) & (x < W) & (y_in_cell < CELL) & (y < H)
+
+
+@triton.jit
+def _cell_sums(
+    values, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr
+):  # fmt: skip
+    """Sums over the pixels of a tile that lie in a cell: [ROWS, BLOCK_W]."""
+    return tl.sum(tl.sum(tl.reshape(values, [ROWS, LINES, BLOCK_W, BLOCK_CELL]), 3), 1)
 
 
 @triton.jit
@@ -122,9 +248,10 @@ def guide_cells(
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
-    """All after the argmax; ids int32, foreground int1 [BLOCK_S]; `scratch` [BLOCK_S, BLOCK_CELL] for `beside`."""
+    """All after the argmax; ids int32, foreground int1 [BLOCK_H, BLOCK_W]; `scratch` [2, S], fp32."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     uncond += sample * u_stride_b
@@ -132,78 +259,77 @@ def guide_cells(
     result += sample * r_stride_b
     rate_out += sample * (H * W)
     scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
+    rates = scratch
+    norms = scratch + GRID_H * GRID_W
 
-    cell = tl.arange(0, BLOCK_S)
-    valid = cell < GRID_H * GRID_W
-    cell_y = tl.minimum(cell // GRID_W, GRID_H - 1)
-    cell_x = cell % GRID_W
-    rows = tl.minimum(H - cell_y * CELL, CELL)
-    area = tl.where(valid, (rows * tl.minimum(W - cell_x * CELL, CELL)).to(tl.float32), 0.0)
-    norm = tl.zeros([BLOCK_S], tl.float32)
-    along = tl.arange(0, BLOCK_CELL)[None, :]
-    px = cell_x[:, None] * CELL + along  # [BLOCK_S, BLOCK_CELL], neighbours in memory
-    for dy in tl.range(0, CELL):
-        py = (cell_y * CELL + dy)[:, None]
-        inside = valid[:, None] & (along < CELL) & (px < W) & (py < H)
-        square = tl.zeros([BLOCK_S, BLOCK_CELL], tl.float32)
-        for channel in tl.range(0, channels):
-            u = tl.load(uncond + channel * u_stride_c + py * u_stride_y + px * u_stride_x, mask=inside, other=0.0)
-            c = tl.load(cond + channel * c_stride_c + py * c_stride_y + px * c_stride_x, mask=inside, other=0.0)
-            d = c.to(tl.float32) - u.to(tl.float32)
-            square += d * d
-        norm += tl.sum(tl.sqrt_rn(square), 1)
-
-    benchmark = valid if IMAGE else foreground & valid
-    fore_area = tl.sum(tl.where(benchmark, area, 0.0), 0)
-    fore_mean = tl.div_rn(tl.sum(tl.where(benchmark, norm, 0.0), 0), fore_area + 1e-8)
-    rates = tl.zeros([BLOCK_S], tl.float32)
-    for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None]
-        member = (ids[None, :] == token) & valid[None, :]  # [BLOCK_T, BLOCK_S]
-        region_norm = tl.sum(tl.where(member, norm[None, :], 0.0), 1)
-        region_area = tl.sum(tl.where(member, area[None, :], 0.0), 1)
-        region_rate = tl.div_rn(fore_mean, tl.div_rn(region_norm, region_area + 1e-8) + 1e-8)  # [BLOCK_T]
-        if PAPER:
-            region_rate = tl.where(fore_area > 0.0, region_rate, 1.0)
-        region_rate = tl.minimum(tl.maximum(region_rate, rate_min), rate_max)
-        region_rate = tl.minimum(region_rate, tl.div_rn(max_scale, scale))
-        rates += tl.sum(tl.where(member, region_rate[:, None], 0.0), 0)  # a cell has one region
-
-    # The rate of a pixel: smoothed along x within the cells [BLOCK_S, BLOCK_CELL], then between rows of cells.
-    last_x = tl.minimum(cell_x * CELL + CELL, W) - 1
-    last_y = tl.minimum(cell_y * CELL + CELL, H) - 1
-    row = cell_y * GRID_W
-    here = rates[:, None]  # [BLOCK_S, 1]
-    left, right = beside(
-        here, (row + reflect(cell_x * CELL - 1, W) // CELL)[:, None], (row + reflect(last_x + 1, W) // CELL)[:, None],
-        scratch, 0,
-    )  # fmt: skip
-    level = three_taps(tl.where(along == 0, left, here), here, tl.where(px == last_x[:, None], right, here), edge)
-    above, below = beside(
-        level, (reflect(cell_y * CELL - 1, H) // CELL * GRID_W + cell_x)[:, None],
-        (reflect(last_y + 1, H) // CELL * GRID_W + cell_x)[:, None], scratch, 0,
-    )  # fmt: skip
-    for dy in tl.range(0, CELL):
-        py = (cell_y * CELL + dy)[:, None]
-        inside = valid[:, None] & (along < CELL) & (px < W) & (py < H)
-        rate = three_taps(
-            tl.where(dy == 0, above, level), level, tl.where(py == last_y[:, None], below, level), edge
+    cell_y = tl.arange(0, BLOCK_H)[:, None]
+    cell_x = tl.arange(0, BLOCK_W)[None, :]
+    valid = (cell_y < GRID_H) & (cell_x < GRID_W)
+    lines = tl.minimum(H - cell_y * CELL, CELL)
+    area = tl.where(valid, (lines * tl.minimum(W - cell_x * CELL, CELL)).to(tl.float32), 0.0)
+    cell = cell_y * GRID_W + cell_x
+    if HELD:
+        y, x, inside = _pixels(0, 0, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+        u, c, mask = load_predictions(
+            uncond, cond, 0, y, x, inside, channels,
+            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
         )  # fmt: skip
-        tl.store(rate_out + py * W + px, rate, mask=inside)
-        if not RESCALE:
-            weight = tl.div_rn(-scale, scale - 1.0) * (rate - 1.0) if UNCONDITIONAL else scale * rate
-            store_combined(
-                uncond, cond, result, weight, 1.0, py, px, inside, channels,
+        norm = _cell_sums(tl.sqrt_rn(energy(u, c)), ROWS, LINES, BLOCK_W, BLOCK_CELL)
+    else:
+        for first_row in tl.range(0, GRID_H, ROWS):
+            row = first_row + tl.arange(0, ROWS)[:, None]
+            total = tl.zeros([ROWS, BLOCK_W], tl.float32)
+            for first_line in tl.range(0, CELL, LINES):
+                y, x, inside = _pixels(first_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                square = tl.zeros(y.shape, tl.float32)
+                for first in tl.range(0, channels, BLOCK_C):
+                    u, c, _ = load_predictions(
+                        uncond, cond, first, y, x, inside, channels,
+                        u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
+                    )  # fmt: skip
+                    square += energy(u, c)
+                total += _cell_sums(tl.sqrt_rn(square), ROWS, LINES, BLOCK_W, BLOCK_CELL)
+            tl.store(norms + row * GRID_W + cell_x, total, mask=(row < GRID_H) & (cell_x < GRID_W))
+        tl.debug_barrier()  # the norms that other threads wrote
+        norm = tl.load(norms + cell, mask=valid, other=0.0)
+
+    rate_of_cell = _region_rates(
+        ids, foreground, norm, area, valid, tokens, scale, rate_min, rate_max, max_scale, PAPER, IMAGE, BLOCK_T
+    )  # fmt: skip
+    tl.store(rates + cell, rate_of_cell, mask=valid)
+    tl.debug_barrier()  # the rates that other threads wrote
+    if HELD:
+        rate = _pixel_rates(rates, 0, 0, edge, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+        tl.store(rate_out + y * W + x, rate, mask=inside)
+        guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
+        if RESCALE:
+            guided = rescaled(guided, c, mask, rescale)
+        store_prediction(result, guided, 0, y, x, mask, r_stride_c, r_stride_y, r_stride_x)
+    else:
+        for first_row in tl.range(0, GRID_H, ROWS):
+            for first_line in tl.range(0, CELL, LINES):
+                y, x, inside = _pixels(first_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                rate = _pixel_rates(
+                    rates, first_row, first_line, edge, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL
+                )  # fmt: skip
+                tl.store(rate_out + y * W + x, rate, mask=inside)
+                if not RESCALE:
+                    weight = weight_of(rate, scale, UNCONDITIONAL)
+                    for first in tl.range(0, channels, BLOCK_C):
+                        u, c, mask = load_predictions(
+                            uncond, cond, first, y, x, inside, channels,
+                            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
+                        )  # fmt: skip
+                        store_prediction(
+                            result, combined(u, c, weight), first, y, x, mask, r_stride_c, r_stride_y, r_stride_x
+                        )  # fmt: skip
+        if RESCALE:
+            tl.debug_barrier()  # the rates that other threads wrote
+            store_rescaled(
+                uncond, cond, rate_out, result, scale, rescale, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
-                r_stride_c, r_stride_y, r_stride_x, False,
+                r_stride_c, r_stride_y, r_stride_x, H, W, BLOCK_C, quarter(ROWS * LINES * BLOCK_W * BLOCK_CELL),
             )  # fmt: skip
-    if RESCALE:
-        tl.debug_barrier()  # the rates that other threads wrote
-        store_rescaled(
-            uncond, cond, rate_out, result, scale, rescale, channels,
-            u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-            H, W, BLOCK_P,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -215,24 +341,25 @@ def guide_kernel(
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
+    GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
-    CELLS: tl.constexpr = GRID_W * ((H + CELL - 1) // CELL)
     sample = tl.program_id(0).to(tl.int64)
-    cell = tl.arange(0, BLOCK_S)
-    y = cell // GRID_W
-    x = cell % GRID_W
-    ids = tl.load(ids_in + sample * i_stride_b + y * i_stride_y + x * i_stride_x, mask=cell < CELLS, other=0)
+    y = tl.arange(0, BLOCK_H)[:, None]
+    x = tl.arange(0, BLOCK_W)[None, :]
+    valid = (y < GRID_H) & (x < GRID_W)
+    ids = tl.load(ids_in + sample * i_stride_b + y * i_stride_y + x * i_stride_x, mask=valid, other=0)
     at = foreground_in + sample * f_stride_b + y * f_stride_y + x * f_stride_x
-    foreground = tl.load(at, mask=cell < CELLS, other=0).to(tl.int1)
+    foreground = tl.load(at, mask=valid, other=0).to(tl.int1)
     guide_cells(
-        uncond, cond, guidance_scale, result, rate_out,
-        scratch + sample * (BLOCK_S * BLOCK_CELL), ids.to(tl.int32), foreground,
-        sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
+        uncond, cond, guidance_scale, result, rate_out, scratch + sample * (2 * GRID_H * GRID_W), ids.to(tl.int32),
+        foreground, sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_S, BLOCK_P,
+        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
+        HELD, BLOCK_C, ROWS, LINES,
     )  # fmt: skip
 
 
@@ -242,8 +369,13 @@ def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return torch.empty_like(cond), torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
 
 
+def empty_cells(batch: int, cells: int, device: torch.device) -> torch.Tensor:
+    """Scratch: the rate and the norm of every cell."""
+    return torch.empty((batch, 2, cells), dtype=torch.float32, device=device)
+
+
 def prediction_constants(
-    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, config: SegmentConfig
+    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, config: GuideConfig
 ) -> dict[str, Any]:
     """Constants of `guide_cells`, and the launch options."""
     return {
@@ -256,8 +388,12 @@ def prediction_constants(
         "RESCALE": rescale > 0.0,
         "IMAGE": benchmark == "image",
         "BLOCK_T": config.block_t,
-        "BLOCK_S": config.block_s,
-        "BLOCK_P": config.block_p,
+        "BLOCK_H": config.block_h,
+        "BLOCK_W": config.block_w,
+        "HELD": config.held,
+        "BLOCK_C": config.block_c,
+        "ROWS": config.rows,
+        "LINES": config.lines,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": False,
@@ -280,17 +416,16 @@ def launch(
     rewrite: str,
     rescale: float,
     benchmark: str,
-    config: SegmentConfig | None = None,
+    config: GuideConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
     batch, channels = cond.shape[:2]
-    cells = token_index[0].numel() if batch else 0
     result, rate = empty_result_and_rate(cond)
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
-    config = config or segment_config(cells)
-    scratch = empty_neighbours(batch, triton.next_power_of_2(cell), config, cond.device)
+    config = config or guide_config(*cond.shape[1:], cell, cond.element_size())
+    scratch = empty_cells(batch, token_index[0].numel(), cond.device)
     with device_guard(cond.device):
         guide_kernel[(batch,)](
             uncond, cond, token_index, foreground, scale, result, rate, scratch, num_tokens, channels,

@@ -9,8 +9,9 @@ With r_l the bilinear resize of X_l[t] to the grid of S cells and G the 3x3 Gaus
 
 G and the resize are linear and keep constants, so a layer's mean after G is a weighted mean before it, and G runs once
 for all layers. A program has BLOCK_T tokens of a sample at all cells, one more the start token: it reads its maps of
-all layers once, and neighbours come from its own registers (`tl.gather`). The last of a sample's programs to finish
-(`_order`) takes the best of all. Everything is fp32 in a fixed order. Bytes: every X_l, ids and foreground once; 6
+all layers once. Tiles are [tokens, rows, columns] of the grid, both padded to powers of two: neighbours along an axis
+come from registers (`tl.gather`). The last of a sample's programs to finish (`_order`) takes the best of all.
+Everything is fp32 in a fixed order. Bytes: every X_l (a map finer than the grid twice), ids and foreground once; 6
 bytes a cell for every BLOCK_T tokens, written and read.
 """
 
@@ -24,12 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import MAX_ARGUMENTS, SegmentConfig, device_guard, segment_config
+from .._launch import SegmentConfig, device_guard, segment_config
 from ..segment import kernel_weights
 from ._order import announce, counters
-
-SHUFFLED = tl.constexpr(256)
-"""Places along an axis up to which neighbours come from registers: beyond, a thread holds too many for shuffles."""
 
 
 @triton.jit
@@ -46,43 +44,25 @@ def three_taps(before, here, after, edge):
 
 
 @triton.jit
-def beside(values, before, after, scratch, AXIS: tl.constexpr):
-    """values [A, B] at two other places along AXIS, index [1, B] or [A, 1]: from registers up to `SHUFFLED` places,
-    else through `scratch` [A, B], this program's own."""
-    if values.shape[AXIS] <= SHUFFLED:
-        first = tl.gather(values, tl.broadcast_to(before, values.shape), AXIS)
-        second = tl.gather(values, tl.broadcast_to(after, values.shape), AXIS)
-    else:
-        row = tl.arange(0, values.shape[0])[:, None]
-        column = tl.arange(0, values.shape[1])[None, :]
-        width: tl.constexpr = values.shape[1]
-        tl.debug_barrier()  # others may still read what was there before
-        tl.store(scratch + row * width + column, values)
-        tl.debug_barrier()
-        if AXIS == 1:
-            first = tl.load(scratch + row * width + before)
-            second = tl.load(scratch + row * width + after)
-        else:
-            first = tl.load(scratch + before * width + column)
-            second = tl.load(scratch + after * width + column)
-    return first, second
+def _along(SIZE: tl.constexpr, AXIS: tl.constexpr):
+    """0, 1, ... along one axis of three."""
+    place = tl.arange(0, SIZE)
+    return place[None, :, None] if AXIS == 1 else place[None, None, :]
 
 
 @triton.jit
-def smoothed_cells(values, y, x, edge, scratch, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
-    """3x3 Gaussian of maps [T, S] at the cells y, x [1, S]: along x first, as the torch implementation does it."""
-    last: tl.constexpr = values.shape[1] - 1  # beyond the last cell any other one will do
-    row = y * GRID_W
-    left, right = beside(
-        values, tl.minimum(row + reflect(x - 1, GRID_W), last), tl.minimum(row + reflect(x + 1, GRID_W), last),
-        scratch, 1,
-    )  # fmt: skip
-    level = three_taps(left, values, right, edge)
-    above, below = beside(
-        level, tl.minimum(reflect(y - 1, GRID_H) * GRID_W + x, last),
-        tl.minimum(reflect(y + 1, GRID_H) * GRID_W + x, last), scratch, 1,
-    )  # fmt: skip
-    return three_taps(above, level, below, edge)
+def _taken(values, index, AXIS: tl.constexpr):
+    """values [T, H, W] at `index` along AXIS, which has one index for every place there: shuffles within a warp."""
+    return tl.gather(values, tl.broadcast_to(tl.minimum(index, values.shape[AXIS] - 1), values.shape), AXIS)
+
+
+@triton.jit
+def _smoothed(values, edge, LENGTH: tl.constexpr, AXIS: tl.constexpr):
+    """values [T, H, W], LENGTH of which count along AXIS, with their neighbours there."""
+    place = _along(values.shape[AXIS], AXIS)
+    before = _taken(values, reflect(place - 1, LENGTH), AXIS)
+    after = _taken(values, reflect(place + 1, LENGTH), AXIS)
+    return three_taps(before, values, after, edge)
 
 
 @triton.jit
@@ -106,53 +86,77 @@ def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
+def _between(values, index, LENGTH: tl.constexpr, TARGET: tl.constexpr, AXIS: tl.constexpr):
+    """values [T, H, W], LENGTH of which count along AXIS, resized to TARGET."""
+    low, high, upper = _source(index, LENGTH, TARGET)
+    return (1.0 - upper) * _taken(values, low, AXIS) + upper * _taken(values, high, AXIS)
+
+
+@triton.jit
 def _resized(
-    maps, index, y, x, used, valid, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr
+    maps, number, used, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Numbers `index` [T, 1] of the H x W maps at the grid's cells y, x [1, S]: [T, S] in fp32, 0 where not `used`
-    [T, 1]. A map smaller than a grid of up to `SHUFFLED` cells is read once; of others, four neighbours are read."""
-    base = maps + index * (H * W)
-    mask = used & valid  # [T, S]
+    """Maps `number` [T, 1, 1] of the H x W ones at the grid's cells: [T, BLOCK_H, BLOCK_W] in fp32, 0 where not `used`
+    [T, 1, 1] or beyond the grid. A map no larger than a block is read once; of others, four neighbours are read."""
+    y = _along(BLOCK_H, 1)
+    x = _along(BLOCK_W, 2)
+    base = maps + number * (H * W)
+    inside = used & (y < GRID_H) & (x < GRID_W)
     if H == GRID_H and W == GRID_W:
-        value = tl.load(base + y * W + x, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(base + y * W + x, mask=inside, other=0.0).to(tl.float32)
+    elif H <= BLOCK_H and W <= BLOCK_W:
+        value = tl.load(base + y * W + x, mask=used & (y < H) & (x < W), other=0.0).to(tl.float32)
+        value = _between(_between(value, x, W, GRID_W, 2), y, H, GRID_H, 1)
     else:
         y0, y1, fy = _source(y, H, GRID_H)
         x0, x1, fx = _source(x, W, GRID_W)
-        if H * W <= mask.shape[1] and mask.shape[1] <= SHUFFLED:  # noqa: SIM300
-            place = tl.arange(0, mask.shape[1])[None, :]
-            whole = tl.load(base + place, mask=used & (place < H * W), other=0.0).to(tl.float32)
-            a, b = beside(whole, y0 * W + x0, y0 * W + x1, maps, 1)
-            c, d = beside(whole, y1 * W + x0, y1 * W + x1, maps, 1)
-        else:
-            a = tl.load(base + y0 * W + x0, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(base + y0 * W + x1, mask=mask, other=0.0).to(tl.float32)
-            c = tl.load(base + y1 * W + x0, mask=mask, other=0.0).to(tl.float32)
-            d = tl.load(base + y1 * W + x1, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(base + y0 * W + x0, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(base + y0 * W + x1, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(base + y1 * W + x0, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(base + y1 * W + x1, mask=inside, other=0.0).to(tl.float32)
         value = (1.0 - fy) * ((1.0 - fx) * a + fx * b) + fy * ((1.0 - fx) * c + fx * d)
     return value
 
 
 @triton.jit
+def _mean(values, weight):
+    """[T, 1, 1]; `weight` [1, H, W] is 0 beyond the grid."""
+    return tl.sum(tl.sum(values * weight, 2), 1)[:, None, None]
+
+
+@triton.jit
+def _pointer(layers, index, COUNT: tl.constexpr):
+    """The index-th of COUNT pointers: a loop over layers in the place of unrolled code."""
+    chosen = layers[0]
+    for other in tl.static_range(1, COUNT):
+        chosen = tl.where(index == other, layers[other], chosen)
+    return chosen
+
+
+@triton.jit
 def _start_contrast(
-    starts, counts, sample, y, x, valid, weight,
-    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    starts, sample, weight, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """a of the module's formula at all cells, before G: [1, S]."""
-    contrast = tl.zeros(x.shape, tl.float32)
+    """a of the module's formula at all cells, before G: [1, H, W]."""
+    contrast = tl.zeros(weight.shape, tl.float32)
     channels: tl.constexpr = 2 if PAIRED else 1
+    number = sample * channels + tl.arange(0, 1)[:, None, None]
     for group in tl.static_range(GROUPS):
-        for layer in tl.range(0, counts[group]):
-            image = (layer * tl.num_programs(1) + sample) * channels + tl.arange(0, 1)[:, None]
+        for layer in tl.range(0, COUNTS[group]):
+            maps = _pointer(starts[group], layer, COUNTS[group])
             a = _resized(
-                starts[group], image, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
-            )
-            m = tl.sum(a * weight, 1)[:, None]
+                maps, number, number >= 0, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W,
+                weight.shape[1], weight.shape[2],
+            )  # fmt: skip
+            m = _mean(a, weight)
             if PAIRED:
                 b = _resized(
-                    starts[group], image + 1, y, x, image >= 0, valid, SIZES[2 * group], SIZES[2 * group + 1],
-                    GRID_H, GRID_W,
+                    maps, number + 1, number >= 0, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W,
+                    weight.shape[1], weight.shape[2],
                 )  # fmt: skip
-                n = tl.sum(b * weight, 1)[:, None]
+                n = _mean(b, weight)
                 contrast += (a - m) / m - (b - n) / n
             else:
                 contrast += (a - m) / (m * (1.0 - m))
@@ -161,62 +165,63 @@ def _start_contrast(
 
 @triton.jit
 def segment_cells(
-    maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample, part,
-    tokens, layers, edge,
-    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers, edge,
+    GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
+    PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
     the foreground. Returns whether all other programs of the sample are done: then `winners` can be asked."""
     CELLS: tl.constexpr = GRID_H * GRID_W
-    cell = tl.arange(0, BLOCK_S)
-    valid = cell[None, :] < CELLS  # [1, BLOCK_S]
-    y = tl.minimum(cell // GRID_W, GRID_H - 1)[None, :]
-    x = (cell % GRID_W)[None, :]
+    y = _along(BLOCK_H, 1)
+    x = _along(BLOCK_W, 2)
+    valid = (y < GRID_H) & (x < GRID_W)  # [1, BLOCK_H, BLOCK_W]
+    cell = y * GRID_W + x
     weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS
     weight = tl.where(valid, weight, 0.0)
     parts = tl.cdiv(tokens, BLOCK_T)
-    scratch += (sample * (parts + 1) + part) * (BLOCK_T * BLOCK_S)
     if part == parts:
-        contrast = _start_contrast(starts, counts, sample, y, x, valid, weight, GROUPS, SIZES, GRID_H, GRID_W, PAIRED)
-        contrast = smoothed_cells(contrast, y, x, edge, scratch, GRID_H, GRID_W)
-        tl.store(foreground_out + sample * CELLS + cell[None, :], contrast < -1e-6 * layers, mask=valid)
+        contrast = _start_contrast(starts, sample, weight, GROUPS, COUNTS, SIZES, GRID_H, GRID_W, PAIRED)
+        contrast = _smoothed(_smoothed(contrast, edge, GRID_W, 2), edge, GRID_H, 1)
+        tl.store(foreground_out + sample * CELLS + cell, contrast < -1e-6 * layers, mask=valid)
     else:
-        token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [BLOCK_T, 1]
+        token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
         allowed = token < tokens
-        score = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        score = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_W], tl.float32)
         for group in tl.static_range(GROUPS):
-            for layer in tl.range(0, counts[group]):
-                image = (layer * tl.num_programs(1) + sample) * tokens + token
+            for layer in tl.range(0, COUNTS[group]):
                 r = _resized(
-                    maps[group], image, y, x, allowed, valid, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W
-                )  # [BLOCK_T, BLOCK_S]
-                score += r / (tl.sum(r * weight, 1)[:, None] + 1e-8)
-        score = smoothed_cells(score, y, x, edge, scratch, GRID_H, GRID_W)
+                    _pointer(maps[group], layer, COUNTS[group]), sample * tokens + token, allowed,
+                    SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W, BLOCK_H, BLOCK_W,
+                )  # fmt: skip
+                score += r / (_mean(r, weight) + 1e-8)
+        score = _smoothed(_smoothed(score, edge, GRID_W, 2), edge, GRID_H, 1)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
-        best = tl.max(score, 0)
+        best = tl.max(score, 0, keep_dims=True)
         # Lowest index of the maximum: the same on every device, unlike the order of an argmax reduction.
-        winner = tl.min(tl.where(score == best[None, :], token, tokens), 0)
+        winner = tl.min(tl.where(score == best, token, tokens), 0, keep_dims=True)
         at = (sample * parts + part) * CELLS + cell
-        tl.store(best_parts + at, best, mask=cell < CELLS)
-        tl.store(id_parts + at, winner.to(id_parts.dtype.element_ty), mask=cell < CELLS)
+        tl.store(best_parts + at, best, mask=valid)
+        tl.store(id_parts + at, winner.to(id_parts.dtype.element_ty), mask=valid)
     return announce(counters + sample) == parts
 
 
 @triton.jit
 def winners(
     best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens,
-    CELLS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_S], from all parts; the lowest token wins a
-    tie. Stores the ids and sets the counter back."""
-    cell = tl.arange(0, BLOCK_S)
-    valid = cell < CELLS
+    """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_H, BLOCK_W], from all parts; the lowest token
+    wins a tie. Stores the ids and sets the counter back."""
+    CELLS: tl.constexpr = GRID_H * GRID_W
+    y = tl.arange(0, BLOCK_H)[:, None]
+    x = tl.arange(0, BLOCK_W)[None, :]
+    valid = (y < GRID_H) & (x < GRID_W)
+    cell = y * GRID_W + x
     parts = tl.cdiv(tokens, BLOCK_T)
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    ids = tl.zeros([BLOCK_S], tl.int32)
+    best = tl.full([BLOCK_H, BLOCK_W], float("-inf"), tl.float32)
+    ids = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
     for part in tl.range(0, parts):
         at = (sample * parts + part) * CELLS + cell
         score = tl.load(best_parts + at, mask=valid, other=0.0)
@@ -230,52 +235,43 @@ def winners(
 
 @triton.jit
 def segment_kernel(
-    maps, starts, counts, token_mask, best_parts, id_parts, ids_out, foreground_out, scratch, counters, tokens, layers,
-    edge,
-    GROUPS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr, PAIRED: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
+    GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
+    PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
-        maps, starts, counts, token_mask, best_parts, id_parts, foreground_out, scratch, counters, sample,
-        tl.program_id(0), tokens, layers, edge, GROUPS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_S,
+        maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0), tokens,
+        layers, edge, GROUPS, COUNTS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_H, BLOCK_W,
     ):  # fmt: skip
         winners(
-            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H * GRID_W, BLOCK_T, BLOCK_S
-        )
+            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H, GRID_W,
+            BLOCK_T, BLOCK_H, BLOCK_W,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Layers as the kernel takes them: the maps of every group one after another in memory, their number and size."""
+    """Layers as the kernel takes them, those of one size and dtype together, and the size of each group."""
 
-    tokens: tuple[torch.Tensor, ...]
-    start: tuple[torch.Tensor, ...]
-    counts: tuple[int, ...]
+    tokens: tuple[tuple[torch.Tensor, ...], ...]
+    start: tuple[tuple[torch.Tensor, ...], ...]
     sizes: tuple[int, ...]
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.tokens, self.start, self.counts
-
-    @property
-    def layers(self) -> int:
-        return sum(self.counts)
+    def counts(self) -> tuple[int, ...]:
+        return tuple(map(len, self.tokens))
 
 
 def grouped(tokens: Sequence[torch.Tensor], start: Sequence[torch.Tensor], sizes: Sequence[int]) -> Groups:
-    """Every layer is a group, up to `MAX_ARGUMENTS`; more are put together in memory, those of one size and dtype: a
-    copy, and a loop in the place of more arguments and unrolled code."""
-    if len(tokens) <= MAX_ARGUMENTS:
-        return Groups(tuple(tokens), tuple(start), (1,) * len(tokens), tuple(sizes))
+    """Every layer is an argument of its own; the kernel loops over the layers of a group."""
     members: dict[Any, list[int]] = {}
     for index, (layer, own) in enumerate(zip(tokens, start, strict=True)):
         key = (sizes[2 * index], sizes[2 * index + 1], layer.dtype, own.dtype)
         members.setdefault(key, []).append(index)
     return Groups(
-        tuple(torch.stack([tokens[index] for index in group]) for group in members.values()),
-        tuple(torch.stack([start[index] for index in group]) for group in members.values()),
-        tuple(map(len, members.values())),
+        tuple(tuple(tokens[index] for index in group) for group in members.values()),
+        tuple(tuple(start[index] for index in group) for group in members.values()),
         tuple(length for key in members for length in key[:2]),
     )
 
@@ -286,36 +282,23 @@ def empty_regions(batch: int, h: int, w: int, device: torch.device) -> tuple[tor
     return ids, torch.empty((batch, h, w), dtype=torch.bool, device=device)
 
 
-def empty_neighbours(programs: int, width: int, config: SegmentConfig, device: torch.device) -> torch.Tensor:
-    """Scratch of `beside` for `width` values of every cell; one element where registers will do."""
-    size = programs * width * config.block_s if config.block_s > SHUFFLED.value else 1
-    return torch.empty(size, dtype=torch.float32, device=device)
-
-
 def empty_parts(
-    batch: int, tokens: int, cells: int, config: SegmentConfig, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Scratch: best score and token of every part and cell, and what `beside` needs. And how many parts there are."""
-    parts = triton.cdiv(tokens, config.block_t)
+    batch: int, tokens: int, cells: int, block_t: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scratch: best score and token of every part and cell. And how many parts there are."""
+    parts = triton.cdiv(tokens, block_t)
     best = torch.empty((batch, parts, cells), dtype=torch.float32, device=device)
-    winner = torch.empty((batch, parts, cells), dtype=torch.int16, device=device)
-    return best, winner, empty_neighbours(batch * (parts + 1), config.block_t, config, device), parts
+    return best, torch.empty((batch, parts, cells), dtype=torch.int16, device=device), parts
 
 
-def map_constants(
-    start: Sequence[torch.Tensor], sizes: Sequence[int], token_mask: torch.Tensor | None, config: SegmentConfig
-) -> dict[str, Any]:
-    """Constants of `segment_cells` but for the grid, and the launch options."""
+def map_constants(groups: Groups, token_mask: torch.Tensor | None) -> dict[str, Any]:
+    """Constants of `segment_cells` but for the grid and its tiles."""
     return {
-        "GROUPS": len(sizes) // 2,
-        "SIZES": tuple(sizes),
-        "PAIRED": start[0].dim() == 3,
+        "GROUPS": len(groups.counts),
+        "COUNTS": groups.counts,
+        "SIZES": groups.sizes,
+        "PAIRED": groups.start[0][0].dim() == 3,
         "MASKED": token_mask is not None,
-        "BLOCK_T": config.block_t,
-        "BLOCK_S": config.block_s,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": False,
     }
 
 
@@ -335,12 +318,14 @@ def launch(
     ids, foreground = empty_regions(batch, h, w, device)
     if batch == 0:
         return ids, foreground
-    config = config or segment_config(h * w)
+    config = config or segment_config(h, w)
     groups = grouped(tokens, start, sizes)
-    best, winner, scratch, parts = empty_parts(batch, count, h * w, config, device)
+    best, winner, parts = empty_parts(batch, count, h * w, config.block_t, device)
     with device_guard(device), counters(device, batch) as zeros:
         segment_kernel[(parts + 1, batch)](
-            *groups.arguments, token_mask, best, winner, ids, foreground, scratch, zeros, count, groups.layers,
-            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, **map_constants(start, groups.sizes, token_mask, config),
+            groups.tokens, groups.start, token_mask, best, winner, ids, foreground, zeros, count, len(tokens),
+            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, BLOCK_T=config.block_t, BLOCK_H=config.block_h,
+            BLOCK_W=config.block_w, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+            **map_constants(groups, token_mask),
         )  # fmt: skip
     return ids, foreground

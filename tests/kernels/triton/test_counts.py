@@ -28,11 +28,11 @@ def test_ratios() -> None:
     }
     counted = Count(("a", "b"), 256, traffic, 30, 20, 300)
     assert counted.moved == 32 * 22 and counted.touched == 256
-    assert counted.moved_without_sharing == 256
+    assert counted.moved_once({"k"}) == 256 and counted.moved_once({"q"}) == counted.moved
     assert counted.reread() == {"k": 8.0}
     case = simulated.Case("op", "sizes", lambda: ((), {}), scores=60, values=60, sweeps=2)
     cells = simulated.row(case, 80, counted)
-    assert cells == ("op/sizes", "80", "2", "0.000", "2.75", "1.00", "1.00", "k 8x", "1.50", "2.50", "1.67")
+    assert cells == ("op/sizes", "80", "2", "0.000", "2.75", "1.00", "1.00", "1.00", "k 8x", "1.50", "2.50", "1.67")
     assert simulated.table([cells]).splitlines()[2].startswith("| op/sizes | 80 | 2 |")
 
 

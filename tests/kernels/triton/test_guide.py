@@ -8,6 +8,8 @@ import pytest
 import torch
 from ptxsim import simulated
 from scfg_kernels import guide
+from scfg_kernels._launch import GuideConfig
+from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
 from tests.kernels.cases import by_name
@@ -20,11 +22,14 @@ CASES = {
     "channels-last": ((1, 16, 8, 12), torch.float32, "channels_last", 5.0, {"rate_max": None, "max_scale": None}),
     "paper": ((1, 4, 8, 8), torch.float32, "contiguous", 7.5, {"fidelity": "paper", "blur_sigma": 0.0}),
     "unconditional": ((1, 4, 8, 8), torch.float16, "contiguous", 7.5, {"rewrite": "unconditional"}),
-    "whole-image": ((1, 3, 5, 10), torch.float32, "contiguous", 7.5, {"benchmark": "image"}),
+    "whole-image": ((2, 3, 17, 22), torch.float32, "contiguous", 7.5, {"benchmark": "image"}),
     "cells-of-three": ((1, 3, 7, 10), torch.float32, "contiguous", 7.5, {"cell": 3}),
     "rescaled": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
-    "rescaled-ragged": ((2, 3, 13, 18), torch.float32, "sliced", torch.tensor([7.5, 3.0]), {"rescale": 1.0}),
-    "rescaled-several-blocks": ((1, 2, 36, 40), torch.bfloat16, "channels_last", 7.5, {"rescale": 0.3}),
+    "rescaled-ragged": ((2, 3, 29, 34), torch.float32, "sliced", torch.tensor([7.5, 3.0]), {"rescale": 1.0}),
+    "rescaled-channels-last": ((1, 2, 36, 40), torch.bfloat16, "channels_last", 7.5, {"rescale": 0.3}),
+    "more-than-registers": ((1, 4, 132, 60), torch.float32, "sliced", 7.5, {}),
+    "more-than-registers-rescaled": ((1, 16, 65, 67), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
+    "more-than-1024-cells": ((1, 1, 37, 66), torch.float32, "contiguous", 7.5, {"cell": 1}),
 }
 
 
@@ -107,13 +112,34 @@ def test_the_order_of_the_warps_changes_nothing(rng, rescale):
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 
-def test_only_rescaling_reads_the_predictions_a_third_time(rng):
-    inputs = random_inputs(rng, (1, 4, 16, 24), torch.float16, "contiguous", 4)
-    for rescale, times in ((0.0, 2), (0.7, 3)):
-        call = functools.partial(guide, *inputs, 7.5, num_tokens=5, rescale=rescale, backend="triton")
-        _, (launch,) = run(80, call)
+TILES = {
+    # name: (channels, rows of cells, lines of each) of a tile
+    "rows-of-cells": (4, 2, 4),
+    "one-channel": (1, 1, 4),
+    "some-lines": (2, 1, 2),
+}
+
+
+@pytest.mark.parametrize(("block_c", "rows", "lines"), **by_name(TILES))
+@pytest.mark.parametrize(
+    ("rewrite", "rescale", "times"), [("guided", 0.0, 2), ("guided", 0.7, 3), ("unconditional", 0.0, 2)]
+)
+def test_tiles_give_what_registers_give(rng, block_c, rows, lines, rewrite, rescale, times):
+    """Predictions that fit in registers are read once; in tiles, once for the norms, once for the spreads, and once for
+    the result."""
+    inputs = random_inputs(rng, (1, 4, 14, 22), torch.float32, "contiguous", 4)
+    options = (5, 4, 0.8, 3.0, 15.0, 0.5, "official", rewrite, rescale, "foreground")
+    found = []
+    for held, tile in ((True, (4, 4, 4)), (False, (block_c, rows, lines))):
+        config = GuideConfig(1, 1, 4, 4, 8, held, *tile)
+        call = functools.partial(KERNELS["guide"], *inputs, torch.tensor(7.5), *options, config)
+        results, (launch,) = run(80, call)
+        found.append(results)
         for name, x in zip(("uncond", "cond"), inputs, strict=False):
-            assert launch.counters.traffic[name].load_bytes == times * x.numel() * x.element_size()
+            assert launch.counters.traffic[name].load_bytes == (1 if held else times) * 4 * x.numel()
+    (result, rate), (other_result, other_rate) = found
+    torch.testing.assert_close(other_rate, rate, rtol=1e-6, atol=0)
+    torch.testing.assert_close(other_result, result, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fidelity", ["official", "paper"])

@@ -56,7 +56,7 @@ def test_fewer_pixels_at_a_time_give_the_same(rng, rewrite, rescale):
     u, c = random_inputs(rng, (2, 4, 13, 25))
     scale, options = torch.tensor([7.5, 3.0]), (0.5, 1.5, rewrite, rescale)
     expected = guide_pixels(u, c, scale, rate_min=0.5, rate_max=1.5, rewrite=rewrite, rescale=rescale)
-    for config in (PixelConfig(4, 1, block_p=128), PixelConfig(1, 2, block_p=256), PixelConfig(8, 1, block_p=1024)):
+    for config in (PixelConfig(4, 1, False, 4, 128), PixelConfig(1, 2, False, 8, 256), PixelConfig(8, 1, True, 4, 512)):
         call = functools.partial(KERNELS["guide_pixels"], u, c, scale, *options, config)
         (result, rate), _ = run(80, call)
         torch.testing.assert_close(rate, expected[1], rtol=1e-6, atol=0)
@@ -102,15 +102,22 @@ def test_the_order_of_the_warps_changes_nothing(rng, rescale):
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 
-def test_bytes_and_no_atomics(rng):
+@pytest.mark.parametrize(
+    ("rescale", "tiles", "times"),
+    [(0.0, None, 1), (0.7, None, 1), (0.0, (False, 4, 64), 2), (0.7, (False, 4, 64), 4)],
+)
+def test_bytes_and_no_atomics(rng, rescale, tiles, times):
+    """Predictions that fit in registers are read once."""
     u, c = random_inputs(rng, (1, 4, 16, 24), torch.float16)
-    for rescale, times in ((0.0, 2), (0.7, 3)):
-        call = functools.partial(guide_pixels, u, c, 7.5, rescale=rescale, backend="triton")
-        _, (launch,) = run(80, call)
-        traffic = launch.counters.traffic
-        assert traffic["uncond"].load_bytes == traffic["cond"].load_bytes == times * 2 * u.numel()
-        assert traffic["result"].store_bytes == 2 * u.numel() and traffic["rate_out"].store_bytes == u.numel()
-        assert launch.counters.atomics == 0
+    config = PixelConfig(1, 1, *tiles) if tiles else None
+    call = functools.partial(
+        KERNELS["guide_pixels"], u, c, torch.tensor(7.5), 0.5, 1.5, "guided", rescale, config
+    )  # fmt: skip
+    _, (launch,) = run(80, call)
+    traffic = launch.counters.traffic
+    assert traffic["uncond"].load_bytes == traffic["cond"].load_bytes == times * 2 * u.numel()
+    assert traffic["result"].store_bytes == 2 * u.numel() and traffic["rate_out"].store_bytes == u.numel()
+    assert launch.counters.atomics == 0
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])

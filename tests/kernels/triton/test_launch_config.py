@@ -14,8 +14,10 @@ from scfg_kernels._launch import (
     complete_config,
     complete_limits,
     flash_config,
+    guide_config,
     guide_limits,
     head_widths,
+    next_power_of_2,
     pixel_config,
     pixel_limits,
     propagate_config,
@@ -118,26 +120,63 @@ def test_complete_has_the_most_rows_that_leave_programs_enough(conditional, n, r
     assert (config.block_m, config.block_t) == (rows, (64, 16))
 
 
-@pytest.mark.parametrize("cells", [1, 64, 100, 256, 1024])
-def test_segment_holds_all_cells(cells):
-    config = segment_config(cells)
-    assert cells <= config.block_s <= max(64, 2 * cells)
-    assert config.block_t * config.block_s <= 32 * 32 * config.num_warps, "at most 32 scores per thread"
-    assert config.block_t >= 4
+@pytest.mark.parametrize(
+    ("h", "w", "tokens"), [(1, 1, 16), (8, 8, 16), (16, 16, 16), (13, 25, 16), (32, 32, 8), (64, 64, 2), (80, 48, 1)]
+)
+def test_segment_holds_all_cells(h, w, tokens):
+    config = segment_config(h, w)
+    assert h <= config.block_h < 2 * h and w <= config.block_w < 2 * w
+    assert config.block_t == tokens
+    assert config.block_t * config.block_h * config.block_w <= 32 * 32 * config.num_warps, "32 scores per thread"
 
 
-@pytest.mark.parametrize("pixels", [1, 63, 256, 300, 4096, 4097, 16384])
-def test_pixels_are_eight_a_thread(pixels):
-    config = pixel_config(pixels)
-    assert config.block_p == 8 * 32 * config.num_warps
-    assert config.num_warps <= 16, "more than 512 threads leave each too few registers"
-    assert config.block_p <= max(256, 2 * pixels - 1), "no block without a pixel"
-    assert config.block_p >= min(pixels, 4096)
+@pytest.mark.parametrize(
+    ("prediction", "cell", "itemsize", "held", "warps"),
+    [
+        ((4, 64, 64), 4, 2, True, 8),
+        ((4, 64, 64), 4, 4, True, 16),
+        ((4, 65, 97), 4, 2, False, 8),
+        ((16, 64, 64), 4, 2, False, 8),
+        ((4, 128, 128), 4, 2, False, 8),
+        ((4, 256, 256), 4, 2, False, 8),
+        ((4, 512, 256), 4, 2, False, 8),
+        ((4, 64, 64), 1, 2, True, 8),
+        ((4, 512, 512), 64, 2, False, 8),
+        ((3, 1, 1), 4, 4, True, 8),
+    ],
+)
+def test_guide_holds_predictions_of_at_most_half_the_registers(prediction, cell, itemsize, held, warps):
+    config = guide_config(*prediction, cell, itemsize)
+    assert (config.held, config.num_warps) == (held, warps)
+    pixels = config.rows * config.lines * config.block_w * next_power_of_2(cell)
+    if held:
+        assert config.block_c >= prediction[0] and config.rows == config.block_h and config.lines >= cell
+        assert 2 * config.block_c * pixels * itemsize <= 128 * 1024
+    else:
+        assert config.block_c * pixels <= 32 * 32 * config.num_warps, "32 values of a prediction per thread"
+        assert config.rows == 1 or config.lines >= cell, "several rows of cells only if they are whole"
+
+
+@pytest.mark.parametrize(
+    ("channels", "pixels", "itemsize", "held", "warps"),
+    [
+        (4, 4096, 2, True, 8),
+        (4, 4096, 4, True, 16),
+        (4, 16384, 2, False, 8),
+        (16, 4097, 2, False, 8),
+        (1, 1, 4, True, 8),
+    ],
+)
+def test_pixels_are_held_up_to_half_the_registers(channels, pixels, itemsize, held, warps):
+    config = pixel_config(channels, pixels, itemsize)
+    assert (config.held, config.num_warps, config.block_c) == (held, warps, channels)
+    values = config.block_c * config.block_p
+    assert config.block_p >= pixels and 2 * values * itemsize <= 128 * 1024 if held else values == 8192
 
 
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        segment_config(64).block_t = 1
+        segment_config(8, 8).block_t = 1
 
 
 def test_every_limit_of_attention_is_listed():
@@ -171,14 +210,13 @@ def test_limits_of_the_other_operators():
     s, c = torch.zeros(2, 4, 4, dtype=torch.float64), torch.zeros(2, 3, 4).mT
     assert len(complete_limits(s, c)) == 2 and complete_limits(s.float(), c.contiguous()) == []
     x = torch.zeros(1, 3, 4)
-    assert segment_limits([x], [x[:, 0]], None, 4) == []
-    assert len(segment_limits([x.double().mT] * 17, [x[:, 0]] * 17, None, 5000)) == 3
+    assert segment_limits([x] * 192, [x[:, 0]] * 192, None, 64, 128) == []
+    assert len(segment_limits([x.double().mT] * 193, [x[:, 0]] * 193, None, 128, 65)) == 4
+    assert len(segment_limits([x], [x[:, 0]], None, 4, 257)) == 1
     many = torch.zeros(1, 2**15, 1)
-    assert segment_limits([many], [many[:, 0]], None, 1) == ["32768 tokens exceed 32767"]
-    assert guide_limits(x, 4) == [] and len(guide_limits(x.double(), 5000)) == 2
-    x = torch.zeros(1, 1, 128, 128)
-    assert pixel_limits(x) == []
-    assert pixel_limits(x.double().expand(2, 3, 128, 128)) == [
-        "the kernel computes in fp32, fp64 needs the torch implementation"
-    ]
-    assert pixel_limits(torch.zeros(1, 1, 128, 129)) == ["16512 pixels exceed 16384"]
+    assert segment_limits([many], [many[:, 0]], None, 1, 1) == ["32768 tokens exceed 32767"]
+    x = torch.zeros(1, 1, 1, 1).expand(2, 257, 256, 512)
+    assert guide_limits(x, 4) == [] == pixel_limits(x[:, :256])
+    assert len(guide_limits(x.double(), 3)) == 2
+    assert pixel_limits(x[:, :4].double()) == ["the kernel computes in fp32, fp64 needs the torch implementation"]
+    assert pixel_limits(x) == ["257 channels exceed 256"]

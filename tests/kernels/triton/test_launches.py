@@ -33,11 +33,16 @@ BLOCKS = 6
 SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept_counters() -> None:
+    """Made once per process."""
+    with counters(torch.device("cpu"), 1):
+        pass
+
+
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     """At SD 1.5's own latents, so that 16x16 and 8x8 are captured, and in a dtype that the attention kernels take."""
-    with counters(torch.device("cpu"), 1):
-        pass  # made once per process
     return tiny_sd_pipeline(sample_size=64, dtype=torch.bfloat16)
 
 
@@ -109,6 +114,18 @@ def test_a_layer_that_holds_queries_and_keys_adds_two() -> None:
     assert (triton["propagate"], triton["complete"], triton["segment_and_guide"]) == (2, BLOCKS, 1)
     assert added == 2 + BLOCKS + 1
     assert others == {"aten::full": 1, "aten::lerp": 1, "aten::clone": 2}
+
+
+def test_sixty_layers_are_found_and_guided_in_one_launch_without_a_copy() -> None:
+    """As many as Stable Diffusion XL has at 32x32: torch launches nothing, it allocates the results and scratch."""
+    rng = torch.Generator().manual_seed(4)
+    maps = [random_maps(rng, 1, 1024, 77).mT.contiguous() for _ in range(60)]
+    regions = maps, [x[:, 0].contiguous() for x in maps], [(32, 32)] * 60, (32, 32)
+    uncond, cond = torch.randn(2, 1, 4, 128, 128, generator=rng).half()
+    with recorded("sm_80") as launches, CountOps() as counter:
+        ops.segment_and_guide(*regions, uncond, cond, torch.tensor(7.5), backend="triton")
+    assert [launch.kernel for launch in launches] == ["segment_and_guide_kernel"]
+    assert not +counter.counts.inside
 
 
 def test_rates_per_pixel_add_one(pipe) -> None:

@@ -17,8 +17,10 @@ CASES = {
     "masked-unsmoothed": (2, 7, [(6, 7)], (6, 7), 0.0, True, torch.float32, 1),
     "one-row": (1, 5, [(1, 4), (2, 2)], (1, 4), 0.5, False, torch.float32, 1),
     "finer-than-the-grid": (1, 5, [(7, 9)], (4, 5), 0.5, False, torch.float32, 1),
-    "more-layers-than-arguments": (2, 7, [(3, 4)] * 9 + [(6, 7)] * 8, (6, 7), 0.5, True, torch.float32, 2),
-    "neighbours-through-scratch": (2, 11, [(17, 16), (9, 8)], (17, 16), 0.5, False, torch.float32, 1),
+    "seventeen-layers": (2, 7, [(3, 4)] * 9 + [(6, 7)] * 8, (6, 7), 0.5, True, torch.float32, 2),
+    "wide": (1, 5, [(3, 140), (2, 70)], (3, 140), 0.5, False, torch.float32, 1),
+    "more-than-256-cells": (2, 11, [(17, 16), (9, 8)], (17, 16), 0.5, False, torch.float32, 1),
+    "more-than-1024-cells": (1, 3, [(63, 66), (32, 33)], (63, 66), 0.5, False, torch.float32, 1),
     "half": (1, 5, [(4, 4)], (4, 4), 0.5, False, torch.float16, 1),
 }
 
