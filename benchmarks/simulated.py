@@ -173,6 +173,7 @@ def _cases() -> Iterator[Case]:
     yield _complete("sdxl-32x32", 1024)
     yield _regions("segment", "sd15", 64, [16] * 5 + [8])
     yield _guide("sd15", 64)
+    yield _guide("sdxl", 128)
     yield _regions("segment_and_guide", "sd15", 64, [16] * 5 + [8])
     yield _regions("segment_and_guide", "1024cells-6layers", 128, [32] * 6)
     yield _regions("segment_and_guide", "sdxl-60layers", 128, [32] * 60)

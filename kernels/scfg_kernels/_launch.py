@@ -310,7 +310,7 @@ def propagate_config(
         num_stages=tiles.num_stages,
         block_m=rows_at_once,
         block_n=tiles.block_n,
-        map_n=min(tiles.map_n, 64),
+        map_n=min(tiles.map_n, 32),
         block_t=two_widths(min(columns, 128)),
         precision=tiles.precision,
     )

@@ -51,7 +51,7 @@ def cross_attention_map_kernel(
         if BLOCK_N2 > 0:
             mean2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
 
-    for first in tl.range(0, heads, HEADS):
+    for first in tl.range(0, HEADS if ONE_GROUP else heads, HEADS):
         head = first + tl.arange(0, HEADS)
         p1 = tl.zeros([HEADS, BLOCK_M, BLOCK_N1], tl.float32)
         if BLOCK_N2 > 0:
