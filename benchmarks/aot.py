@@ -464,7 +464,7 @@ def faults(case: Case, target: str, builds: Sequence[Build]) -> list[str]:
     for build in builds:
         loops = build.innermost_loads
         rules = {
-            f"{build.innermost_spills} spill instructions in innermost loops": build.innermost_spills > 0,
+            f"{build.loop_spills} spill instructions in loops": build.loop_spills > 0,
             f"{build.shared} bytes of shared memory, {limit} allowed": build.shared > limit,
             "no program fits on a multiprocessor": build.occupancy == 0,
             "no tensor-core instruction": case.dot and not build.matrix,

@@ -75,7 +75,7 @@ def build(committed: aot.Record) -> aot.Build:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"innermost_spills": 2}, "2 spill instructions in innermost loops"),
+        ({"loop_spills": 2}, "2 spill instructions in loops"),
         ({"shared": 98305}, "98305 bytes of shared memory, 98304 allowed"),
         ({"occupancy": 0.0}, "no program fits"),
         ({"matrix": ""}, "no tensor-core instruction"),
