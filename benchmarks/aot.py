@@ -101,6 +101,15 @@ def _complete(sizes: str, rows: int, fidelity: str = "official") -> Case:
     return Case("complete", sizes, torch.float32, call, vectors=True)
 
 
+def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
+    def call() -> Any:
+        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
+        cross = torch.empty(2, tokens, TOKENS)
+        return scfg_kernels.complete_from_qk(q, k, cross, unconditional=1, backend="triton")
+
+    return Case("complete_from_qk", sizes, dtype, call, dot=True)
+
+
 def _guidance(
     op: str, sizes: str, side: int, layers: Sequence[int], dtype: torch.dtype, channels: int = 4, masked: bool = False,
     lengths: tuple[int, int] | None = None, **options: Any,
@@ -169,6 +178,9 @@ def _cases() -> Iterator[Case]:
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-16x16-paper", 256, "paper")
     yield _complete("sdxl-32x32", 1024)
+    yield _complete_from_qk("sd15-64x64", 8, 4096, 40, half)
+    for dtype in (half, brain):
+        yield _complete_from_qk("sdxl-64x64", 10, 4096, 64, dtype)
     sd15 = [16] * 5 + [8]
     yield _guidance("segment", "sd15", 64, sd15, single)
     yield _guidance("guide", "sd15", 64, sd15, half)

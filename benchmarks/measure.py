@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from scfg_kernels.attention_map import _attention_map
 from scfg_kernels.complete import _complete
+from scfg_kernels.complete_from_qk import _complete_from_qk
 from scfg_kernels.cross_attention_map import _cross_attention_map
 from scfg_kernels.guide import _guide
 from scfg_kernels.guide_pixels import _guide_pixels
@@ -43,6 +44,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         "self_attention_map": _self_attention_map,
         "cross_attention_map": _cross_attention_map,
         "complete": _complete,
+        "complete_from_qk": _complete_from_qk,
         "propagate": _propagate,
         "segment": _segment,
         "guide": _guide,

@@ -132,6 +132,17 @@ def _complete(sizes: str, rows: int) -> Case:
     return Case("complete", sizes, make)
 
 
+def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int) -> Case:
+    """The unconditional sample has one column, the other TOKENS; every product forms the scores."""
+
+    def make() -> Arguments:
+        q, k = (_random(2, tokens, heads, head_dim).half().transpose(1, 2) for _ in range(2))
+        return (q, k, _random(2, tokens, TOKENS).softmax(-1)), {"unconditional": 1}
+
+    scores = 2 * 2 * heads * tokens * tokens * head_dim
+    return Case("complete_from_qk", sizes, make, scores, 2 * 2 * tokens * tokens * (TOKENS + 1), 3)
+
+
 def _predictions(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _random(1, 4, side, side).half(), _random(1, 4, side, side + 1)[..., :side].half().contiguous()
 
@@ -171,6 +182,7 @@ def _cases() -> Iterator[Case]:
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-8x8", 64)
     yield _complete("sdxl-32x32", 1024)
+    yield _complete_from_qk("sd15-16x16", 8, 256, 160)
     yield _regions("segment", "sd15", 64, [16] * 5 + [8])
     yield _guide("sd15", 64)
     yield _guide("sdxl", 128)

@@ -17,6 +17,7 @@ import scfg_kernels as ops
 import torch
 import torch.nn.functional as F
 from scfg_kernels.attention_map import attention_with_map
+from scfg_kernels.complete_from_qk import _complete_from_qk
 from scfg_kernels.guide_pixels import _guide_pixels
 from scfg_kernels.propagate import _propagate
 from scfg_kernels.segment_and_guide import _segment_and_guide
@@ -109,6 +110,8 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     if case.op == "complete":
         own, cross = _map(layer.rows, layer.rows, case, rng), _map(layer.rows, TOKENS, case, rng)
         return {"self_map": own, "cross_map": cross}
+    if case.op == "complete_from_qk":
+        return {**_qkv(layer, layer.rows, case, rng), "cross_map": _map(layer.rows, TOKENS, case, rng)}
     if case.op == "propagate":
         operands, columns = _qkv(layer, layer.rows, case, rng), _map(layer.rows, TOKENS, case, rng)
         return {**operands, "x": columns[: len(operands["q"])]}
@@ -156,6 +159,9 @@ def public_operator(op: str, x: Inputs, backend: str) -> Any:
         return getattr(ops, op)(x["q"], x["k"], x["v"], backend=backend)
     if op == "complete":
         return ops.complete(x["self_map"], x["cross_map"], unconditional=len(x["self_map"]) // 2, backend=backend)
+    if op == "complete_from_qk":
+        half = len(x["q"]) // 2
+        return ops.complete_from_qk(x["q"], x["k"], x["cross_map"], unconditional=half, backend=backend)
     if op == "segment":
         return ops.segment(x["tokens"], x["start"], x["sizes"], x["grid"], backend=backend)
     halves = x["uncond"], x["cond"]
@@ -168,6 +174,10 @@ def public_operator(op: str, x: Inputs, backend: str) -> Any:
     return ops.segment_and_guide(*maps, *halves, x["scale"], backend=backend)
 
 
+def _completed_by(self_map: torch.Tensor, x: Inputs) -> Any:
+    return ops.complete(self_map, x["cross_map"], unconditional=len(self_map) // 2, backend="torch")
+
+
 def _eager(op: str, x: Inputs) -> Any:
     if op == "step":
         return guided_step(x, _eager_attention, _eager_attention, "torch")
@@ -175,6 +185,8 @@ def _eager(op: str, x: Inputs) -> Any:
         return _eager_map(x["q"], x["k"])
     if op == "propagate":
         return _eager_map(x["q"], x["k"]) @ x["x"]
+    if op == "complete_from_qk":
+        return _completed_by(_eager_map(x["q"], x["k"]), x)
     if op.endswith("attention_map"):
         return _eager_attention(x["q"], x["k"], x["v"])
     return public_operator(op, x, "torch")
@@ -191,8 +203,18 @@ def _published_propagate(x: Inputs) -> torch.Tensor:
     return registry.OPERATORS["attention_map"].providers["literal"].run(x).float() @ x["x"]
 
 
+def _published_complete_from_qk(x: Inputs) -> Any:
+    self_map = registry.OPERATORS["attention_map"].providers["literal"].run(x).float()
+    return registry.OPERATORS["complete"].providers["literal"].run({**x, "self_map": self_map})
+
+
 def _twin_propagate(x: Inputs) -> torch.Tensor:
     return _propagate._init_fn(x["q"], x["k"], x["x"], x["q"].shape[3] ** -0.5, "torch")
+
+
+def _twin_complete_from_qk(x: Inputs) -> Any:
+    half, scale = len(x["q"]) // 2, x["q"].shape[3] ** -0.5
+    return _complete_from_qk._init_fn(x["q"], x["k"], x["cross_map"], half, "official", 4, scale, "torch")
 
 
 def _twin_segment_and_guide(x: Inputs) -> Any:
@@ -217,6 +239,8 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
     }
     if op == "segment_and_guide":
         calls["published"] = functools.partial(_published_segment_and_guide, x)
+    elif op == "complete_from_qk":
+        calls["published"] = functools.partial(_published_complete_from_qk, x)
     elif op == "propagate":
         calls["published"] = functools.partial(_published_propagate, x)
     elif op != "guide_pixels":  # which is not published code's
@@ -228,7 +252,8 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
 def compiled_way(case: Case, x: Inputs) -> Call:
     """`torch.compile` of the twin, not compiled yet."""
     twins = {
-        "propagate": _twin_propagate, "segment_and_guide": _twin_segment_and_guide, "guide_pixels": _twin_guide_pixels
+        "propagate": _twin_propagate, "complete_from_qk": _twin_complete_from_qk,
+        "segment_and_guide": _twin_segment_and_guide, "guide_pixels": _twin_guide_pixels,
     }  # fmt: skip
     if case.op in twins:
         return functools.partial(torch.compile(twins[case.op], dynamic=False, fullgraph=True), x)

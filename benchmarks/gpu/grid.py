@@ -76,7 +76,7 @@ class Case:
 
     def not_compiled(self) -> str:
         """Why torch.compile is left out; empty if it is not."""
-        unrolled = self.op.endswith("attention_map") or self.op in ("propagate", "step")
+        unrolled = self.op.endswith("attention_map") or self.op in ("propagate", "complete_from_qk", "step")
         if unrolled and max(layer.rows for layer in self.sizes.layers) >= UNROLLED_ROWS:
             return "torch.compile unrolls the loop over blocks of rows into hundreds of copies"
         return ""
@@ -95,6 +95,7 @@ def _per_batch(dtype: str, batch: int) -> Iterator[Case]:
     for label in ("sd15-16x16", "sdxl-32x32"):
         yield Case("attention_map", _one(label, layers[label]), batch, dtype)
     yield Case("propagate", _one("sdxl-64x64", SDXL_64), batch, dtype)
+    yield Case("complete_from_qk", _one("sdxl-64x64", SDXL_64), batch, dtype)
     yield Case("guide", SD15, batch, dtype)
     for sizes in (SD15, SDXL):
         yield Case("segment_and_guide", sizes, batch, dtype)

@@ -24,6 +24,7 @@ OPS = (
     "attention_map",
     "propagate",
     "complete",
+    "complete_from_qk",
     "segment",
     "guide",
     "segment_and_guide",
@@ -289,7 +290,8 @@ def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class PropagateConfig(LaunchConfig):
-    """Tiles of `propagate`: query rows, keys at a time in both parts, columns as two tiles side by side."""
+    """Tiles of `propagate` and `complete_from_qk`: query rows, keys at a time in both parts, columns as two tiles side
+    by side."""
 
     block_m: int
     block_n: int
@@ -301,13 +303,17 @@ class PropagateConfig(LaunchConfig):
 def propagate_config(
     batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
 ) -> PropagateConfig:
-    """Tiles of `propagate`: those of attention with its map, at most 128 columns at a time. Where products of 64 rows
-    are a warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise."""
+    """Tiles of both: those of attention with its map, at most 128 columns at a time. Where products of 64 rows are a
+    warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise.
+
+    That product takes the registers: a high and a low part of X, and so 32 keys at a time and, on NVIDIA, no
+    asynchronous copies, whose addresses would be spilled in the loop over the keys; on sm_120, also for 64 rows.
+    """
     tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
-    rows_at_once = 32 if limits.arch in WARP_GROUP_PRODUCTS else min(tiles.block_m, 64)
+    rows_at_once = 32 if limits.arch in (*WARP_GROUP_PRODUCTS, "sm_120") else min(tiles.block_m, 64)
     return PropagateConfig(
         num_warps=rows_at_once // 16,
-        num_stages=tiles.num_stages,
+        num_stages=tiles.num_stages if limits.arch.startswith("gfx") else 1,
         block_m=rows_at_once,
         block_n=tiles.block_n,
         map_n=min(tiles.map_n, 32),
@@ -316,13 +322,14 @@ def propagate_config(
     )
 
 
-def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> list[str]:
-    """Every reason why the kernel of `propagate` cannot take these operands; empty if it can."""
+def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, name: str = "x") -> list[str]:
+    """Every reason why the kernels of `propagate` and `complete_from_qk`, which calls x `cross_map`, cannot take these
+    operands; empty if they can."""
     reasons = operand_limits(q, k)
     if x.dtype == torch.float64 and q.dtype != torch.float64:
         reasons += dtype_limits("propagate", x.dtype)
     if x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31:
-        reasons.append("a sample of x spans 2^31 elements or more")
+        reasons.append(f"a sample of {name} spans 2^31 elements or more")
     return reasons
 
 

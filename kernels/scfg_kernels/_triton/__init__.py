@@ -22,6 +22,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "attention_map": _launcher("attention_map"),
     "propagate": _launcher("propagate"),
     "complete": _launcher("complete"),
+    "complete_from_qk": _launcher("complete_from_qk"),
     "segment": _launcher("segment"),
     "guide": _launcher("guide"),
     "segment_and_guide": _launcher("segment_and_guide"),

@@ -1,4 +1,5 @@
-"""What the kernels of two parts share: flash attention of one head that keeps what its softmax needs, and map tiles.
+"""What the kernels of two parts share: flash attention of one head that keeps what its softmax needs, map tiles, and
+products of them.
 
     part 1   rows of one head:        O by online softmax over tiles of keys,
                                       m[n] = max_t s[n, t],  w[n] = 1 / (H sum_t 2^(s[n, t] - m[n]))
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ._columns import load_operand
 
 
 @triton.jit
@@ -121,3 +124,49 @@ def map_tile(
         own_weight = tl.load(weight + at, mask=row < rows, other=0.0)
         result += tl.exp2(p - own_top[:, None]) * own_weight[:, None]
     return result
+
+
+@triton.jit
+def store_statistics(
+    q, k, top, weight, row, head, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS_1: tl.constexpr, COLUMNS_2: tl.constexpr,
+):  # fmt: skip
+    """Part 1 without output: m and w of some rows of one head. q and k, m and w [H, N] at a sample's first element."""
+    k += head * (k_stride_h * ALIGN)
+    own_top, own_weight, _, _ = attend_rows(
+        q + head * (q_stride_h * ALIGN), k, k, row, rows, keys, scale, q_stride_n, k_stride_n, k_stride_n,
+        HEAD_DIM, HEAD_DIM, ALIGN, PRECISION, False, BLOCK_N, COLUMNS_1, COLUMNS_2, COLUMNS_1, COLUMNS_2,
+    )  # fmt: skip
+    tl.store(top + head * rows + row, own_top, mask=row < rows)
+    tl.store(weight + head * rows + row, own_weight / heads, mask=row < rows)
+
+
+@triton.jit
+def map_product(
+    q, k, x, top, weight, row, first, heads, rows, keys, columns, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
+    x_stride_n, x_stride_t,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, COLUMNS_1: tl.constexpr,
+    COLUMNS_2: tl.constexpr, STAGES: tl.constexpr, MAP_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    SCALAR: tl.constexpr,
+):  # fmt: skip
+    """Rows of S times columns first .. of x [keys, columns], fp32, in two tiles (zeros if the second has no width). S
+    is formed MAP_N keys at a time, by `map_tile`; SCALAR is that of `load_operand`."""
+    BLOCK_M: tl.constexpr = row.shape[0]
+    WIDTH_2: tl.constexpr = BLOCK_T2 if BLOCK_T2 > 0 else 1
+    column1 = first + tl.arange(0, BLOCK_T1)
+    column2 = first + BLOCK_T1 + tl.arange(0, WIDTH_2)
+    total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
+    total2 = tl.zeros([BLOCK_M, WIDTH_2], tl.float32)
+    for start in tl.range(0, keys, MAP_N, num_stages=1):
+        key = start + tl.arange(0, MAP_N)
+        tile = map_tile(
+            q, k, top, weight, row, key, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
+            HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES,
+        )  # fmt: skip
+        x1 = load_operand(x, key, column1, x_stride_n, x_stride_t, keys, columns, SCALAR)
+        total1 = tl.dot(tile, x1, total1, input_precision=PRECISION)
+        if BLOCK_T2 > 0:
+            x2 = load_operand(x, key, column2, x_stride_n, x_stride_t, keys, columns, SCALAR)
+            total2 = tl.dot(tile, x2, total2, input_precision=PRECISION)
+    return total1, total2

@@ -23,35 +23,9 @@ import triton
 import triton.language as tl
 
 from .._launch import CompleteConfig, complete_config, device_guard
+from ._columns import load_matrix, load_operand, store_matrix, store_product
 from ._device import current_limits
 from ._order import announce, counters, leave, take_ticket, wait
-
-
-@triton.jit
-def _tile(base, row, column, stride, rows, columns):
-    """[row, column] of a matrix with rows of `stride` elements, fp32, zero outside."""
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _operand(base, inner, column, n, columns, stride, SCALAR: tl.constexpr):
-    """[inner, column] of C or Y. Loads of one shape are given one layout, that of the widest vectors among them, and
-    rows of 77 elements cannot be read in vectors: C is loaded in a shape of its own, its transpose."""
-    if SCALAR:
-        inside = (inner[None, :] < n) & (column[:, None] < columns)
-        pointers = base + inner[None, :] * stride + column[:, None]
-        tile = tl.trans(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-    else:
-        tile = _tile(base, inner, column, stride, n, columns)
-    return tile
-
-
-@triton.jit
-def _store(base, row, column, values, rows, columns, row_stride, column_stride):
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    pointers = base + row[:, None] * row_stride + column[None, :] * column_stride
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -68,14 +42,14 @@ def _product(
     total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
     total2 = tl.zeros([BLOCK_M, WIDTH_2], tl.float32)
     inner = tl.arange(0, BLOCK_K)
-    s = _tile(self_map, row, inner, s_stride, n, n)
-    x1 = _operand(operand, inner, column1, n, columns, stride, SCALAR)
-    x2 = _operand(operand, inner, column2, n, columns, stride, SCALAR)
+    s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
+    x1 = load_operand(operand, inner, column1, stride, 1, n, columns, SCALAR)
+    x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
     for start in tl.range(BLOCK_K, n + BLOCK_K, BLOCK_K):  # the loads of the next tile are under way meanwhile
         inner = start + tl.arange(0, BLOCK_K)
-        next_s = _tile(self_map, row, inner, s_stride, n, n)
-        next_x1 = _operand(operand, inner, column1, n, columns, stride, SCALAR)
-        next_x2 = _operand(operand, inner, column2, n, columns, stride, SCALAR)
+        next_s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
+        next_x1 = load_operand(operand, inner, column1, stride, 1, n, columns, SCALAR)
+        next_x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
         total1 = tl.dot(s, x1, total1, input_precision=PRECISION)
         if BLOCK_T2 > 0:
             total2 = tl.dot(s, x2, total2, input_precision=PRECISION)
@@ -103,22 +77,10 @@ def _stage(
             self_map, previous, row, first, n, y_columns, s_stride, y_stride,
             BLOCK_K, BLOCK_T1, BLOCK_T2, PRECISION, False,
         )  # fmt: skip
-    column1 = first + tl.arange(0, BLOCK_T1)
-    column2 = first + BLOCK_T1 + tl.arange(0, total2.shape[1])
-    if product == products - 1:
-        have_y = tl.where(product > 0, n, 0)
-        total1 = own * _tile(previous, row, column1, y_stride, have_y, y_columns) + others * total1
-        _store(out, row, column1, total1, n, columns, 1, n)
-        if BLOCK_T2 > 0:
-            total2 = own * _tile(previous, row, column2, y_stride, have_y, y_columns) + others * total2
-            _store(out, row, column2, total2, n, columns, 1, n)
-    else:
-        if PAPER:
-            total1 += _tile(cross_map, row, column1, c_stride, n, columns)
-            total2 += _tile(cross_map, row, column2, c_stride, n, columns)
-        _store(current, row, column1, total1, n, y_columns, y_stride, 1)
-        if BLOCK_T2 > 0:
-            _store(current, row, column2, total2, n, y_columns, y_stride, 1)
+    store_product(
+        total1, total2, cross_map, previous, current, out, row, first, product, products, n, columns, y_columns,
+        own, others, c_stride, 1, y_stride, PAPER, BLOCK_T1, BLOCK_T2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -172,13 +134,13 @@ def _completed(
     """X at all rows and BLOCK_T columns of a sample."""
     row = tl.arange(0, s.shape[0])
     column = first + tl.arange(0, BLOCK_T)
-    c = _operand(cross_map, row, column, n, columns, c_stride, True)
+    c = load_operand(cross_map, row, column, c_stride, 1, n, columns, True)
     y = tl.zeros_like(c)
     total = tl.dot(s, c, input_precision=PRECISION)
     for _ in tl.range(1, products):
         y = total + c if PAPER else total
         total = tl.dot(s, y, input_precision=PRECISION)
-    _store(out, row, column, own * y + others * total, n, columns, 1, n)
+    store_matrix(out, row, column, own * y + others * total, 1, n, n, columns)
 
 
 @triton.jit
@@ -191,7 +153,7 @@ def complete_whole_kernel(
     """All rows and all products in one program: S, C and every Y stay in registers."""
     sample = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
-    s = _tile(self_map + sample * s_stride_b, row, row, s_stride_n, n, n)
+    s = load_matrix(self_map + sample * s_stride_b, row, row, s_stride_n, 1, n, n)
     cross_map += sample * c_stride_b
     if sample < unconditional:
         if tl.program_id(1) == 0:  # one column
@@ -211,6 +173,13 @@ def complete_whole_kernel(
             )  # fmt: skip
 
 
+def factors(fidelity: str, powers: int) -> tuple[int, float, float]:
+    """Products, and the factors of Y and S Y in the last one. Official with one power is S C itself: 1 Y + 0 S Y."""
+    if fidelity == "paper":
+        return powers, 0.0, 1.0 / powers
+    return 2, 1.0 / powers, (powers - 1.0) / powers
+
+
 def launch(
     self_map: torch.Tensor,
     cross_map: torch.Tensor,
@@ -226,17 +195,14 @@ def launch(
     start_out = self_map.new_empty((unconditional, n))
     if batch == 0 or n == 0:
         return token_out, start_out
-    paper = fidelity == "paper"
-    products = powers if paper else 2
-    # Official with one power is S C itself: 1 Y + 0 S Y.
-    own, others = (0.0, 1.0 / powers) if paper else (1.0 / powers, (powers - 1.0) / powers)
+    products, own, others = factors(fidelity, powers)
     with device_guard(self_map.device):
         config = config or complete_config(conditional, n, tokens, current_limits())
         token_blocks = triton.cdiv(tokens, sum(config.block_t))
         shape: dict[str, Any] = {
-            "PAPER": paper, "BLOCK_M": config.block_m, "BLOCK_T1": config.block_t[0], "BLOCK_T2": config.block_t[1],
-            "PRECISION": config.precision, "num_warps": config.num_warps, "num_stages": config.num_stages,
-            "enable_fp_fusion": True,
+            "PAPER": fidelity == "paper", "BLOCK_M": config.block_m,
+            "BLOCK_T1": config.block_t[0], "BLOCK_T2": config.block_t[1], "PRECISION": config.precision,
+            "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
         strides = self_map.stride(0), self_map.stride(1), cross_map.stride(0), cross_map.stride(1)
         if n <= config.block_m:

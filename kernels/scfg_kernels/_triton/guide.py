@@ -419,12 +419,12 @@ def launch(
     config: GuideConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
-    batch, channels = cond.shape[:2]
+    batch, channels, height, width = cond.shape
     result, rate = empty_result_and_rate(cond)
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
-    config = config or guide_config(*cond.shape[1:], cell, cond.element_size())
+    config = config or guide_config(channels, height, width, cell, cond.element_size())
     scratch = empty_cells(batch, token_index[0].numel(), cond.device)
     with device_guard(cond.device):
         guide_kernel[(batch,)](

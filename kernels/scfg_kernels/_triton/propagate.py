@@ -18,24 +18,10 @@ import triton.language as tl
 from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
 from ..attention_map import map_dtype
 from ._attention import LOG2E, common_strides
+from ._columns import store_matrix
 from ._device import copy_stages, current_limits
-from ._flash import attend_rows, map_tile
+from ._flash import map_product, store_statistics
 from ._order import announce, counters, leave, take_ticket, wait
-
-
-@triton.jit
-def _column_tile(x, key, column, keys, columns, x_stride_n, x_stride_t):
-    """[BLOCK_N, columns] of X in fp32, zero outside. Loaded as its transpose: rows of 77 elements cannot be read in
-    vectors, and a shape of its own gets a layout of its own."""
-    inside = (key[None, :] < keys) & (column[:, None] < columns)
-    pointers = x + key[None, :] * x_stride_n + column[:, None] * x_stride_t
-    return tl.trans(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-
-
-@triton.jit
-def _store(out, row, column, values, rows, columns):
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tl.store(out + row[:, None] * columns + column[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -60,38 +46,23 @@ def propagate_kernel(
     top += batch * heads * rows
     weight += batch * heads * rows
     if is_statistics:
-        head = ticket % heads
-        k += head * (k_stride_h * ALIGN)
-        own_top, own_weight, _, _ = attend_rows(
-            q + head * (q_stride_h * ALIGN), k, k, row, rows, keys, scale, q_stride_n, k_stride_n, k_stride_n,
-            HEAD_DIM, HEAD_DIM, ALIGN, PRECISION, False, BLOCK_N, COLUMNS_1, COLUMNS_2, COLUMNS_1, COLUMNS_2,
+        store_statistics(
+            q, k, top, weight, row, ticket % heads, heads, rows, keys, scale, q_stride_h, q_stride_n,
+            k_stride_h, k_stride_n, HEAD_DIM, ALIGN, PRECISION, BLOCK_N, COLUMNS_1, COLUMNS_2,
         )  # fmt: skip
-        tl.store(top + head * rows + row, own_top, mask=row < rows)
-        tl.store(weight + head * rows + row, own_weight / heads, mask=row < rows)
         announce(counters + 2 + block)
     else:
-        x += batch * x_stride_b
+        first = (ticket - statistics) % column_blocks * (BLOCK_T1 + BLOCK_T2)
         out += batch * rows * columns
-        column1 = (ticket - statistics) % column_blocks * (BLOCK_T1 + BLOCK_T2) + tl.arange(0, BLOCK_T1)
-        column2 = (ticket - statistics) % column_blocks * (BLOCK_T1 + BLOCK_T2) + BLOCK_T1
-        column2 += tl.arange(0, BLOCK_T2 if BLOCK_T2 > 0 else 1)
         wait(counters + 2 + block, heads)
-        out1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
-        out2 = tl.zeros([BLOCK_M, BLOCK_T2 if BLOCK_T2 > 0 else 1], tl.float32)
-        for start in tl.range(0, keys, MAP_N, num_stages=1):
-            key = start + tl.arange(0, MAP_N)
-            tile = map_tile(
-                q, k, top, weight, row, key, heads, rows, keys, scale, q_stride_h, q_stride_n, k_stride_h, k_stride_n,
-                HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES,
-            )  # fmt: skip
-            x1 = _column_tile(x, key, column1, keys, columns, x_stride_n, x_stride_t)
-            out1 = tl.dot(tile, x1, out1, input_precision=PRECISION)
-            if BLOCK_T2 > 0:
-                x2 = _column_tile(x, key, column2, keys, columns, x_stride_n, x_stride_t)
-                out2 = tl.dot(tile, x2, out2, input_precision=PRECISION)
-        _store(out, row, column1, out1, rows, columns)
+        out1, out2 = map_product(
+            q, k, x + batch * x_stride_b, top, weight, row, first, heads, rows, keys, columns, scale,
+            q_stride_h, q_stride_n, k_stride_h, k_stride_n, x_stride_n, x_stride_t,
+            HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES, MAP_N, BLOCK_T1, BLOCK_T2, True,
+        )  # fmt: skip
+        store_matrix(out, row, first + tl.arange(0, BLOCK_T1), out1, columns, 1, rows, columns)
         if BLOCK_T2 > 0:
-            _store(out, row, column2, out2, rows, columns)
+            store_matrix(out, row, first + BLOCK_T1 + tl.arange(0, BLOCK_T2), out2, columns, 1, rows, columns)
     leave(counters, counters + 1, statistics + samples * row_blocks * column_blocks, LENGTH)
 
 

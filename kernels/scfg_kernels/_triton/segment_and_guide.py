@@ -75,13 +75,13 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prediction, rate, ids and foreground; `config` overrides the choice."""
     batch, h, w = cell_grid(cond, cell)
-    count, channels = tokens[0].shape[1], cond.shape[1]
+    count, (channels, height, width) = tokens[0].shape[1], cond.shape[1:]
     result, rate = empty_result_and_rate(cond)
     ids, foreground = empty_regions(batch, h, w, cond.device)
     if rate.numel() == 0:
         return result, rate, ids, foreground
     scale, scale_stride = per_sample(guidance_scale)
-    config = config or guide_config(*cond.shape[1:], cell, cond.element_size())
+    config = config or guide_config(channels, height, width, cell, cond.element_size())
     groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, cond.device)
     scratch = empty_cells(batch, h * w, cond.device)

@@ -106,14 +106,13 @@ def test_steps_that_reuse_regions_add_one(pipe) -> None:
     assert others == {"aten::full": 1}
 
 
-def test_a_layer_that_holds_queries_and_keys_adds_two() -> None:
-    """33x33 tokens at latent / 2: attention is stock, then two products with S, from queries and keys, for both halves;
-    three of torch make the completed maps of them."""
+def test_a_layer_that_holds_queries_and_keys_adds_one() -> None:
+    """33x33 tokens at latent / 2: attention is stock, and completion is from queries and keys."""
     large = tiny_sd_pipeline(sample_size=66, dtype=torch.bfloat16)
     added, triton, others = extra(large, SCFGConfig(levels=[2, 4, 8]), 1)
-    assert (triton["propagate"], triton["complete"], triton["segment_and_guide"]) == (2, BLOCKS, 1)
-    assert added == 2 + BLOCKS + 1
-    assert others == {"aten::full": 1, "aten::lerp": 1, "aten::clone": 2}
+    assert (triton["complete_from_qk"], triton["complete"], triton["segment_and_guide"]) == (1, BLOCKS, 1)
+    assert added == 1 + BLOCKS + 1
+    assert others == {"aten::full": 1}
 
 
 def test_sixty_layers_are_found_and_guided_in_one_launch_without_a_copy() -> None:
@@ -181,6 +180,7 @@ def operators() -> dict[str, Callable[[], Any]]:
         "attention_map": lambda: ops.attention_map(q, k, **options),
         "propagate": lambda: ops.propagate(q, q, columns, **options),
         "complete": lambda: ops.complete(own, cross, unconditional=1, **options),
+        "complete_from_qk": lambda: ops.complete_from_qk(q, q, columns, **options),
         "segment": lambda: ops.segment(*regions, **options),
         "guide": lambda: ops.guide(u, c, ids, ids < 4, 7.5, num_tokens=11, **options),
         "segment_and_guide": lambda: ops.segment_and_guide(*regions, u, c, 7.5, rescale=0.7, **options),
