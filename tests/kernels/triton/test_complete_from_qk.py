@@ -19,7 +19,7 @@ from tests.kernels.triton.simulation import ARCHITECTURES, run
 CASES = {
     # name: (shape [batch, heads, queries, keys, head_dim], columns, unconditional, dtype, layout, options)
     "sdxl": ((2, 2, 70, 70, 64), 77, 1, torch.float16, "projection", {}),
-    "sd15": ((3, 2, 37, 37, 40), 77, 1, torch.bfloat16, "projection", {}),
+    "sd15": ((3, 2, 37, 37, 40), 77, 2, torch.bfloat16, "projection", {}),
     "paper": ((2, 2, 37, 37, 40), 5, 1, torch.float16, "projection", {"fidelity": "paper"}),
     "more-columns-than-a-program-takes": ((2, 2, 20, 20, 40), 140, 1, torch.float16, "projection", {}),
     "paper-more-columns": ((3, 1, 33, 33, 16), 140, 2, torch.float16, "sliced", {"fidelity": "paper", "powers": 3}),
