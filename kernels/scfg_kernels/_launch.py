@@ -335,25 +335,32 @@ def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, name: st
 
 @dataclass(frozen=True)
 class CompleteConfig(LaunchConfig):
-    """Tiles of the completion: rows of S, inner dimension, columns as two tiles side by side."""
+    """Tiles of the completion: rows of S, inner dimension, columns as two tiles side by side; and whether a program
+    with all rows forms the transpose of each product."""
 
     block_m: int
     block_k: int
     block_t: tuple[int, int]
     precision: str
+    swapped: bool = False
 
 
 def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
     """Tiles of `complete`. Up to 64 rows are one program, which reads everything once. Beyond, the most rows, which
-    read C least often, that leave half the multiprocessors a program."""
+    read C least often, that leave half the multiprocessors a program.
+
+    A warp group takes the right operand of an fp32 product by rows, and would transpose each Y in shared memory with
+    bank conflicts: there the products are swapped. Elsewhere S^T on the right takes too many registers.
+    """
     rows = [m for m in (64, 32) if n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors]
     return CompleteConfig(
-        num_warps=8 if n <= 64 else 4,
+        num_warps=4,
         num_stages=1,
         block_m=rows[0] if rows else 16,
         block_k=32,
         block_t=two_widths(min(tokens, 128)),
         precision=product_precision(limits),
+        swapped=limits.arch in WARP_GROUP_PRODUCTS,
     )
 
 

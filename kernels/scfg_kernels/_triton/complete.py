@@ -127,20 +127,34 @@ def complete_kernel(
 
 
 @triton.jit
+def _whole_product(s, y, PRECISION: tl.constexpr, SWAPPED: tl.constexpr):
+    """S y, or its transpose from that of y."""
+    return tl.dot(y, tl.trans(s), input_precision=PRECISION) if SWAPPED else tl.dot(s, y, input_precision=PRECISION)
+
+
+@triton.jit
 def _completed(
     s, cross_map, out, first, products, n, columns, own, others, c_stride,
-    PAPER: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+    PAPER: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """X at all rows and BLOCK_T columns of a sample."""
+    """X at all rows and BLOCK_T columns of a sample. SWAPPED: as X^T = Y^T S^T, where what a product leaves is the left
+    operand of the next one, which `wgmma` takes from registers."""
     row = tl.arange(0, s.shape[0])
     column = first + tl.arange(0, BLOCK_T)
-    c = load_operand(cross_map, row, column, c_stride, 1, n, columns, True)
+    if SWAPPED:
+        c = load_matrix(cross_map, column, row, 1, c_stride, columns, n)
+    else:
+        c = load_operand(cross_map, row, column, c_stride, 1, n, columns, True)
     y = tl.zeros_like(c)
-    total = tl.dot(s, c, input_precision=PRECISION)
+    total = _whole_product(s, c, PRECISION, SWAPPED)
     for _ in tl.range(1, products):
         y = total + c if PAPER else total
-        total = tl.dot(s, y, input_precision=PRECISION)
-    store_matrix(out, row, column, own * y + others * total, 1, n, n, columns)
+        total = _whole_product(s, y, PRECISION, SWAPPED)
+    result = own * y + others * total
+    if SWAPPED:
+        store_matrix(out, column, row, result, n, 1, columns, n)
+    else:
+        store_matrix(out, row, column, result, 1, n, n, columns)
 
 
 @triton.jit
@@ -148,7 +162,7 @@ def complete_whole_kernel(
     self_map, cross_map, token_out, start_out, products, n, tokens, unconditional, own, others,
     s_stride_b, s_stride_n, c_stride_b, c_stride_n,
     PAPER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """All rows and all products in one program: S, C and every Y stay in registers."""
     sample = tl.program_id(0).to(tl.int64)
@@ -158,18 +172,19 @@ def complete_whole_kernel(
     if sample < unconditional:
         if tl.program_id(1) == 0:  # one column
             _completed(
-                s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION
-            )
+                s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION,
+                SWAPPED,
+            )  # fmt: skip
     else:
         out = token_out + (sample - unconditional) * tokens * n
         first = tl.program_id(1) * (BLOCK_T1 + BLOCK_T2)
         _completed(
-            s, cross_map, out, first, products, n, tokens, own, others, c_stride_n, PAPER, BLOCK_T1, PRECISION
+            s, cross_map, out, first, products, n, tokens, own, others, c_stride_n, PAPER, BLOCK_T1, PRECISION, SWAPPED,
         )  # fmt: skip
         if BLOCK_T2 > 0:
             _completed(
                 s, cross_map, out, first + BLOCK_T1, products, n, tokens, own, others, c_stride_n, PAPER, BLOCK_T2,
-                PRECISION,
+                PRECISION, SWAPPED,
             )  # fmt: skip
 
 
@@ -208,7 +223,7 @@ def launch(
         if n <= config.block_m:
             complete_whole_kernel[(batch, token_blocks)](
                 self_map, cross_map, token_out, start_out, products, n, tokens, unconditional, own, others, *strides,
-                **shape,
+                SWAPPED=config.swapped, **shape,
             )  # fmt: skip
             return token_out, start_out
         padded = -(-tokens // 16) * 16

@@ -16,6 +16,7 @@ from tests.kernels.triton.simulation import ARCHITECTURES, run
 CASES = {
     # name: (batch, unconditional, N, T, fidelity, powers, dtype); up to 64 rows are one program
     "official": (2, 1, 70, 20, "official", 4, torch.float32),
+    "sd15-8x8": (2, 1, 64, 77, "official", 4, torch.float32),
     "paper": (3, 1, 33, 7, "paper", 4, torch.float32),
     "two-powers": (2, 2, 20, 5, "official", 2, torch.float32),
     "one-power": (1, 0, 20, 5, "paper", 1, torch.float32),
