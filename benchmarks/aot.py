@@ -112,7 +112,7 @@ def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int, dtype:
 
 def _guidance(
     op: str, sizes: str, side: int, layers: Sequence[int], dtype: torch.dtype, channels: int = 4, masked: bool = False,
-    lengths: tuple[int, int] | None = None, **options: Any,
+    paired: bool = False, lengths: tuple[int, int] | None = None, **options: Any,
 ) -> Case:  # fmt: skip
     """`segment`, `guide` or both; `layers`: side of each captured layer's map; `lengths`: of an oblong latent."""
     height, width = lengths or (side, side)
@@ -122,7 +122,7 @@ def _guidance(
         grid = -(-height // 4), -(-width // 4)
         cells = grid[0] * grid[1]
         maps = (
-            [torch.empty(1, TOKENS, n * n) for n in layers], [torch.empty(1, n * n) for n in layers],
+            [torch.empty(1, TOKENS, n * n) for n in layers], [torch.empty(1, *(2,) * paired, n * n) for n in layers],
             [(n, n) for n in layers], grid,
         )  # fmt: skip
         mask = {"token_mask": torch.ones(1, TOKENS, dtype=torch.bool)} if masked else {}
@@ -192,8 +192,10 @@ def _cases() -> Iterator[Case]:
                     rewrite="unconditional")  # fmt: skip
     yield _guidance("segment_and_guide", "sd15-rescaled", 64, sd15, half, rescale=0.7)
     yield _guidance("segment_and_guide", "sd15-paper", 64, sd15, half, fidelity="paper", blur_sigma=0.0)
+    yield _guidance("segment_and_guide", "sd15-64x96", 64, [16, 8], half, lengths=(64, 96))
     yield _guidance("segment_and_guide", "sdxl-60layers", 128, [32] * 60, half)
     yield _guidance("segment_and_guide", "1024cells-16channels", 128, [32] * 4, half, channels=16)
+    yield _guidance("segment_and_guide", "4096cells-paired", 256, [64] * 2 + [32], half, channels=3, paired=True)
     yield _guidance("segment_and_guide", "4096cells", 256, [64] * 2 + [32], half)
     yield _guidance("segment_and_guide", "80x48cells", 0, [64] * 2 + [32], brain, lengths=(320, 192))
     yield _pixels("sd15", 64, half)

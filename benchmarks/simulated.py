@@ -29,8 +29,8 @@ ARCHITECTURES = (80, 90)
 TOKENS = 77
 REREAD = 1.05
 SHARED_BY_ROW_BLOCKS = {"k", "v"}
-OPERANDS = SHARED_BY_ROW_BLOCKS | {"q", "x", "self_map", "cross_map", "between"}
-"""Of matrix products, which other tiles of the result read again."""
+OPERANDS = SHARED_BY_ROW_BLOCKS | {"q", "x", "top", "weight", "self_map", "cross_map", "between"}
+"""Of matrix products, with m and w of the softmax, which other tiles of the result read again."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -229,8 +229,8 @@ completion, but one in sdxl-32x32-half, whose two halves are alike.
 - compulsory: bytes of all inputs and results, once each. The next four columns are multiples of it.
 - moved: all 32-byte sectors between L2 and the multiprocessors. K, V once: the same, without what blocks of rows read
   of K and V again. operands once: without what any tile of a matrix product reads again of its operands, Q by tiles of
-  keys, S, C and Y of the completion by products and blocks of rows. touched: every sector that was touched at all,
-  once, scratch memory included.
+  keys, with m and w of their softmax (top, weight), S, C and Y of the completion by products and blocks of rows.
+  touched: every sector that was touched at all, once, scratch memory included.
 - read again: operands of the kernel that are read more than 1.05 times, and how often.
 - wavefronts: of shared memory, over the fewest for the same words; `wgmma` operands are not counted.
 - MMA: work of the tensor-core instructions over that of the products in the formula; with sweep 2: over the same with

@@ -399,11 +399,11 @@ def segment_config(h: int, w: int) -> SegmentConfig:
     return SegmentConfig(num_warps=8, num_stages=1, block_t=tokens, block_h=block_h, block_w=block_w)
 
 
-def _cell_limits(h: int, w: int) -> list[str]:
+def _cell_limits(h: int, w: int, most: int = TILE) -> list[str]:
     """Why a grid is too large for `segment` and `guide`; empty if it is not."""
-    if next_power_of_2(h) * next_power_of_2(w) <= TILE and max(h, w) <= MAX_AXIS:
+    if next_power_of_2(h) * next_power_of_2(w) <= most and max(h, w) <= MAX_AXIS:
         return []
-    return [f"{h} x {w} cells, as powers of two, exceed {TILE} or {MAX_AXIS} along an axis"]
+    return [f"{h} x {w} cells, as powers of two, exceed {most} or {MAX_AXIS} along an axis"]
 
 
 def segment_limits(
@@ -412,7 +412,8 @@ def segment_limits(
     """Every reason why the segmentation kernel cannot take these maps; empty if it can."""
     maps = [*tokens, *start]
     reasons = dtype_limits("segment", torch.float64 if torch.float64 in {x.dtype for x in maps} else torch.float32)
-    reasons += _cell_limits(h, w)
+    paired = len(start) > 0 and start[0].dim() == 3  # two start maps at once take the registers of two tiles
+    reasons += _cell_limits(h, w, TILE // 2 if paired else TILE)
     if len(tokens) > MAX_LAYERS:
         reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
     if len(tokens) > 0 and tokens[0].shape[1] > 2**15 - 1:
@@ -439,22 +440,24 @@ class GuideConfig(SegmentConfig):
     lines: int
 
 
-HELD_BYTES = 128 * 1024
-"""Both predictions of a sample, padded, up to which a program holds them in registers, of which it has 256 KiB."""
+HELD_VALUES = 16384
+"""Values of a prediction, padded to powers of two and with at least 4 channels, up to which a program holds both
+predictions in registers: 64 of each a thread. Twice that spills more than reading them again would move."""
+
+
+def _held_warps(itemsize: int) -> int:
+    """Of a program that holds both predictions: fp32 takes a register a value, half precision half of one."""
+    return 16 if itemsize >= 4 else 8
 
 
 def guide_config(channels: int, height: int, width: int, cell: int, itemsize: int) -> GuideConfig:
-    """Tiles of `guide`; `itemsize`: bytes of an element of the predictions. Sixteen warps hold more than a quarter of
-    all registers."""
+    """Tiles of `guide`; `itemsize`: bytes of an element of the predictions."""
     cells = segment_config(-(-height // cell), -(-width // cell))
     lines, block_c = next_power_of_2(cell), next_power_of_2(channels)
     line = cells.block_w * lines  # pixels
-    whole = cells.block_h * lines * line * block_c
-    bytes_held = 2 * whole * itemsize
-    if bytes_held <= HELD_BYTES:
-        warps = 16 if bytes_held > HELD_BYTES // 2 else cells.num_warps
-        return GuideConfig(**{**vars(cells), "num_warps": warps}, held=True, block_c=block_c, rows=cells.block_h,
-                           lines=lines)  # fmt: skip
+    if max(4, block_c) * cells.block_h * lines * line <= HELD_VALUES:
+        warps = {"num_warps": _held_warps(itemsize)}
+        return GuideConfig(**vars(cells) | warps, held=True, block_c=block_c, rows=cells.block_h, lines=lines)
     block_c = min(block_c, 2)
     lines_at_once = max(1, TILE // (line * block_c))
     lines = min(lines, lines_at_once)
@@ -462,9 +465,17 @@ def guide_config(channels: int, height: int, width: int, cell: int, itemsize: in
     return GuideConfig(**vars(cells), held=False, block_c=block_c, rows=rows, lines=lines)
 
 
-def guide_limits(cond: torch.Tensor, cell: int) -> list[str]:
+def _span_limits(*predictions: torch.Tensor) -> list[str]:
+    """Why offsets within a sample of [B, C, H, W] do not fit 32 bits; empty if they do."""
+    if any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in predictions):
+        return ["a sample of the predictions spans 2^31 elements or more"]
+    return []
+
+
+def guide_limits(uncond: torch.Tensor, cond: torch.Tensor, cell: int) -> list[str]:
     """Every reason why the guidance kernel cannot take these predictions; empty if it can."""
-    return dtype_limits("guide", cond.dtype) + _cell_limits(-(-cond.shape[2] // cell), -(-cond.shape[3] // cell))
+    grid = -(-cond.shape[2] // cell), -(-cond.shape[3] // cell)
+    return dtype_limits("guide", cond.dtype) + _cell_limits(*grid) + _span_limits(uncond, cond)
 
 
 @dataclass(frozen=True)
@@ -483,15 +494,15 @@ MAX_CHANNELS = 256
 def pixel_config(channels: int, pixels: int, itemsize: int) -> PixelConfig:
     """Tile of `guide_pixels`; `itemsize`: bytes of an element of the predictions."""
     block_c, block_p = next_power_of_2(channels), next_power_of_2(pixels)
-    bytes_held = 2 * block_c * block_p * itemsize
-    if bytes_held <= HELD_BYTES:
-        return PixelConfig(16 if bytes_held > HELD_BYTES // 2 else 8, 1, True, block_c, block_p)
+    if max(4, block_c) * block_p <= HELD_VALUES:
+        return PixelConfig(_held_warps(itemsize), 1, True, block_c, block_p)
     return PixelConfig(8, 1, False, block_c, TILE // block_c)
 
 
-def pixel_limits(cond: torch.Tensor) -> list[str]:
-    """Every reason why the per-pixel guidance kernel cannot take these predictions; empty if it can."""
-    reasons = dtype_limits("guide_pixels", cond.dtype)
+def pixel_limits(uncond: torch.Tensor, cond: torch.Tensor) -> list[str]:
+    """Every reason why the per-pixel guidance kernel cannot take these predictions; empty if it can. Any number of
+    pixels: one program per image takes time in proportion to them, as the denoiser does at least."""
+    reasons = dtype_limits("guide_pixels", cond.dtype) + _span_limits(uncond, cond)
     if cond.shape[1] > MAX_CHANNELS:
         reasons.append(f"{cond.shape[1]} channels exceed {MAX_CHANNELS}")
     return reasons

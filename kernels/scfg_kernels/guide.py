@@ -265,7 +265,7 @@ def guide(
     reasons.raise_if_any()
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
-    chosen = choose_backend("guide", backend, cond.device, guide_limits(cond, cell))
+    chosen = choose_backend("guide", backend, cond.device, guide_limits(uncond, cond, cell))
     return _guide(
         uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
         low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale), benchmark,

@@ -127,7 +127,7 @@ def guide_pixels(
     scale = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
     reasons.same_device(uncond, cond, *scale)
     reasons.raise_if_any()
-    chosen = choose_backend("guide_pixels", backend, cond.device, pixel_limits(cond))
+    chosen = choose_backend("guide_pixels", backend, cond.device, pixel_limits(uncond, cond))
     return _guide_pixels(
         uncond, cond, scale_tensor(guidance_scale, cond), float(rate_min), float(rate_max), rewrite, chosen,
         float(rescale),

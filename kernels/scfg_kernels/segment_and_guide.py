@@ -159,7 +159,7 @@ def segment_and_guide(
     optional = [x for x in (token_mask, guidance_scale) if isinstance(x, torch.Tensor)]
     reasons.same_device(*tokens, *start, uncond, cond, *optional)
     reasons.raise_if_any()
-    limits = segment_limits(tokens, start, token_mask, *size) + guide_limits(cond, cell)
+    limits = segment_limits(tokens, start, token_mask, *size) + guide_limits(uncond, cond, cell)
     chosen = choose_backend("segment_and_guide", backend, cond.device, list(dict.fromkeys(limits)))
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)

@@ -6,8 +6,8 @@ r"""Region rates and the guided prediction, one program per sample.
     result[x] = u + weight d,     weight = g rate,  or  -g / (g - 1) (rate - 1)  for the rewritten unconditional half
     result    = f (phi std(cond) / std(f) + 1 - phi)  with f = u + weight d, if it is rescaled
 
-Tiles are [channels, pixels], whose pixels are those of some rows of cells. Up to `HELD_BYTES` u and c stay in registers
-from the norms to the prediction; larger ones pass through in tiles, twice, or three times if rescaled. Rates of cells
+Tiles are [channels, pixels], whose pixels are those of some rows of cells. Up to `HELD_VALUES` u and c stay in
+registers from the norms to the prediction; larger ones pass in tiles, twice, or three times if rescaled. Rates of cells
 go through memory (4 S bytes), because G needs neighbours, and norms too where tiles pass through.
 
 Cells are reduced by region with masked sums in a fixed order: no atomics. Products and sums are not fused, so that a
@@ -424,6 +424,7 @@ def launch(
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
+    cell = min(cell, max(height, width))  # which covers the image as well
     config = config or guide_config(channels, height, width, cell, cond.element_size())
     scratch = empty_cells(batch, token_index[0].numel(), cond.device)
     with device_guard(cond.device):

@@ -4,9 +4,9 @@ r"""Per-pixel rates and the guided prediction, one program per sample.
     rate[x]   = rate_max - Ehat (rate_max - rate_min)
     result[x] = u + weight d,  rescaled or not, as in the `guide` kernel, whose device code this is
 
-The least and the greatest energy are known only after all pixels; both are exact in any order. Up to `HELD_BYTES` u and
-c stay in registers meanwhile. Larger ones pass through in tiles of [all channels, BLOCK_P pixels], twice, which form
-the same energies twice; or four times if rescaled.
+The least and the greatest energy are known only after all pixels; both are exact in any order. Up to `HELD_VALUES` u
+and c stay in registers meanwhile. Larger ones pass in tiles of [all channels, BLOCK_P pixels], twice, which form the
+same energies twice; or four times if rescaled.
 """
 
 from __future__ import annotations

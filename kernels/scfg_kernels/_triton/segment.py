@@ -127,7 +127,8 @@ def _mean(values, weight):
 
 @triton.jit
 def _pointer(layers, index, COUNT: tl.constexpr):
-    """The index-th of COUNT pointers: a loop over layers in the place of unrolled code."""
+    """The index-th of COUNT pointers: a loop over layers in the place of unrolled code. Two selects a pointer: half as
+    many instructions again as the rest of the loop for 60 layers of 32x32."""
     chosen = layers[0]
     for other in tl.static_range(1, COUNT):
         chosen = tl.where(index == other, layers[other], chosen)

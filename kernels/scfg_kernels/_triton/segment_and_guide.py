@@ -81,6 +81,7 @@ def launch(
     if rate.numel() == 0:
         return result, rate, ids, foreground
     scale, scale_stride = per_sample(guidance_scale)
+    cell = min(cell, max(height, width))  # which covers the image as well
     config = config or guide_config(channels, height, width, cell, cond.element_size())
     groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, cond.device)

@@ -23,6 +23,7 @@ CASES = {
     "paper": ((1, 4, 8, 8), torch.float32, "contiguous", 7.5, {"fidelity": "paper", "blur_sigma": 0.0}),
     "unconditional": ((1, 4, 8, 8), torch.float16, "contiguous", 7.5, {"rewrite": "unconditional"}),
     "whole-image": ((2, 3, 17, 22), torch.float32, "contiguous", 7.5, {"benchmark": "image"}),
+    "one-cell": ((2, 3, 21, 26), torch.float32, "contiguous", 7.5, {"cell": 4096}),
     "cells-of-three": ((1, 3, 7, 10), torch.float32, "contiguous", 7.5, {"cell": 3}),
     "rescaled": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
     "rescaled-ragged": ((2, 3, 29, 34), torch.float32, "sliced", torch.tensor([7.5, 3.0]), {"rescale": 1.0}),

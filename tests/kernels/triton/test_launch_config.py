@@ -141,17 +141,21 @@ def test_segment_holds_all_cells(h, w, tokens):
         ((4, 256, 256), 4, 2, False, 8),
         ((4, 512, 256), 4, 2, False, 8),
         ((4, 64, 64), 1, 2, True, 8),
+        ((4, 64, 96), 4, 2, False, 8),
+        ((1, 64, 64), 4, 2, True, 8),
+        ((1, 128, 128), 4, 2, False, 8),
+        ((8, 64, 32), 4, 2, True, 8),
         ((4, 512, 512), 64, 2, False, 8),
-        ((3, 1, 1), 4, 4, True, 8),
+        ((3, 1, 1), 4, 4, True, 16),
     ],
 )
-def test_guide_holds_predictions_of_at_most_half_the_registers(prediction, cell, itemsize, held, warps):
+def test_guide_holds_predictions_of_64_values_a_thread(prediction, cell, itemsize, held, warps):
     config = guide_config(*prediction, cell, itemsize)
     assert (config.held, config.num_warps) == (held, warps)
     pixels = config.rows * config.lines * config.block_w * next_power_of_2(cell)
     if held:
         assert config.block_c >= prediction[0] and config.rows == config.block_h and config.lines >= cell
-        assert 2 * config.block_c * pixels * itemsize <= 128 * 1024
+        assert max(4, config.block_c) * pixels <= 64 * 256
     else:
         assert config.block_c * pixels <= 32 * 32 * config.num_warps, "32 values of a prediction per thread"
         assert config.rows == 1 or config.lines >= cell, "several rows of cells only if they are whole"
@@ -163,15 +167,15 @@ def test_guide_holds_predictions_of_at_most_half_the_registers(prediction, cell,
         (4, 4096, 2, True, 8),
         (4, 4096, 4, True, 16),
         (4, 16384, 2, False, 8),
-        (16, 4097, 2, False, 8),
-        (1, 1, 4, True, 8),
+        (16, 4096, 2, False, 8),
+        (1, 1, 4, True, 16),
     ],
 )
-def test_pixels_are_held_up_to_half_the_registers(channels, pixels, itemsize, held, warps):
+def test_pixels_are_held_up_to_64_values_a_thread(channels, pixels, itemsize, held, warps):
     config = pixel_config(channels, pixels, itemsize)
     assert (config.held, config.num_warps, config.block_c) == (held, warps, channels)
     values = config.block_c * config.block_p
-    assert config.block_p >= pixels and 2 * values * itemsize <= 128 * 1024 if held else values == 8192
+    assert config.block_p >= pixels and max(4, channels) * config.block_p <= 64 * 256 if held else values == 8192
 
 
 def test_configurations_are_frozen():
@@ -213,10 +217,17 @@ def test_limits_of_the_other_operators():
     assert segment_limits([x] * 192, [x[:, 0]] * 192, None, 64, 128) == []
     assert len(segment_limits([x.double().mT] * 193, [x[:, 0]] * 193, None, 128, 65)) == 4
     assert len(segment_limits([x], [x[:, 0]], None, 4, 257)) == 1
+    assert segment_limits([x], [x[:, :2]], None, 64, 64) == [] != segment_limits([x], [x[:, :2]], None, 64, 65)
     many = torch.zeros(1, 2**15, 1)
     assert segment_limits([many], [many[:, 0]], None, 1, 1) == ["32768 tokens exceed 32767"]
     x = torch.zeros(1, 1, 1, 1).expand(2, 257, 256, 512)
-    assert guide_limits(x, 4) == [] == pixel_limits(x[:, :256])
-    assert len(guide_limits(x.double(), 3)) == 2
-    assert pixel_limits(x[:, :4].double()) == ["the kernel computes in fp32, fp64 needs the torch implementation"]
-    assert pixel_limits(x) == ["257 channels exceed 256"]
+    assert guide_limits(x, x, 4) == [] == pixel_limits(x, x[:, :256])
+    double = x[:, :4].double()
+    assert len(guide_limits(double, double, 3)) == 2
+    assert pixel_limits(double, double) == ["the kernel computes in fp32, fp64 needs the torch implementation"]
+    assert pixel_limits(x, x) == ["257 channels exceed 256"]
+    far = torch.empty_strided((1, 4, 1, 2), (2**33, 2**30, 2, 1), device="meta")
+    spans = ["a sample of the predictions spans 2^31 elements or more"]
+    assert (
+        guide_limits(far, far, 4) == spans == pixel_limits(far, far) and guide_limits(far[:, :2], far[:, :2], 4) == []
+    )
