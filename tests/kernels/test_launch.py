@@ -22,6 +22,7 @@ def call(op: str, rng: torch.Generator, backend: str):
         "attention_map": lambda: ((q, k), {}),
         "propagate": lambda: ((q, k, c), {}),
         "complete": lambda: ((s, c), {}),
+        "complete_from_qk": lambda: ((q, k, c), {}),
         "segment": lambda: (([c.mT], [c[..., 0]], [(4, 4)], (4, 4)), {}),
         "guide": lambda: (
             (q, k, torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 4, 2, dtype=torch.bool), 7.5),
