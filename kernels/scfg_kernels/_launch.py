@@ -306,8 +306,8 @@ def propagate_config(
     """Tiles of both: those of attention with its map, at most 128 columns at a time. Where products of 64 rows are a
     warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise.
 
-    That product takes the registers: a high and a low part of X, and so 32 keys at a time and, on NVIDIA, no
-    asynchronous copies, whose addresses would be spilled in the loop over the keys; on sm_120, also for 64 rows.
+    That product takes the registers, for a high and a low part of X: so 32 keys at a time and, on NVIDIA, no
+    asynchronous copies, with which values are spilled in the loop over the keys. On sm_120 some still are with 64 rows.
     """
     tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
     rows_at_once = 32 if limits.arch in (*WARP_GROUP_PRODUCTS, "sm_120") else min(tiles.block_m, 64)

@@ -35,6 +35,12 @@ def store_matrix(base, row, column, values, row_stride, column_stride, rows, col
 
 
 @triton.jit
+def column_tiles(first, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr):
+    """Columns `first` .. as two tiles side by side; the second has one if it has no width."""
+    return first + tl.arange(0, BLOCK_T1), first + BLOCK_T1 + tl.arange(0, BLOCK_T2 if BLOCK_T2 > 0 else 1)
+
+
+@triton.jit
 def store_product(
     total1, total2, cross_map, previous, current, out, row, first, product, products, n, columns, y_columns,
     own, others, c_stride_n, c_stride_t, y_stride,
@@ -42,8 +48,7 @@ def store_product(
 ):  # fmt: skip
     """What follows a product of S and columns `first` .. in completion: the last one stores X, [columns, n], the others
     what the next one multiplies, [n, y_stride]."""
-    column1 = first + tl.arange(0, BLOCK_T1)
-    column2 = first + BLOCK_T1 + tl.arange(0, total2.shape[1])
+    column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
     if product == products - 1:
         have_y = tl.where(product > 0, n, 0)
         total1 = own * load_matrix(previous, row, column1, y_stride, 1, have_y, y_columns) + others * total1

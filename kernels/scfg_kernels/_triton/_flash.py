@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._columns import load_operand
+from ._columns import column_tiles, load_operand
 
 
 @triton.jit
@@ -153,11 +153,9 @@ def map_product(
     """Rows of S times columns first .. of x [keys, columns], fp32, in two tiles (zeros if the second has no width). S
     is formed MAP_N keys at a time, by `map_tile`; SCALAR is that of `load_operand`."""
     BLOCK_M: tl.constexpr = row.shape[0]
-    WIDTH_2: tl.constexpr = BLOCK_T2 if BLOCK_T2 > 0 else 1
-    column1 = first + tl.arange(0, BLOCK_T1)
-    column2 = first + BLOCK_T1 + tl.arange(0, WIDTH_2)
+    column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
     total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
-    total2 = tl.zeros([BLOCK_M, WIDTH_2], tl.float32)
+    total2 = tl.zeros([BLOCK_M, column2.shape[0]], tl.float32)
     for start in tl.range(0, keys, MAP_N, num_stages=1):
         key = start + tl.arange(0, MAP_N)
         tile = map_tile(

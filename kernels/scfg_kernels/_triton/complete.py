@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .._launch import CompleteConfig, complete_config, device_guard
-from ._columns import load_matrix, load_operand, store_matrix, store_product
+from ._columns import column_tiles, load_matrix, load_operand, store_matrix, store_product
 from ._device import current_limits
 from ._order import announce, counters, leave, take_ticket, wait
 
@@ -36,11 +36,9 @@ def _product(
 ):  # fmt: skip
     """Rows of S times columns first .. of `operand` [n, columns], in two tiles (zeros if the second has no width)."""
     BLOCK_M: tl.constexpr = row.shape[0]
-    WIDTH_2: tl.constexpr = BLOCK_T2 if BLOCK_T2 > 0 else 1
-    column1 = first + tl.arange(0, BLOCK_T1)
-    column2 = first + BLOCK_T1 + tl.arange(0, WIDTH_2)
+    column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
     total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
-    total2 = tl.zeros([BLOCK_M, WIDTH_2], tl.float32)
+    total2 = tl.zeros([BLOCK_M, column2.shape[0]], tl.float32)
     inner = tl.arange(0, BLOCK_K)
     s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
     x1 = load_operand(operand, inner, column1, stride, 1, n, columns, SCALAR)

@@ -42,9 +42,7 @@ def load_predictions(
 
 
 @triton.jit
-def store_prediction(
-    result, guided, first, y, x, mask, r_stride_c, r_stride_y, r_stride_x,
-):  # fmt: skip
+def store_prediction(result, guided, first, y, x, mask, r_stride_c, r_stride_y, r_stride_x):
     """guided [BLOCK_C, P] as channels `first` .. of the pixels y, x [P]."""
     channel = first + tl.arange(0, guided.shape[0])[:, None]
     target = result + channel * r_stride_c + y[None, :] * r_stride_y + x[None, :] * r_stride_x

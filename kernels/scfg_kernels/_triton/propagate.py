@@ -18,7 +18,7 @@ import triton.language as tl
 from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
 from ..attention_map import map_dtype
 from ._attention import LOG2E, common_strides
-from ._columns import store_matrix
+from ._columns import column_tiles, store_matrix
 from ._device import copy_stages, current_limits
 from ._flash import map_product, store_statistics
 from ._order import announce, counters, leave, take_ticket, wait
@@ -60,9 +60,10 @@ def propagate_kernel(
             q_stride_h, q_stride_n, k_stride_h, k_stride_n, x_stride_n, x_stride_t,
             HEAD_DIM, ALIGN, PRECISION, COLUMNS_1, COLUMNS_2, STAGES, MAP_N, BLOCK_T1, BLOCK_T2, True,
         )  # fmt: skip
-        store_matrix(out, row, first + tl.arange(0, BLOCK_T1), out1, columns, 1, rows, columns)
+        column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
+        store_matrix(out, row, column1, out1, columns, 1, rows, columns)
         if BLOCK_T2 > 0:
-            store_matrix(out, row, first + BLOCK_T1 + tl.arange(0, BLOCK_T2), out2, columns, 1, rows, columns)
+            store_matrix(out, row, column2, out2, columns, 1, rows, columns)
     leave(counters, counters + 1, statistics + samples * row_blocks * column_blocks, LENGTH)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
-from ptxsim import Launch, simulated
+from ptxsim import Launch, SimError, simulated
+from ptxsim.tests.mutations import without_masks
 from scfg_kernels.testing import Guarded, guarded_empty
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,3 +48,17 @@ def run(arch: int, call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
     for guarded in memory.made:
         guarded.assert_guards_intact()
     return result, simulation.launches
+
+
+def assert_nothing_beside_is_touched(arch: int, call: Callable[[], Any], caught: str = "out of bounds") -> None:
+    """`call` in tensors that end where their storage ends has the bits of one between guard zones; without the masks of
+    its loads, or of its stores, the simulator ends it with an error that matches `caught`."""
+    with simulated(arch) as simulation:
+        exact = call()
+    guarded, _ = run(arch, call)
+    assert all(torch.equal(x, y) for x, y in zip(exact, guarded, strict=True)), "poison reached a result"
+    mutants = list(without_masks(simulation.launches[0].ptx))
+    assert len(mutants) == 2
+    for mutant in mutants:
+        with simulated(arch, rewrite=lambda _, ptx=mutant.ptx: ptx), pytest.raises(SimError, match=caught):
+            call()
