@@ -48,7 +48,8 @@ def store_product(
 ):  # fmt: skip
     """What follows a product of S and columns `first` .. in completion: the last one stores X, [columns, n], the others
     what the next one multiplies, [n, y_stride]."""
-    column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
+    column1 = first + tl.arange(0, BLOCK_T1)
+    column2 = first + BLOCK_T1 + tl.arange(0, total2.shape[1])
     if product == products - 1:
         have_y = tl.where(product > 0, n, 0)
         total1 = own * load_matrix(previous, row, column1, y_stride, 1, have_y, y_columns) + others * total1
