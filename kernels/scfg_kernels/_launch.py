@@ -425,10 +425,10 @@ def segment_limits(
 
 @dataclass(frozen=True)
 class GuideConfig(SegmentConfig):
-    """Tiles of `guide`, alone or after `segment`.
+    """Tiles of `guide`, alone or after `segment`; block_h: rows of cells of a program, all of an image's unless `held`.
 
     Attributes:
-        held: whether both predictions of a sample are one tile, which stays in registers.
+        held: whether both predictions of a program's cells are one tile, which stays in registers.
         block_c: channels of a tile.
         rows: rows of cells of a tile.
         lines: pixel lines of each of them.
@@ -445,19 +445,37 @@ HELD_VALUES = 16384
 predictions in registers: 64 of each a thread. Twice that spills more than reading them again would move."""
 
 
+MAX_PARTS = 16
+"""Programs that share an image. More read each other's sums so often that two reads of a large image cost less."""
+
+
+def resident_programs(batch: int, limits: DeviceLimits) -> int:
+    """Programs an image may have if all of a launch must be resident at once, on half the multiprocessors: the others
+    are left to whatever else runs."""
+    return max(1, min(MAX_PARTS, limits.multiprocessors // 2 // max(batch, 1)))
+
+
 def _held_warps(itemsize: int) -> int:
     """Of a program that holds both predictions: fp32 takes a register a value, half precision half of one."""
     return 16 if itemsize >= 4 else 8
 
 
-def guide_config(channels: int, height: int, width: int, cell: int, itemsize: int) -> GuideConfig:
-    """Tiles of `guide`; `itemsize`: bytes of an element of the predictions."""
+def guide_config(
+    channels: int, height: int, width: int, cell: int, itemsize: int, programs: int = 1
+) -> GuideConfig:
+    """Tiles of `guide`; `itemsize`: bytes of an element of the predictions, `programs`: what an image may have.
+
+    The most rows of cells whose predictions stay in registers; if that takes more programs than there are, one passes
+    over the image in tiles.
+    """
     cells = segment_config(-(-height // cell), -(-width // cell))
     lines, block_c = next_power_of_2(cell), next_power_of_2(channels)
     line = cells.block_w * lines  # pixels
-    if max(4, block_c) * cells.block_h * lines * line <= HELD_VALUES:
-        warps = {"num_warps": _held_warps(itemsize)}
-        return GuideConfig(**vars(cells) | warps, held=True, block_c=block_c, rows=cells.block_h, lines=lines)
+    rows = min(cells.block_h, HELD_VALUES // (max(4, block_c) * lines * line))
+    rows = 1 << rows.bit_length() - 1 if rows else 0
+    if rows and -(-height // (cell * rows)) <= programs:
+        share = {"num_warps": _held_warps(itemsize), "block_h": rows}
+        return GuideConfig(**vars(cells) | share, held=True, block_c=block_c, rows=rows, lines=lines)
     block_c = min(block_c, 2)
     lines_at_once = max(1, TILE // (line * block_c))
     lines = min(lines, lines_at_once)
@@ -480,7 +498,7 @@ def guide_limits(uncond: torch.Tensor, cond: torch.Tensor, cell: int) -> list[st
 
 @dataclass(frozen=True)
 class PixelConfig(LaunchConfig):
-    """Tile of `guide_pixels`: pixels, all channels of each, and whether that is all of a sample, held in registers."""
+    """Tile of `guide_pixels`: pixels, all channels of each, and whether that is all of a program, held in registers."""
 
     held: bool
     block_c: int
@@ -491,11 +509,13 @@ MAX_CHANNELS = 256
 """Channels up to which `guide_pixels` has all of a pixel in a tile."""
 
 
-def pixel_config(channels: int, pixels: int, itemsize: int) -> PixelConfig:
-    """Tile of `guide_pixels`; `itemsize`: bytes of an element of the predictions."""
-    block_c, block_p = next_power_of_2(channels), next_power_of_2(pixels)
-    if max(4, block_c) * block_p <= HELD_VALUES:
-        return PixelConfig(_held_warps(itemsize), 1, True, block_c, block_p)
+def pixel_config(channels: int, pixels: int, itemsize: int, programs: int = 1) -> PixelConfig:
+    """Tile of `guide_pixels`; `itemsize`: bytes of an element of the predictions, `programs`: what an image may have,
+    as in `guide_config`."""
+    block_c = next_power_of_2(channels)
+    held = min(next_power_of_2(pixels), HELD_VALUES // max(4, block_c))
+    if -(-pixels // held) <= programs:
+        return PixelConfig(_held_warps(itemsize), 1, True, block_c, held)
     return PixelConfig(8, 1, False, block_c, TILE // block_c)
 
 

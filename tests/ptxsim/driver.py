@@ -8,6 +8,7 @@ driver interface of Triton 3.6 to 3.9, which is semi-internal.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class SimulatedDriver(CPUTensorDriver):
         if arch not in DEVICES:
             raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(map(str, DEVICES))}")
         super().__init__(GPUTarget("cuda", arch, 32), DEVICES[arch], 10_000 + arch, Launcher)
-        self.arch, self.options = arch, options
+        self.arch, self.options, self.device = arch, options, DEVICES[arch]
 
 
 def compiled_files(metadata: Any) -> dict[str, Path]:
@@ -200,9 +201,15 @@ class Launcher:
             raise SimError(f"{self._metadata.name} was compiled for the simulator, which is not active any more")
         arguments = rest[4:]
         options, metadata = active.options, self._metadata
-        if getattr(metadata, "num_ctas", 1) != 1 or getattr(metadata, "launch_cooperative_grid", False):
-            raise SimError(f"{metadata.name}: clusters and cooperative grids are not supported")
+        if getattr(metadata, "num_ctas", 1) != 1:
+            raise SimError(f"{metadata.name}: clusters are not supported")
         grid = (int(grid_x), int(grid_y), int(grid_z))
+        cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
+        if cooperative and math.prod(grid) > active.device.multiprocessors:
+            raise SimError(
+                f"{metadata.name}: a cooperative launch of {math.prod(grid)} CTAs; one fits on each of the "
+                f"{active.device.multiprocessors} multiprocessors, whether more do is not known here"
+            )
         memory, counters = GlobalMemory(), Counters()
         pairs = zip(self._arguments, arguments, strict=True)
         values = list(_values(memory, [(name, kind, value) for (name, kind), value in pairs]))
@@ -212,8 +219,8 @@ class Launcher:
         started = time.perf_counter()
         try:
             if all(grid):
-                checks = {"check_races": options.check_races, "order": options.order}
-                launch(decode(ptx), memory, values, grid, shared, counters, **checks)
+                how = {"check_races": options.check_races, "order": options.order, "cooperative": cooperative}
+                launch(decode(ptx), memory, values, grid, shared, counters, **how)
         finally:
             memory.finish(counters)
             seconds = time.perf_counter() - started

@@ -261,6 +261,7 @@ def launch(
     *,
     check_races: bool = True,
     order: str = "lockstep",
+    cooperative: bool = False,
 ) -> None:
     """Execute every CTA of a grid, x fastest.
 
@@ -274,6 +275,7 @@ def launch(
         check_races: look for missing barriers and waits in shared memory, and for missing order in global.
         order: `"lockstep"`, or one warp after another between barriers, `"forward"` or `"backward"`: slow, but another
             legal interleaving, under which a correct program gives the same bits.
+        cooperative: all CTAs run together, so that they may wait for each other.
 
     Raises:
         SimError: see `errors`.
@@ -289,7 +291,7 @@ def launch(
         parameters[symbol] = memory.add(np.frombuffer(bytearray(data), np.uint8), symbol).base
     total = grid[0] * grid[1] * grid[2]
     memory.visibility = Visibility(total, -(-program.threads // 32), kernel.protocol) if check_races else None
-    per_batch = max(1, THREADS_PER_BATCH // program.threads)
+    per_batch = total if cooperative else max(1, THREADS_PER_BATCH // program.threads)
     for first in range(0, total, per_batch):
         count = min(per_batch, total - first)
         Batch(kernel, memory, parameters, grid, first, count, shared_bytes, counters, check_races, order).run()

@@ -1,11 +1,13 @@
 """Order among the programs of one launch, so that what depends on all of another part needs no launch of its own.
 
-Two forms, both without a host round trip and without assuming that all programs are resident at once:
+Three forms, all without a host round trip; the first two do not assume that all programs are resident at once:
 
     last one out    every program announces what it has stored; whoever sees that all others have goes on alone
     tickets         a program works on the part that its ticket names. Parts that others wait for have the lower
                     tickets, so whoever waits, waits for programs that have already started and that wait for no one
                     later: no deadlock, in whatever order the device starts programs (the argument of single-pass scans)
+    meeting         programs wait for each other, and go on with what they hold in registers. That needs all of them
+                    resident: the launch is cooperative, which the driver refuses if they do not fit
 
 Counters are int32 in global memory and zero between launches: the last program sets them back. Only integers are added,
 and every sum over other programs' results is taken in a fixed order, so results do not depend on who came last.
@@ -56,6 +58,22 @@ def leave(counters, finished, programs, LENGTH: tl.constexpr):
     """The last thing a program does: the last of `programs` sets all LENGTH (a power of two) counters to zero."""
     if announce(finished) == programs - 1:
         tl.store(counters + tl.arange(0, LENGTH), tl.zeros([LENGTH], tl.int32))
+
+
+@triton.jit
+def meet(counter, number):
+    """Until as many programs have come here as make `number` announcements, those at earlier meetings of this counter
+    included; what they have stored can be read then. In a cooperative launch only."""
+    announce(counter)
+    wait(counter, number)
+
+
+@triton.jit
+def leave_meeting(counter, number):
+    """The last thing a program does that has met others: the one that makes the `number`-th announcement sets the
+    counter back."""
+    if announce(counter) == number - 1:
+        tl.store(counter, 0)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-r"""Region rates and the guided prediction, one program per sample.
+r"""Region rates and the guided prediction, one program per sample, or several that each hold a share of it.
 
     n[x]      = ||cond[x] - uncond[x]||_2 over channels, summed over the pixels of a cell
     rate_i    = min( clamp( mean_F n / (mean_i n + 1e-8), rate_min, rate_max ), max_scale / g )
@@ -7,24 +7,29 @@ r"""Region rates and the guided prediction, one program per sample.
     result    = f (phi std(cond) / std(f) + 1 - phi)  with f = u + weight d, if it is rescaled
 
 Tiles are [channels, pixels], whose pixels are those of some rows of cells. Up to `HELD_VALUES` u and c stay in
-registers from the norms to the prediction; larger ones pass in tiles, twice, or three times if rescaled. Rates of cells
-go through memory (4 S bytes), because G needs neighbours, and norms too where tiles pass through.
+registers from the norms to the prediction. Larger samples are shared by programs that each hold some rows of cells and
+meet (`_order`) when they have their sums, in a cooperative launch; or where there are not enough of those, one program
+passes over u and c in tiles, twice, or three times if rescaled. Sums and rates of regions go through memory (T words
+each), norms too where tiles pass.
 
-Cells are reduced by region with masked sums in a fixed order: no atomics. Products and sums are not fused, so that a
-rate of 1 gives the bits of plain guidance. Spreads are Welford's, per lane and then merged: exactly 0 for a constant.
+Cells are reduced by region with masked sums, and parts in their order: no floating-point atomics. Products and sums are
+not fused, so that a rate of 1 gives the bits of plain guidance. Spreads are Welford's, per lane and then merged:
+exactly 0 for a constant.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import GuideConfig, device_guard, guide_config
+from .._launch import GuideConfig, device_guard, guide_config, resident_programs
 from ..segment import kernel_weights
-from ._device import per_sample
+from ._device import current_limits, per_sample
+from ._order import counters, leave_meeting, meet
 from .segment import reflect, three_taps
 
 
@@ -77,13 +82,15 @@ def _with_sample(mean, squares, value, count, mask):
 
 
 @triton.jit
-def _squares_of_all(mean, squares, count):
-    """Squares about the mean of all lanes, from those about the mean of each."""
+def _moments_of_all(mean, squares, count):
+    """Mean of all lanes and squares about it, from those of each."""
     # Sums alone: they commute to the bit, so every thread of a reduction has one result. From the lowest mean, so that
     # those of a constant differ by exactly 0.
-    apart = mean - tl.min(tl.where(count > 0.0, mean, float("inf")))
-    apart -= tl.div_rn(tl.sum(count * apart), tl.sum(count))
-    return tl.sum(squares + count * apart * apart)
+    lowest = tl.min(tl.where(count > 0.0, mean, float("inf")))
+    apart = mean - lowest
+    shift = tl.div_rn(tl.sum(count * apart), tl.sum(count))
+    apart -= shift
+    return lowest + shift, tl.sum(squares + count * apart * apart)
 
 
 @triton.jit
@@ -94,11 +101,37 @@ def _factor(squares_c, squares_f, rescale):
 
 
 @triton.jit
-def rescaled(guided, c, mask, rescale):
-    """All of a sample's f [C, P] times its factor."""
+def rescaled(
+    guided, c, mask, rescale, scratch, offset, part, meeting, sample, announcements, PARTS: tl.constexpr
+):  # fmt: skip
+    """A program's f [C, P] times its sample's factor. Where the sample has several PARTS, their moments [PARTS, 5] meet
+    at `offset` of `scratch`."""
     count = mask.to(tl.float32)
-    squares_c = _squares_of_all(c.to(tl.float32), 0.0, count)
-    return guided * _factor(squares_c, _squares_of_all(guided, 0.0, count), rescale)
+    mean_c, squares_c = _moments_of_all(c.to(tl.float32), 0.0, count)
+    mean_f, squares_f = _moments_of_all(guided, 0.0, count)
+    if PARTS > 1:
+        moments = scratch + offset
+        own = moments + part * 5
+        tl.store(own, tl.sum(count))
+        tl.store(own + 1, mean_c)
+        tl.store(own + 2, squares_c)
+        tl.store(own + 3, mean_f)
+        tl.store(own + 4, squares_f)
+        meet(meeting + sample, announcements)
+        every = tl.arange(0, power_of_2(PARTS))
+        at = moments + every * 5
+        counts = tl.load(at, mask=every < PARTS, other=0.0)
+        means_c = tl.load(at + 1, mask=every < PARTS, other=0.0)
+        means_f = tl.load(at + 3, mask=every < PARTS, other=0.0)
+        _, squares_c = _moments_of_all(means_c, tl.load(at + 2, mask=every < PARTS, other=0.0), counts)
+        _, squares_f = _moments_of_all(means_f, tl.load(at + 4, mask=every < PARTS, other=0.0), counts)
+    return guided * _factor(squares_c, squares_f, rescale)
+
+
+@triton.constexpr_function
+def power_of_2(number):
+    """The least one that is not less."""
+    return triton.next_power_of_2(number)
 
 
 @triton.constexpr_function
@@ -132,9 +165,9 @@ def store_rescaled(
             number = tl.maximum(count, 1.0)
             mean_c, squares_c = _with_sample(mean_c, squares_c, c.to(tl.float32), number, mask)
             mean_f, squares_f = _with_sample(mean_f, squares_f, combined(u, c, weight), number, mask)
-    factor = _factor(
-        _squares_of_all(mean_c, squares_c, count), _squares_of_all(mean_f, squares_f, count), rescale
-    )  # fmt: skip
+    _, all_squares_c = _moments_of_all(mean_c, squares_c, count)
+    _, all_squares_f = _moments_of_all(mean_f, squares_f, count)
+    factor = _factor(all_squares_c, all_squares_f, rescale)
 
     for start in tl.range(0, H * W, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
@@ -152,40 +185,72 @@ def store_rescaled(
 
 
 @triton.jit
-def _region_rates(
-    ids, foreground, norm, area, valid, tokens, scale, rate_min, rate_max, max_scale,
-    PAPER: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+def _sum_again(values, chosen):
+    """Sum of the chosen values, with what was rounded away: sums of what they differ from their mean are small."""
+    total = tl.sum(tl.where(chosen, values, 0.0))
+    mean = tl.div_rn(total, tl.maximum(tl.sum(chosen.to(tl.float32)), 1.0))
+    return total + tl.sum(tl.where(chosen, values - mean, 0.0))
+
+
+@triton.jit
+def _store_sums(
+    sums, ids, foreground, norm, area, valid, tokens, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """Rate of every cell; all [BLOCK_H, BLOCK_W], and norm and area 0 beyond the grid."""
+    """Norm and area of every region and, after the last one, of the benchmark, [2, tokens + 1] at `sums`. Of cells [R,
+    BLOCK_W], norm and area 0 where there is none."""
     benchmark = valid if IMAGE else foreground & valid
-    fore_area = tl.sum(tl.where(benchmark, area, 0.0))
-    fore_mean = tl.div_rn(tl.sum(tl.where(benchmark, norm, 0.0)), fore_area + 1e-8)
-    rates = tl.zeros(norm.shape, tl.float32)
+    areas = sums + tokens + 1
+    tl.store(sums + tokens, _sum_again(norm, benchmark))
+    tl.store(areas + tokens, tl.sum(tl.where(benchmark, area, 0.0)))
     for first in tl.range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)[:, None, None]
-        member = (ids[None, :, :] == token) & valid[None, :, :]  # [BLOCK_T, BLOCK_H, BLOCK_W]
+        token = first + tl.arange(0, BLOCK_T)
+        member = (ids[None, :, :] == token[:, None, None]) & valid[None, :, :]  # [BLOCK_T, R, BLOCK_W]
         region_norm = tl.sum(tl.sum(tl.where(member, norm[None, :, :], 0.0), 2), 1)
         region_area = tl.sum(tl.sum(tl.where(member, area[None, :, :], 0.0), 2), 1)
-        region_rate = tl.div_rn(fore_mean, tl.div_rn(region_norm, region_area + 1e-8) + 1e-8)  # [BLOCK_T]
+        tl.store(sums + token, region_norm, mask=token < tokens)
+        tl.store(areas + token, region_area, mask=token < tokens)
+
+
+@triton.jit
+def _store_rates(
+    rates, sums, tokens, scale, rate_min, rate_max, max_scale,
+    PAPER: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rate of every region, from the sums of all parts, [PARTS, 2, tokens + 1], BLOCK at a time."""
+    between = 2 * (tokens + 1)  # one part and the next
+    fore_norm = tl.load(sums + tokens)
+    fore_area = tl.load(sums + 2 * tokens + 1)
+    for other in tl.range(1, PARTS):
+        fore_norm += tl.load(sums + other * between + tokens)
+        fore_area += tl.load(sums + other * between + 2 * tokens + 1)
+    fore_mean = tl.div_rn(fore_norm, fore_area + 1e-8)
+    for first in tl.range(0, tokens, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        known = token < tokens
+        norm = tl.load(sums + token, mask=known, other=0.0)
+        area = tl.load(sums + tokens + 1 + token, mask=known, other=0.0)
+        for other in tl.range(1, PARTS):
+            norm += tl.load(sums + other * between + token, mask=known, other=0.0)
+            area += tl.load(sums + other * between + tokens + 1 + token, mask=known, other=0.0)
+        rate = tl.div_rn(fore_mean, tl.div_rn(norm, area + 1e-8) + 1e-8)
         if PAPER:
-            region_rate = tl.where(fore_area > 0.0, region_rate, 1.0)
-        region_rate = tl.minimum(tl.maximum(region_rate, rate_min), rate_max)
-        region_rate = tl.minimum(region_rate, tl.div_rn(max_scale, scale))
-        rates += tl.sum(tl.where(member, region_rate[:, None, None], 0.0), 0)  # a cell has one region
-    return rates
+            rate = tl.where(fore_area > 0.0, rate, 1.0)
+        rate = tl.minimum(tl.maximum(rate, rate_min), rate_max)
+        tl.store(rates + token, tl.minimum(rate, tl.div_rn(max_scale, scale)), mask=known)
 
 
 @triton.jit
 def _smoothed_row(
-    rates, row, edge, W: tl.constexpr, CELL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr
+    rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x,
+    W: tl.constexpr, CELL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
 ):  # fmt: skip
     """Rates of rows of cells, row [R, 1], smoothed along x: at the pixels of a line, [R, 1, BLOCK_W, BLOCK_CELL]."""
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
     column = tl.minimum(tl.arange(0, BLOCK_W)[None, :], GRID_W - 1)
     first = column * CELL
     last = tl.minimum(first + CELL, W) - 1
-    row = row * GRID_W
-    here = tl.load(rates + row + column)
+    token = tl.load(ids_in + row * i_stride_y + column * i_stride_x)
+    here = tl.load(rates + token, mask=(token >= 0) & (token < tokens), other=0.0)
     left = tl.gather(here, tl.broadcast_to(reflect(first - 1, W) // CELL, here.shape), 1)[:, None, :, None]
     right = tl.gather(here, tl.broadcast_to(reflect(last + 1, W) // CELL, here.shape), 1)[:, None, :, None]
     here = here[:, None, :, None]
@@ -197,17 +262,20 @@ def _smoothed_row(
 
 @triton.jit
 def _pixel_rates(
-    rates, first_row, first_line, edge, H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
+    rates, ids_in, first_row, first_line, tokens, edge, i_stride_y, i_stride_x,
+    H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
 ):  # fmt: skip
-    """Smoothed rates of the pixels of `_pixels`, from those of the cells in memory."""
+    """Smoothed rates of the pixels of `_pixels`, from those of regions, in memory, and the regions of cells."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     row = tl.minimum(first_row + tl.arange(0, ROWS), GRID_H - 1)[:, None]
     first = row * CELL
     last = tl.minimum(first + CELL, H) - 1
-    here = _smoothed_row(rates, row, edge, W, CELL, BLOCK_W, BLOCK_CELL)
-    above = _smoothed_row(rates, reflect(first - 1, H) // CELL, edge, W, CELL, BLOCK_W, BLOCK_CELL)
-    below = _smoothed_row(rates, reflect(last + 1, H) // CELL, edge, W, CELL, BLOCK_W, BLOCK_CELL)
+    above = reflect(first - 1, H) // CELL
+    below = reflect(last + 1, H) // CELL
+    here = _smoothed_row(rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
+    above = _smoothed_row(rates, ids_in, above, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
+    below = _smoothed_row(rates, ids_in, below, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
     y = first_line + tl.arange(0, LINES)[None, :, None, None]
     rate = three_taps(
         tl.where(y == 0, above, here), here, tl.where(y == (last - first)[:, :, None, None], below, here), edge
@@ -240,8 +308,9 @@ def _cell_sums(
 
 @triton.jit
 def guide_cells(
-    uncond, cond, guidance_scale, result, rate_out, scratch, ids, foreground, sample, tokens, channels, edge,
-    rate_min, rate_max, max_scale, rescale, scale_stride,
+    uncond, cond, guidance_scale, result, rate_out, scratch, meeting, ids_in, ids, foreground, sample, part,
+    tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
+    i_stride_b, i_stride_y, i_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
@@ -249,36 +318,42 @@ def guide_cells(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     LINES: tl.constexpr,
 ):  # fmt: skip
-    """All after the argmax; ids int32, foreground int1 [BLOCK_H, BLOCK_W]; `scratch` [2, S], fp32."""
+    """All after the argmax, for a part of a sample: BLOCK_H rows of cells, which are all of them unless HELD. ids int32
+    and foreground int1 [BLOCK_H, BLOCK_W] are the part's, `ids_in` all of the batch in memory; `meeting`: a counter per
+    sample, if it has several parts."""
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
+    PARTS: tl.constexpr = (GRID_H + BLOCK_H - 1) // BLOCK_H
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
     rate_out += sample * (H * W)
+    ids_in += sample * i_stride_b
     scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
-    rates = scratch
-    norms = scratch + GRID_H * GRID_W
+    sums = scratch + sample * scratch_stride
+    moments = sums + PARTS * 2 * (tokens + 1)
+    norms = moments + PARTS * 5
+    rates = norms + GRID_H * GRID_W + part * tokens  # of every region: each part makes its own
 
-    cell_y = tl.arange(0, BLOCK_H)[:, None]
+    first_row = part * BLOCK_H
+    cell_y = first_row + tl.arange(0, BLOCK_H)[:, None]
     cell_x = tl.arange(0, BLOCK_W)[None, :]
     valid = (cell_y < GRID_H) & (cell_x < GRID_W)
     lines = tl.minimum(H - cell_y * CELL, CELL)
     area = tl.where(valid, (lines * tl.minimum(W - cell_x * CELL, CELL)).to(tl.float32), 0.0)
-    cell = cell_y * GRID_W + cell_x
     if HELD:
-        y, x, inside = _pixels(0, 0, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+        y, x, inside = _pixels(first_row, 0, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
         u, c, mask = load_predictions(
             uncond, cond, 0, y, x, inside, channels,
             u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
         )  # fmt: skip
         norm = _cell_sums(tl.sqrt_rn(energy(u, c)), ROWS, LINES, BLOCK_W, BLOCK_CELL)
     else:
-        for first_row in tl.range(0, GRID_H, ROWS):
-            row = first_row + tl.arange(0, ROWS)[:, None]
+        for tile_row in tl.range(0, GRID_H, ROWS):
+            row = tile_row + tl.arange(0, ROWS)[:, None]
             total = tl.zeros([ROWS, BLOCK_W], tl.float32)
             for first_line in tl.range(0, CELL, LINES):
-                y, x, inside = _pixels(first_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                y, x, inside = _pixels(tile_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
                 square = tl.zeros(y.shape, tl.float32)
                 for first in tl.range(0, channels, BLOCK_C):
                     u, c, _ = load_predictions(
@@ -289,26 +364,36 @@ def guide_cells(
                 total += _cell_sums(tl.sqrt_rn(square), ROWS, LINES, BLOCK_W, BLOCK_CELL)
             tl.store(norms + row * GRID_W + cell_x, total, mask=(row < GRID_H) & (cell_x < GRID_W))
         tl.debug_barrier()  # the norms that other threads wrote
-        norm = tl.load(norms + cell, mask=valid, other=0.0)
+        norm = tl.load(norms + cell_y * GRID_W + cell_x, mask=valid, other=0.0)
 
-    rate_of_cell = _region_rates(
-        ids, foreground, norm, area, valid, tokens, scale, rate_min, rate_max, max_scale, PAPER, IMAGE, BLOCK_T
+    _store_sums(
+        sums + part * 2 * (tokens + 1), ids, foreground, norm, area, valid, tokens, IMAGE, BLOCK_T
     )  # fmt: skip
-    tl.store(rates + cell, rate_of_cell, mask=valid)
+    if PARTS > 1:
+        meet(meeting + sample, PARTS)
+    else:
+        tl.debug_barrier()  # the sums that other threads wrote
+    _store_rates(rates, sums, tokens, scale, rate_min, rate_max, max_scale, PAPER, PARTS, 128)
     tl.debug_barrier()  # the rates that other threads wrote
     if HELD:
-        rate = _pixel_rates(rates, 0, 0, edge, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+        rate = _pixel_rates(
+            rates, ids_in, first_row, 0, tokens, edge, i_stride_y, i_stride_x,
+            H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
+        )  # fmt: skip
         tl.store(rate_out + y * W + x, rate, mask=inside)
         guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
         if RESCALE:
-            guided = rescaled(guided, c, mask, rescale)
+            guided = rescaled(guided, c, mask, rescale, moments, 0, part, meeting, sample, 2 * PARTS, PARTS)
         store_prediction(result, guided, 0, y, x, mask, r_stride_c, r_stride_y, r_stride_x)
+        if PARTS > 1:
+            leave_meeting(meeting + sample, 3 * PARTS if RESCALE else 2 * PARTS)
     else:
-        for first_row in tl.range(0, GRID_H, ROWS):
+        for tile_row in tl.range(0, GRID_H, ROWS):
             for first_line in tl.range(0, CELL, LINES):
-                y, x, inside = _pixels(first_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                y, x, inside = _pixels(tile_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
                 rate = _pixel_rates(
-                    rates, first_row, first_line, edge, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL
+                    rates, ids_in, tile_row, first_line, tokens, edge, i_stride_y, i_stride_x,
+                    H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
                 )  # fmt: skip
                 tl.store(rate_out + y * W + x, rate, mask=inside)
                 if not RESCALE:
@@ -332,8 +417,8 @@ def guide_cells(
 
 @triton.jit
 def guide_kernel(
-    uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, scratch, tokens, channels, edge,
-    rate_min, rate_max, max_scale, rescale, scale_stride,
+    uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, scratch, meeting, tokens, channels, edge,
+    rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
@@ -344,16 +429,19 @@ def guide_kernel(
 ):  # fmt: skip
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
-    sample = tl.program_id(0).to(tl.int64)
-    y = tl.arange(0, BLOCK_H)[:, None]
+    PARTS: tl.constexpr = (GRID_H + BLOCK_H - 1) // BLOCK_H
+    sample = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    y = part * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     x = tl.arange(0, BLOCK_W)[None, :]
     valid = (y < GRID_H) & (x < GRID_W)
     ids = tl.load(ids_in + sample * i_stride_b + y * i_stride_y + x * i_stride_x, mask=valid, other=0)
     at = foreground_in + sample * f_stride_b + y * f_stride_y + x * f_stride_x
     foreground = tl.load(at, mask=valid, other=0).to(tl.int1)
     guide_cells(
-        uncond, cond, guidance_scale, result, rate_out, scratch + sample * (2 * GRID_H * GRID_W), ids.to(tl.int32),
-        foreground, sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
+        uncond, cond, guidance_scale, result, rate_out, scratch, meeting, ids_in, ids.to(tl.int32), foreground, sample,
+        part, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
+        i_stride_b, i_stride_y, i_stride_x,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x,
         H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
@@ -367,9 +455,15 @@ def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return torch.empty_like(cond), torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
 
 
-def empty_cells(batch: int, cells: int, device: torch.device) -> torch.Tensor:
-    """Scratch: the rate and the norm of every cell."""
-    return torch.empty((batch, 2, cells), dtype=torch.float32, device=device)
+def empty_scratch(batch: int, parts: int, tokens: int, cells: int, device: torch.device) -> torch.Tensor:
+    """Scratch: sums and moments of every part, norms of cells, rates of regions of every part."""
+    words = parts * (2 * (tokens + 1) + 5) + cells + parts * tokens
+    return torch.empty((batch, words), dtype=torch.float32, device=device)
+
+
+def meeting_counters(parts: int, batch: int, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A counter per sample, where it has several parts; none otherwise."""
+    return counters(device, batch) if parts > 1 else contextlib.nullcontext()
 
 
 def prediction_constants(
@@ -423,13 +517,18 @@ def launch(
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
     cell = min(cell, max(height, width))  # which covers the image as well
-    config = config or guide_config(channels, height, width, cell, cond.element_size())
-    scratch = empty_cells(batch, token_index[0].numel(), cond.device)
     with device_guard(cond.device):
-        guide_kernel[(batch,)](
-            uncond, cond, token_index, foreground, scale, result, rate, scratch, num_tokens, channels,
-            kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride,
-            *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-            **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
-        )  # fmt: skip
+        config = config or guide_config(
+            channels, height, width, cell, cond.element_size(), resident_programs(batch, current_limits())
+        )
+        parts = triton.cdiv(token_index.shape[1], config.block_h)
+        scratch = empty_scratch(batch, parts, num_tokens, token_index[0].numel(), cond.device)
+        with meeting_counters(parts, batch, cond.device) as meeting:
+            guide_kernel[(batch * parts,)](
+                uncond, cond, token_index, foreground, scale, result, rate, scratch, meeting, num_tokens, channels,
+                kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride, scratch.stride(0),
+                *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
+                **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
+                launch_cooperative_grid=parts > 1,
+            )  # fmt: skip
     return result, rate

@@ -1,11 +1,12 @@
-r"""Per-pixel rates and the guided prediction, one program per sample.
+r"""Per-pixel rates and the guided prediction, one program per sample, or several that each hold a share of it.
 
     E[x]      = 1/C sum_c d[c, x]^2,     Ehat = (E - min E) / (max E - min E + 1e-8)
     rate[x]   = rate_max - Ehat (rate_max - rate_min)
     result[x] = u + weight d,  rescaled or not, as in the `guide` kernel, whose device code this is
 
 The least and the greatest energy are known only after all pixels; both are exact in any order. Up to `HELD_VALUES` u
-and c stay in registers meanwhile. Larger ones pass in tiles of [all channels, BLOCK_P pixels], twice, which form the
+and c stay in registers meanwhile. Larger samples are shared by programs that hold BLOCK_P pixels each and meet, as in
+the `guide` kernel; or one program passes over them in tiles of [all channels, BLOCK_P pixels], twice, which form the
 same energies twice; or four times if rescaled.
 """
 
@@ -15,13 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import PixelConfig, device_guard, pixel_config
-from ._device import per_sample
+from .._launch import PixelConfig, device_guard, pixel_config, resident_programs
+from ._device import current_limits, per_sample
+from ._order import leave_meeting, meet
 from .guide import (
     combined,
     empty_result_and_rate,
     energy,
     load_predictions,
+    meeting_counters,
+    power_of_2,
     quarter,
     rescaled,
     store_prediction,
@@ -41,19 +45,22 @@ def _rates(square, channels, least, span, rate_min, rate_max):
 
 @triton.jit
 def guide_pixels_kernel(
-    uncond, cond, guidance_scale, result, rate_out, channels, rate_min, rate_max, rescale, scale_stride,
+    uncond, cond, guidance_scale, result, rate_out, scratch, meeting, channels, rate_min, rate_max, rescale,
+    scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     H: tl.constexpr, W: tl.constexpr, UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, HELD: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
+    PARTS: tl.constexpr = (H * W + BLOCK_P - 1) // BLOCK_P if HELD else 1
+    sample = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
     rate_out += sample * (H * W)
     scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
-    pixel = tl.arange(0, BLOCK_P)
+    pixel = part * BLOCK_P + tl.arange(0, BLOCK_P)
     if HELD:
         inside = pixel < H * W
         u, c, mask = load_predictions(
@@ -63,6 +70,14 @@ def guide_pixels_kernel(
         square = energy(u, c)
         least = tl.min(tl.where(inside, square, float("inf")), 0)
         most = tl.max(square, 0)
+        if PARTS > 1:  # their bounds and moments, 7 words each, in `scratch`
+            bounds = scratch + sample * (PARTS * 7)
+            tl.store(bounds + part, least)
+            tl.store(bounds + PARTS + part, most)
+            meet(meeting + sample, PARTS)
+            every = tl.arange(0, power_of_2(PARTS))
+            least = tl.min(tl.load(bounds + every, mask=every < PARTS, other=float("inf")), 0)
+            most = tl.max(tl.load(bounds + PARTS + every, mask=every < PARTS, other=0.0), 0)
     else:
         lowest = tl.full([BLOCK_P], float("inf"), tl.float32)
         highest = tl.zeros([BLOCK_P], tl.float32)
@@ -84,8 +99,12 @@ def guide_pixels_kernel(
         tl.store(rate_out + pixel, rate, mask=inside)
         guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
         if RESCALE:
-            guided = rescaled(guided, c, mask, rescale)
+            guided = rescaled(
+                guided, c, mask, rescale, scratch, sample * (PARTS * 7) + 2 * PARTS, part, meeting, sample, 2 * PARTS, PARTS
+            )  # fmt: skip
         store_prediction(result, guided, 0, pixel // W, pixel % W, mask, r_stride_c, r_stride_y, r_stride_x)
+        if PARTS > 1:
+            leave_meeting(meeting + sample, 3 * PARTS if RESCALE else 2 * PARTS)
     else:
         for start in tl.range(0, H * W, BLOCK_P):
             y = (start + pixel) // W
@@ -127,13 +146,18 @@ def launch(
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
-    config = config or pixel_config(channels, height * width, cond.element_size())
     with device_guard(cond.device):
-        guide_pixels_kernel[(batch,)](
-            uncond, cond, scale, result, rate, channels, rate_min, rate_max, rescale, scale_stride,
-            *uncond.stride(), *cond.stride(), *result.stride(),
-            H=height, W=width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
-            HELD=config.held, BLOCK_C=config.block_c, BLOCK_P=config.block_p,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-        )  # fmt: skip
+        config = config or pixel_config(
+            channels, height * width, cond.element_size(), resident_programs(batch, current_limits())
+        )
+        parts = triton.cdiv(height * width, config.block_p) if config.held else 1
+        scratch = torch.empty((batch, parts * 7), dtype=torch.float32, device=cond.device) if parts > 1 else None
+        with meeting_counters(parts, batch, cond.device) as meeting:
+            guide_pixels_kernel[(batch * parts,)](
+                uncond, cond, scale, result, rate, scratch, meeting, channels, rate_min, rate_max, rescale, scale_stride,
+                *uncond.stride(), *cond.stride(), *result.stride(),
+                H=height, W=width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
+                HELD=config.held, BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
+                num_stages=config.num_stages, enable_fp_fusion=False, launch_cooperative_grid=parts > 1,
+            )  # fmt: skip
     return result, rate

@@ -16,7 +16,7 @@ from .._launch import GuideConfig, device_guard, guide_config
 from ..segment import kernel_weights
 from ._device import per_sample
 from ._order import counters
-from .guide import empty_cells, empty_result_and_rate, guide_cells, prediction_constants
+from .guide import empty_result_and_rate, empty_scratch, guide_cells, prediction_constants
 from .segment import empty_parts, empty_regions, grouped, map_constants, segment_cells, winners
 
 
@@ -24,7 +24,7 @@ from .segment import empty_parts, empty_regions, grouped, map_constants, segment
 def segment_and_guide_kernel(
     maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, uncond, cond,
     guidance_scale, result, rate_out, scratch, tokens, layers, channels, edge,
-    rate_min, rate_max, max_scale, rescale, scale_stride,
+    rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x,
     GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
@@ -45,8 +45,9 @@ def segment_and_guide_kernel(
             BLOCK_T, BLOCK_H, BLOCK_W,
         )  # fmt: skip
         guide_cells(
-            uncond, cond, guidance_scale, result, rate_out, scratch + sample * (2 * GRID_H * GRID_W), ids,
-            foreground, sample, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride,
+            uncond, cond, guidance_scale, result, rate_out, scratch, None, ids_out, ids, foreground, sample, 0, tokens,
+            channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
+            GRID_H * GRID_W, GRID_W, 1,
             u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
             r_stride_b, r_stride_c, r_stride_y, r_stride_x,
             H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
@@ -85,12 +86,12 @@ def launch(
     config = config or guide_config(channels, height, width, cell, cond.element_size())
     groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, cond.device)
-    scratch = empty_cells(batch, h * w, cond.device)
+    scratch = empty_scratch(batch, 1, count, h * w, cond.device)
     with device_guard(cond.device), counters(cond.device, batch) as zeros:
         segment_and_guide_kernel[(parts + 1, batch)](
             groups.tokens, groups.start, token_mask, best, winner, ids, foreground, zeros, uncond, cond, scale, result,
             rate, scratch, count, len(tokens), channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale,
-            rescale, scale_stride, *uncond.stride(), *cond.stride(), *result.stride(),
+            rescale, scale_stride, scratch.stride(0), *uncond.stride(), *cond.stride(), *result.stride(),
             **map_constants(groups, token_mask),
             **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
         )  # fmt: skip
