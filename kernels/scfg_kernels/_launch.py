@@ -8,10 +8,14 @@ driver declares that it serves CPU tensors (`DriverBase.get_active_torch_device`
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import importlib.util
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +50,61 @@ def triton_reasons(op: str, device: torch.device) -> list[str]:
         reasons.append("triton is not installed")
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device.type!r}, Triton kernels need a CUDA device")
+    elif _TRITON_INSTALLED and torch.cuda.is_available():
+        reasons += card_reasons(torch.cuda.current_device() if device.index is None else device.index)
     return reasons
+
+
+MIN_TRITON = (3, 6)
+"""The lowest version that the kernels were executed with."""
+MIN_CAPABILITY = (8, 0)
+"""Below, there are no tensor-core instructions for these products, and Triton spills thousands of registers."""
+AMD_TARGETS = ("gfx942", "gfx950")
+"""What the kernels are compiled for in the tests."""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def card_reasons(index: int) -> list[str]:
+    """Why no kernel can run on a CUDA or ROCm device: Triton's version, the card, or a driver of Triton's that cannot
+    be built (which takes a C compiler and Python's headers). Asked once per device."""
+    reasons = version_reasons(importlib.metadata.version("triton"))
+    if not reasons:
+        from ._triton._device import driver_reasons  # which imports triton
+
+        reasons = target_reasons(torch.version.hip is not None, torch.cuda.get_device_properties(index))
+        reasons += driver_reasons()
+    return reasons
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """`"3.7.1+git12"` -> (3, 7, 1)."""
+    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+
+
+def version_reasons(version: str) -> list[str]:
+    """Why this version of Triton cannot compile the kernels; empty if it can."""
+    if version_numbers(version) >= MIN_TRITON:
+        return []
+    return [f"triton {version} is too old, the kernels need {'.'.join(map(str, MIN_TRITON))}"]
+
+
+def target_reasons(hip: bool, properties: Any) -> list[str]:
+    """Why the kernels are not for the card with these properties of torch's; empty if they are."""
+    if hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return [] if arch in AMD_TARGETS else [f"{arch} is not one of {', '.join(AMD_TARGETS)}"]
+    capability = (properties.major, properties.minor)
+    if capability >= MIN_CAPABILITY:
+        return []
+    return [f"compute capability {'.'.join(map(str, capability))} is below {'.'.join(map(str, MIN_CAPABILITY))}"]
+
+
+def reasons_for_auto(device: torch.device) -> list[str]:
+    """Why `"auto"` leaves a device to torch on which an explicit `"triton"` would run; empty if it does not."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return ["the kernels are compiled for AMD and have never run there; backend='triton' takes them"]
+    return []
 
 
 def accepts_cpu_tensors() -> bool:
@@ -83,7 +141,7 @@ def choose_backend(op: str, backend: str, device: torch.device, limits: Sequence
         return "torch"
     simulated = backend == "triton" and device.type == "cpu" and accepts_cpu_tensors()
     reasons = triton_reasons(op, torch.device("cuda") if simulated else device) + list(limits)
-    if not reasons:
+    if not reasons and not (backend == "auto" and reasons_for_auto(device)):
         return "triton"
     if backend == "triton":
         raise BackendError(f"{op}: backend='triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'torch'.")
@@ -104,13 +162,32 @@ def available_backends(
     table = {}
     for op in OPS:
         limits = dtype_limits(op, dtype) if dtype is not None else []
-        table[op] = (choose_backend(op, "auto", device, limits), triton_reasons(op, device) + limits)
+        reasons = triton_reasons(op, device) + limits or reasons_for_auto(device)
+        table[op] = (choose_backend(op, "auto", device, limits), reasons)
     return table
 
 
 def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A caller's autocast would run the maps' fp32 products in half precision, which moves regions; not in here."""
     return torch.autocast(device.type, enabled=False)
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether a tensor that is made now may serve later calls. On CUDA on the default stream alone: what is made on
+    another one may belong to a CUDA graph, captured or warmed up there, whose memory is used again and whose contents
+    come with its replay."""
+    return device.type != "cuda" or torch.cuda.current_stream(device).cuda_stream == 0
+
+
+def kept(make: Callable) -> Callable:
+    """Keeps the tensors that `make(..., device)` makes from small arguments, where `may_keep` says so."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def made(*arguments: Any) -> Any:
+        return (cached if may_keep(arguments[-1]) else make)(*arguments)
+
+    return made
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
@@ -460,9 +537,7 @@ def _held_warps(itemsize: int) -> int:
     return 16 if itemsize >= 4 else 8
 
 
-def guide_config(
-    channels: int, height: int, width: int, cell: int, itemsize: int, programs: int = 1
-) -> GuideConfig:
+def guide_config(channels: int, height: int, width: int, cell: int, itemsize: int, programs: int = 1) -> GuideConfig:
     """Tiles of `guide`; `itemsize`: bytes of an element of the predictions, `programs`: what an image may have.
 
     The most rows of cells whose predictions stay in registers; if that takes more programs than there are, one passes

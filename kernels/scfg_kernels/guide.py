@@ -35,7 +35,6 @@ constant, or a single element, has no spread to scale. The rate is that before r
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -51,7 +50,7 @@ from ._checks import (
     check_smoothing,
     rate_bounds,
 )
-from ._launch import choose_backend, guide_limits
+from ._launch import choose_backend, guide_limits, kept
 from ._triton import KERNELS
 from .segment import EPSILON, smooth
 
@@ -62,7 +61,7 @@ def _cell_sums(x: torch.Tensor, cell: int) -> torch.Tensor:
     return pooled.flatten(1)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _cell_areas(height: int, width: int, cell: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Latent pixels in each cell, [1, ceil(H/cell) * ceil(W/cell)]."""
     return _cell_sums(torch.ones((1, height, width), dtype=dtype, device=device), cell)

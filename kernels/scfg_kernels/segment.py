@@ -29,7 +29,6 @@ tie. Bytes that must move: every X_l once, ids and foreground once.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import Reasons, check_maps, check_smoothing
-from ._launch import choose_backend, outside_autocast, segment_limits
+from ._launch import choose_backend, kept, outside_autocast, segment_limits
 from ._triton import KERNELS
 
 EPSILON = 1e-8
@@ -62,7 +61,7 @@ def smooth_axis(x: torch.Tensor, dim: int, edge: float) -> torch.Tensor:
     if size == 1:
         return x
     # Dynamo traces through a cache, and warns that it does.
-    before, after = (_neighbours if torch.compiler.is_compiling() else _cached_neighbours)(size, x.device)
+    before, after = (_neighbours if torch.compiler.is_compiling() else _kept_neighbours)(size, x.device)
     neighbours = x.index_select(dim, before).add_(x.index_select(dim, after))
     return torch.lerp(x, neighbours.mul_(0.5), 2.0 * edge)
 
@@ -73,7 +72,7 @@ def _neighbours(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return (position - 1).abs(), size - 1 - (size - 2 - position).abs()
 
 
-_cached_neighbours = functools.lru_cache(maxsize=64)(_neighbours)
+_kept_neighbours = kept(_neighbours)
 
 
 def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -89,7 +88,7 @@ def smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return smooth_axis(smooth_axis(x, -1, edge), -2, edge)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _axis_operator(
     length: int, target: int, sigma: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from .._launch import DeviceLimits
+from .._launch import DeviceLimits, version_numbers
 
 
 @functools.cache
@@ -25,11 +25,24 @@ def current_limits() -> DeviceLimits:
     return _limits(driver, driver.get_current_device())
 
 
+def driver_reasons() -> list[str]:
+    """Why Triton has no driver to launch with; empty if it has."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a compiler, a linker or the driver finds
+        return [f"triton's driver fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+    return []
+
+
+FENCED = (3, 7, 1)
+"""The first Triton with the fence (pull request 9610) between an asynchronous copy and a product that reads it as a
+warp group's instructions do, `wgmma` or `tcgen05`."""
+
+
 def copy_stages(stages: int) -> int:
-    """`num_stages` of a loop whose products read asynchronous copies: 1 on sm_90 with Triton 3.6, which leaves out the
-    fence between such a copy and `wgmma` (its issue 9610; 3.7 has it)."""
-    fenced = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-    return stages if fenced or current_limits().arch != "sm_90" else 1
+    """`num_stages` of a loop whose products read asynchronous copies: 1 where that fence is missing."""
+    needs_fence = current_limits().arch.startswith(("sm_9", "sm_10", "sm_11"))
+    return 1 if needs_fence and version_numbers(triton.__version__) < FENCED else stages
 
 
 def per_sample(values: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -26,7 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-_KEPT: dict[tuple[torch.device, int], torch.Tensor] = {}
+from .._launch import may_keep
+
+_KEPT: dict[torch.device, torch.Tensor] = {}
 
 
 @triton.jit
@@ -80,15 +82,14 @@ def leave_meeting(counter, number):
 def counters(device: torch.device, number: int) -> Iterator[torch.Tensor]:
     """At least `number` zeros, int32, for one launch, which leaves them zero.
 
-    Kept from launch to launch, one buffer per device and stream, because launches of one stream never overlap. A launch
-    that fails forgets its buffer. While a CUDA graph is captured, zeros of the graph's own are made in it.
+    Kept from launch to launch on a device's default stream, whose launches never overlap; a launch that fails forgets
+    them. On other streams every launch has zeros of its own (`may_keep` says why).
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not may_keep(device):
         yield torch.zeros(number, dtype=torch.int32, device=device)
         return
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = _KEPT.pop((device, stream), None)
-    if kept is None or kept.numel() < number:
-        kept = torch.zeros(max(1024, triton.next_power_of_2(number)), dtype=torch.int32, device=device)
-    yield kept
-    _KEPT[device, stream] = kept
+    zeros = _KEPT.pop(device, None)
+    if zeros is None or zeros.numel() < number:
+        zeros = torch.zeros(max(1024, triton.next_power_of_2(number)), dtype=torch.int32, device=device)
+    yield zeros
+    _KEPT[device] = zeros

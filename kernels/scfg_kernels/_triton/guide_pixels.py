@@ -100,7 +100,7 @@ def guide_pixels_kernel(
         guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
         if RESCALE:
             guided = rescaled(
-                guided, c, mask, rescale, scratch, sample * (PARTS * 7) + 2 * PARTS, part, meeting, sample, 2 * PARTS, PARTS
+                guided, c, mask, rescale, scratch, (sample * 7 + 2) * PARTS, part, meeting, sample, 2 * PARTS, PARTS
             )  # fmt: skip
         store_prediction(result, guided, 0, pixel // W, pixel % W, mask, r_stride_c, r_stride_y, r_stride_x)
         if PARTS > 1:
@@ -154,8 +154,8 @@ def launch(
         scratch = torch.empty((batch, parts * 7), dtype=torch.float32, device=cond.device) if parts > 1 else None
         with meeting_counters(parts, batch, cond.device) as meeting:
             guide_pixels_kernel[(batch * parts,)](
-                uncond, cond, scale, result, rate, scratch, meeting, channels, rate_min, rate_max, rescale, scale_stride,
-                *uncond.stride(), *cond.stride(), *result.stride(),
+                uncond, cond, scale, result, rate, scratch, meeting, channels, rate_min, rate_max, rescale,
+                scale_stride, *uncond.stride(), *cond.stride(), *result.stride(),
                 H=height, W=width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
                 HELD=config.held, BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
                 num_stages=config.num_stages, enable_fp_fusion=False, launch_cooperative_grid=parts > 1,

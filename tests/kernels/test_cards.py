@@ -1,0 +1,106 @@
+"""Which cards and versions the kernels are for, and which tensors are kept from call to call."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scfg_kernels import _launch, available_backends, choose_backend
+from scfg_kernels._launch import (
+    card_reasons,
+    kept,
+    may_keep,
+    reasons_for_auto,
+    target_reasons,
+    triton_reasons,
+    version_numbers,
+    version_reasons,
+)
+
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """What the rest of the package takes for a machine with a card; its reasons are asked of `found`."""
+    found = []
+    monkeypatch.setattr(_launch, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_launch, "card_reasons", lambda index: [f"card {index}: {reason}" for reason in found])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("3.8.0", (3, 8, 0)), ("3.7.1+git5e1b2c", (3, 7, 1)), ("3.10", (3, 10)), ("3.6.0rc1", (3, 6, 0))],
+)
+def test_version_numbers(version, numbers):
+    assert version_numbers(version) == numbers
+    assert version_reasons(version) == []
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.3.1", "3"])
+def test_an_old_triton_is_a_reason(version):
+    assert version_reasons(version) == [f"triton {version} is too old, the kernels need 3.6"]
+
+
+def test_cards_without_the_tensor_core_instructions_are_a_reason():
+    for major, minor in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        assert target_reasons(False, SimpleNamespace(major=major, minor=minor)) == []
+    assert target_reasons(False, SimpleNamespace(major=7, minor=5)) == ["compute capability 7.5 is below 8.0"]
+    assert target_reasons(True, SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")) == []
+    assert target_reasons(True, SimpleNamespace(gcnArchName="gfx1100")) == ["gfx1100 is not one of gfx942, gfx950"]
+
+
+def test_reasons_of_the_tensors_own_card_are_listed(card):
+    assert choose_backend("guide", "auto", CUDA) == "triton"
+    card.append("too old")
+    assert triton_reasons("guide", CUDA) == ["card 1: too old"]
+    assert choose_backend("guide", "auto", CUDA) == "torch"
+    with pytest.raises(_launch.BackendError, match="card 1: too old"):
+        choose_backend("guide", "triton", CUDA)
+    assert available_backends(CUDA)["guide"] == ("torch", ["card 1: too old"])
+    assert available_backends("cpu")["guide"][1] == triton_reasons("guide", torch.device("cpu"))
+
+
+def test_amd_is_taken_only_if_it_is_asked_for(card, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_backend("guide", "auto", CUDA) == "torch" and choose_backend("guide", "triton", CUDA) == "triton"
+    assert available_backends(CUDA)["guide"] == ("torch", reasons_for_auto(CUDA))
+    assert reasons_for_auto(torch.device("cpu")) == []
+
+
+def test_a_compiled_function_asks_once(monkeypatch):
+    """torch.compile takes the answer for a constant: no break in the graph."""
+    asked = []
+
+    @torch.compiler.assume_constant_result
+    def ask(index):
+        asked.append(index)
+        return []
+
+    monkeypatch.setattr(_launch, "card_reasons", ask)
+    assert card_reasons._dynamo_marked_constant and ask._dynamo_marked_constant
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def f(x):
+        return x + 1 if _launch.card_reasons(1) == [] else x
+
+    assert [f(torch.zeros(1)).item() for _ in range(2)] == [1.0, 1.0] and set(asked) == {1}
+
+
+def test_tensors_are_kept_where_no_graph_can_own_them(monkeypatch):
+    made = []
+
+    @kept
+    def ones(number, device):
+        made.append(number)
+        return torch.ones(number)
+
+    assert ones(3, torch.device("cpu")) is ones(3, torch.device("cpu")) and made == [3]
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert may_keep(CUDA) and ones(4, CUDA) is ones(4, CUDA) and made == [3, 4]
+    stream.cuda_stream = 7
+    assert not may_keep(CUDA) and ones(4, CUDA) is not ones(4, CUDA) and made == [3, 4, 4, 4]
