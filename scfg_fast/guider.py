@@ -188,8 +188,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         if pred_uncond is None or not self._acts():
             return super().forward(pred_cond, pred_uncond)
         config = self.scfg_config
-        dtype = torch.promote_types(pred_cond.dtype, torch.float32)
-        weight = torch.full((), self.guidance_scale, dtype=dtype, device=pred_cond.device)
+        weight = float(self.guidance_scale)
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
         cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
         rescale = self.guidance_rescale if geometry.frames == 1 else 0.0

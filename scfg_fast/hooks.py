@@ -217,16 +217,18 @@ class RegionFinder:
         maps: StepMaps | None,
         uncond: torch.Tensor,
         cond: torch.Tensor,
-        weight: torch.Tensor,
+        weight: float,
         rewrite: str,
         rescale: float = 0.0,
+        copies: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(result, rate) of `scfg_kernels.guide`, with regions from these maps or, without any, the regions before."""
         config = self._config
         options: dict[str, Any] = dict(
             cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
             blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, rescale=rescale,
-            benchmark="foreground" if config.benchmark == "auto" else config.benchmark, backend=config.backend,
+            benchmark="foreground" if config.benchmark == "auto" else config.benchmark, copies=copies,
+            backend=config.backend,
         )  # fmt: skip
         if maps is not None:
             result, rate, token_index, foreground = segment_and_guide(
@@ -243,15 +245,25 @@ def guide_by_pixel(
     config: SCFGConfig,
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    weight: torch.Tensor,
+    weight: float,
     rewrite: str = "guided",
     rescale: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(result, rate) of `scfg_kernels.guide_pixels` for `rates="pixels"`."""
-    low, high = cast(float, config.rate_min), cast(float, config.rate_max)
     return guide_pixels(
-        uncond, cond, weight, rate_min=low, rate_max=high, rewrite=rewrite, rescale=rescale, backend=config.backend
-    )
+        uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
+        rewrite=rewrite, rescale=rescale, copies=copies, backend=config.backend,
+    )  # fmt: skip
+
+
+def guide_plainly(
+    config: SCFGConfig, uncond: torch.Tensor, cond: torch.Tensor, weight: float, copies: int = 1
+) -> torch.Tensor:
+    """uncond + weight (cond - uncond), in fp32 and rounded once; the same operator, with one rate for all pixels."""
+    return guide_pixels(
+        uncond, cond, 1.0, rate_min=weight, rate_max=weight, copies=copies, backend=config.backend
+    )[0]  # fmt: skip
 
 
 class GuidanceHook:
@@ -292,7 +304,6 @@ class GuidanceHook:
         self._aside = False  # whether this run of the denoiser is for another method of the pipeline's
         self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
         self._finder = RegionFinder(config, context.token_mask)
-        self._scale: tuple[float, torch.Tensor] | None = None
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
         self._fixed_batch = False
@@ -567,31 +578,40 @@ class GuidanceHook:
         has_rates = self._skip is None and not shifted
         reread = self._cond_is_read_again()
         own_weight = self._weight == self._scale_now()
-        rewrite = "unconditional" if reread and own_weight and has_rates else "guided"
-        result = self._combine(uncond, cond, maps, rewrite)
+        behind = reread and not (own_weight and has_rates)
+        copies = 2 if not reread and not shifted and len(uncond) > 1 else 1
+        if behind and not has_rates and not shifted:
+            # u' + s (t - u') = u + w (t - u), in one launch
+            scale = self._scale_now()
+            result = guide_plainly(self.config, uncond, cond, (scale - self._weight) / (scale - 1.0))
+            return torch.cat([result, cond, *others])
+        result = self._combine(uncond, cond, maps, "unconditional" if reread and not behind else "guided", copies)
         if self._rate is not None and self.corrections.step is not None:
             self.corrections.step.weight = self._weight * self._rate
         if shifted:
             result = self.corrections.characteristic(result, uncond, cond)
-        if reread and rewrite == "guided":
+        if behind:
             result = self._behind(result, cond)
-        if not reread:  # (f, f): of one image a view, of several a copy
-            return result.expand(2, *result.shape).flatten(0, 1)
-        return torch.cat([result, cond, *others])
-
-    def _combine(self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str) -> torch.Tensor:
-        """The guided prediction, or what must stand in for u. Records the rates and the regions."""
-        config = self.config
-        if self._skip is not None and self._weight == self._scale_now():
-            return uncond + self._weight * (cond - uncond)  # the pipeline's own line, bit by bit
-        if self._skip is not None:
-            dtype = torch.promote_types(cond.dtype, torch.float32)
-            return torch.lerp(uncond.to(dtype), cond.to(dtype), self._weight).to(cond.dtype)
-        weight = self._weight_tensor(cond)
-        if config.rates == "pixels":
-            result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite)
+        if reread:
+            return torch.cat([result, cond, *others])
+        if len(result) > len(uncond):
             return result
-        result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite)
+        return result.expand(2, *result.shape).flatten(0, 1)  # (f, f): of one image a view
+
+    def _combine(
+        self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str, copies: int
+    ) -> torch.Tensor:
+        """The guided prediction, or what must stand in for u, and copies of it where an operator makes it. Records the
+        rates and the regions."""
+        config, weight = self.config, self._weight
+        if self._skip is not None and weight == self._scale_now():
+            return uncond + weight * (cond - uncond)  # the pipeline's own line, bit by bit
+        if self._skip is not None:
+            return guide_plainly(config, uncond, cond, weight, copies)
+        if config.rates == "pixels":
+            result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite, copies=copies)
+            return result
+        result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite, copies=copies)
         token_index, foreground, _ = cast(Segments, self._finder.segments)
         self.regions = Regions(self._step, token_index, foreground, self._rate)
         return result
@@ -601,14 +621,6 @@ class GuidanceHook:
         scale = self._scale_now()
         dtype = torch.promote_types(cond.dtype, torch.float32)
         return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
-
-    def _weight_tensor(self, like: torch.Tensor) -> torch.Tensor:
-        """This step's weight as a 0-dim tensor on the device, filled again only when its value changes."""
-        weight = self._weight
-        if self._scale is None or self._scale[0] != weight or self._scale[1].device != like.device:
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            self._scale = (weight, torch.full((), weight, dtype=dtype, device=like.device))
-        return self._scale[1]
 
 
 def _take(block: CapturedBlock) -> Left:

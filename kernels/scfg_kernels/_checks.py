@@ -83,6 +83,10 @@ def check_benchmark(reasons: Reasons, benchmark: str) -> None:
     reasons.unless(benchmark in BENCHMARKS, f"benchmark={benchmark!r} is unknown; use 'foreground' or 'image'")
 
 
+def check_copies(reasons: Reasons, copies: int) -> None:
+    reasons.unless(copies >= 1, f"copies must be at least 1, got {copies}")
+
+
 def check_cell(reasons: Reasons, cell: int) -> bool:
     return reasons.unless(cell >= 1, f"cell must be at least 1, got {cell}")
 

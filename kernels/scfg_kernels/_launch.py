@@ -584,10 +584,12 @@ MAX_CHANNELS = 256
 """Channels up to which `guide_pixels` has all of a pixel in a tile."""
 
 
-def pixel_config(channels: int, pixels: int, itemsize: int, programs: int = 1) -> PixelConfig:
+def pixel_config(channels: int, pixels: int, itemsize: int, programs: int = 1, alone: bool = False) -> PixelConfig:
     """Tile of `guide_pixels`; `itemsize`: bytes of an element of the predictions, `programs`: what an image may have,
-    as in `guide_config`."""
+    as in `guide_config`. `alone`: no program needs another, so there are as many as tiles."""
     block_c = next_power_of_2(channels)
+    if alone:
+        return PixelConfig(4, 1, True, block_c, min(next_power_of_2(pixels), TILE // 2 // block_c))
     held = min(next_power_of_2(pixels), HELD_VALUES // max(4, block_c))
     if -(-pixels // held) <= programs:
         return PixelConfig(_held_warps(itemsize), 1, True, block_c, held)

@@ -45,6 +45,7 @@ from ._checks import (
     cell_grid,
     check_benchmark,
     check_cell,
+    check_copies,
     check_fidelity,
     check_predictions,
     check_smoothing,
@@ -67,12 +68,28 @@ def _cell_areas(height: int, width: int, cell: int, dtype: torch.dtype, device: 
     return _cell_sums(torch.ones((1, height, width), dtype=dtype, device=device), cell)
 
 
-def scale_tensor(guidance_scale: float | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-    """The guidance scale as a tensor; a number gets the dtype that `cond` is computed in."""
+def tensor_and_number(guidance_scale: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """A guidance scale as operators take it: a tensor, or a number, which costs no launch of its own."""
     if isinstance(guidance_scale, torch.Tensor):
-        return guidance_scale
+        return guidance_scale, 0.0
+    return None, float(guidance_scale)
+
+
+def scale_tensor(guidance_scale: torch.Tensor | None, number: float, cond: torch.Tensor) -> torch.Tensor:
+    """The same as a tensor in the dtype that `cond` is computed in."""
     dtype = torch.promote_types(cond.dtype, torch.float32)
-    return torch.full((), float(guidance_scale), dtype=dtype, device=cond.device)
+    if guidance_scale is None:
+        return torch.full((), number, dtype=dtype, device=cond.device)
+    return guidance_scale.to(dtype)
+
+
+def empty_result(cond: torch.Tensor, copies: int) -> torch.Tensor:
+    """A prediction like `cond` for `copies` batches of it, not yet written."""
+    if copies == 1:
+        return torch.empty_like(cond)
+    last = not cond.is_contiguous() and cond.is_contiguous(memory_format=torch.channels_last)
+    shape = (copies * cond.shape[0], *cond.shape[1:])
+    return cond.new_empty(shape).to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def combine(
@@ -83,6 +100,7 @@ def combine(
     scale: torch.Tensor,
     rewrite: str,
     rescale: float,
+    copies: int,
 ) -> torch.Tensor:
     """The result, like `cond`, from uncond and d in the dtype of the arithmetic; rate [B, 1, H, W], scale [B or 1]."""
     scale = scale.reshape(-1, 1, 1, 1)
@@ -90,7 +108,9 @@ def combine(
     result = u + weight * d
     if rescale > 0.0 and cond.numel() > 0:
         result = result * _rescale_factor(result, cond.to(result.dtype), rescale)
-    return torch.empty_like(cond).copy_(result)
+    whole = empty_result(cond, copies)
+    whole.view(copies, *cond.shape).copy_(result)
+    return whole
 
 
 def _rescale_factor(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
@@ -106,7 +126,7 @@ def _guide(
     cond: torch.Tensor,
     token_index: torch.Tensor,
     foreground: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     num_tokens: int,
     cell: int,
     rate_min: float,
@@ -118,15 +138,17 @@ def _guide(
     backend: str,
     rescale: float = 0.0,
     benchmark: str = "foreground",
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["guide"](
-            uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale, benchmark,
+            uncond, cond, token_index, foreground, number if guidance_scale is None else guidance_scale, num_tokens,
+            cell, rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, None, copies,
         )  # fmt: skip
     return guide_torch(
-        uncond, cond, token_index, foreground, guidance_scale, num_tokens, cell, rate_min, rate_max, max_scale,
-        blur_sigma, fidelity, rewrite, rescale, benchmark,
+        uncond, cond, token_index, foreground, scale_tensor(guidance_scale, number, cond), num_tokens, cell, rate_min,
+        rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, copies,
     )  # fmt: skip
 
 
@@ -146,12 +168,13 @@ def guide_torch(
     rewrite: str,
     rescale: float,
     benchmark: str,
+    copies: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(cond.dtype, torch.float32)
     batch, _, height, width = cond.shape
     u = uncond.to(dtype)
     d = cond.to(dtype) - u
-    scale = guidance_scale.to(dtype).reshape(-1, 1)  # [B or 1, 1]
+    scale = guidance_scale.reshape(-1, 1)  # [B or 1, 1]
 
     # Not vector_norm: over four channels that are not adjacent in memory it takes ten times as long on a CPU.
     cell_norm = _cell_sums(d.square().sum(1).sqrt(), cell)  # [B, S]
@@ -173,7 +196,7 @@ def guide_torch(
     h, w = token_index.shape[1:]
     rate = region_rate.gather(1, ids).view(batch, 1, h, 1, w, 1).expand(-1, -1, -1, cell, -1, cell)
     rate = smooth(rate.reshape(batch, 1, h * cell, w * cell)[..., :height, :width], blur_sigma)
-    return combine(u, d, cond, rate, scale, rewrite, rescale), rate.contiguous()
+    return combine(u, d, cond, rate, scale, rewrite, rescale, copies), rate.contiguous()
 
 
 @_guide.register_fake
@@ -182,7 +205,7 @@ def _(
     cond: torch.Tensor,
     token_index: torch.Tensor,
     foreground: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     num_tokens: int,
     cell: int,
     rate_min: float,
@@ -194,10 +217,12 @@ def _(
     backend: str,
     rescale: float = 0.0,
     benchmark: str = "foreground",
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
-    return torch.empty_like(cond), rate
+    return empty_result(cond, copies), rate
 
 
 def guide(
@@ -217,6 +242,7 @@ def guide(
     rewrite: str = "guided",
     rescale: float = 0.0,
     benchmark: str = "foreground",
+    copies: int = 1,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale the guidance of every region to the foreground's level and combine.
@@ -236,11 +262,12 @@ def guide(
         rewrite: `"guided"` or `"unconditional"`, see the module's formulas.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         benchmark: whose mean norm every region is brought to: `"foreground"`, or `"image"` for the whole image's.
+        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
-        result [B, C, H, W] in the dtype and memory format of `cond`, and rate [B, 1, H, W] in fp32 (fp64 for fp64
-        inputs).
+        result [copies B, C, H, W] in the dtype and memory format of `cond`, and rate [B, 1, H, W] in fp32 (fp64 for
+        fp64 inputs).
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; every reason is listed.
@@ -251,6 +278,7 @@ def guide(
     check_smoothing(reasons, blur_sigma)
     check_fidelity(reasons, fidelity)
     check_benchmark(reasons, benchmark)
+    check_copies(reasons, copies)
     shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
     if check_cell(reasons, cell) and shaped:
         grid = cell_grid(cond, cell)
@@ -265,7 +293,8 @@ def guide(
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
     chosen = choose_backend("guide", backend, cond.device, guide_limits(uncond, cond, cell))
+    tensor, number = tensor_and_number(guidance_scale)
     return _guide(
-        uncond, cond, token_index, foreground, scale_tensor(guidance_scale, cond), num_tokens, cell,
-        low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale), benchmark,
+        uncond, cond, token_index, foreground, tensor, num_tokens, cell, low, high, limit, float(blur_sigma), fidelity,
+        rewrite, chosen, float(rescale), benchmark, number, copies,
     )  # fmt: skip

@@ -13,7 +13,8 @@ SDXL), the default here, and [3, 7.5] for Stable Diffusion 3.5 Medium.
 
 The rate lies within its bounds. It is rate_max to the bit at the pixel of least energy, and rate_min to the bit at that
 of most where 1e-8 is lost beside max E - min E (above 0.17 in fp32). It does not depend on the length of d, up to that
-1e-8. Where E is the same everywhere, 0 included, the rate is rate_max everywhere.
+1e-8. Where E is the same everywhere, 0 included, the rate is rate_max everywhere. With rate_min = rate_max = 1 this is
+plain guidance, of whatever weight: a schedule's, or that of CFG++.
 
 `rewrite` and `rescale` are those of `guide`, with its formulas. All arithmetic is fp32 (fp64 for fp64 inputs), rounded
 once to the dtype of the prediction; nothing is summed over pixels but for `rescale`, no atomics: the result is
@@ -26,10 +27,10 @@ import math
 
 import torch
 
-from ._checks import Reasons, check_predictions
+from ._checks import Reasons, check_copies, check_predictions
 from ._launch import choose_backend, pixel_limits
 from ._triton import KERNELS
-from .guide import combine, scale_tensor
+from .guide import combine, empty_result, scale_tensor, tensor_and_number
 from .segment import EPSILON
 
 
@@ -37,16 +38,20 @@ from .segment import EPSILON
 def _guide_pixels(
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     rate_min: float,
     rate_max: float,
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "triton":
-        return KERNELS["guide_pixels"](uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
-    return guide_pixels_torch(uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
+        scale = number if guidance_scale is None else guidance_scale
+        return KERNELS["guide_pixels"](uncond, cond, scale, rate_min, rate_max, rewrite, rescale, None, copies)
+    scales = scale_tensor(guidance_scale, number, cond)
+    return guide_pixels_torch(uncond, cond, scales, rate_min, rate_max, rewrite, rescale, copies)
 
 
 def guide_pixels_torch(
@@ -57,33 +62,39 @@ def guide_pixels_torch(
     rate_max: float,
     rewrite: str,
     rescale: float,
+    copies: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(cond.dtype, torch.float32)
     u = uncond.to(dtype)
     d = cond.to(dtype) - u
+    if rate_min == rate_max:
+        rate = torch.full((cond.shape[0], 1, *cond.shape[2:]), rate_min, dtype=dtype, device=cond.device)
+        return combine(u, d, cond, rate, guidance_scale, rewrite, rescale, copies), rate
     energy = d.square().mean(1, keepdim=True)  # [B, 1, H, W]
     least = energy.amin((2, 3), keepdim=True)
     share = (energy - least) / (energy.amax((2, 3), keepdim=True) - least + EPSILON)
     # From the nearer bound, so that both are met to the bit.
     width = rate_max - rate_min
     rate = torch.where(share < 0.5, rate_max - share * width, rate_min + (1.0 - share) * width)
-    return combine(u, d, cond, rate, guidance_scale.to(dtype), rewrite, rescale), rate.contiguous()
+    return combine(u, d, cond, rate, guidance_scale, rewrite, rescale, copies), rate.contiguous()
 
 
 @_guide_pixels.register_fake
 def _(
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     rate_min: float,
     rate_max: float,
     rewrite: str,
     backend: str,
     rescale: float = 0.0,
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
-    return torch.empty_like(cond), rate
+    return empty_result(cond, copies), rate
 
 
 def guide_pixels(
@@ -95,6 +106,7 @@ def guide_pixels(
     rate_max: float = 12.0 / 7.5,
     rewrite: str = "guided",
     rescale: float = 0.0,
+    copies: int = 1,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale the guidance of every pixel by how little energy it has among the pixels of its sample, and combine.
@@ -107,11 +119,12 @@ def guide_pixels(
         rate_max: rate of the pixel with the least energy; w_max / g of the paper.
         rewrite: `"guided"` or `"unconditional"`, see the formulas of `guide`.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
+        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
-        result [B, C, H, W] in the dtype and memory format of `cond`, and rate [B, 1, H, W] in fp32 (fp64 for fp64
-        inputs).
+        result [copies B, C, H, W] in the dtype and memory format of `cond`, and rate [B, 1, H, W] in fp32 (fp64 for
+        fp64 inputs).
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; every reason is listed.
@@ -122,13 +135,14 @@ def guide_pixels(
     reasons = Reasons("guide_pixels")
     finite = math.isfinite(rate_min) and math.isfinite(rate_max)
     reasons.unless(finite, f"rate_min and rate_max must be finite, got {rate_min} and {rate_max}")
+    check_copies(reasons, copies)
     if check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale):
         reasons.unless(0 not in cond.shape[1:], f"C, H and W must not be 0, got {tuple(cond.shape)}")
     scale = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
     reasons.same_device(uncond, cond, *scale)
     reasons.raise_if_any()
     chosen = choose_backend("guide_pixels", backend, cond.device, pixel_limits(uncond, cond))
+    tensor, number = tensor_and_number(guidance_scale)
     return _guide_pixels(
-        uncond, cond, scale_tensor(guidance_scale, cond), float(rate_min), float(rate_max), rewrite, chosen,
-        float(rescale),
-    )  # fmt: skip
+        uncond, cond, tensor, float(rate_min), float(rate_max), rewrite, chosen, float(rescale), number, copies
+    )

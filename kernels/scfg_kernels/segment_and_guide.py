@@ -19,6 +19,7 @@ from ._checks import (
     cell_grid,
     check_benchmark,
     check_cell,
+    check_copies,
     check_fidelity,
     check_maps,
     check_predictions,
@@ -27,7 +28,7 @@ from ._checks import (
 )
 from ._launch import choose_backend, guide_limits, outside_autocast, segment_limits
 from ._triton import KERNELS
-from .guide import guide_torch, scale_tensor
+from .guide import empty_result, guide_torch, scale_tensor, tensor_and_number
 from .segment import segment_torch
 
 
@@ -39,7 +40,7 @@ def _segment_and_guide(
     token_mask: torch.Tensor | None,
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     cell: int,
     rate_min: float,
     rate_max: float,
@@ -50,18 +51,20 @@ def _segment_and_guide(
     backend: str,
     rescale: float = 0.0,
     benchmark: str = "foreground",
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if backend == "triton":
         return KERNELS["segment_and_guide"](
-            tokens, start, sizes, token_mask, uncond, cond, guidance_scale, cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale, benchmark,
+            tokens, start, sizes, token_mask, uncond, cond, number if guidance_scale is None else guidance_scale, cell,
+            rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, None, copies,
         )  # fmt: skip
     _, h, w = cell_grid(cond, cell)
     with outside_autocast(cond.device):
         ids, foreground = segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
         result, rate = guide_torch(
-            uncond, cond, ids, foreground, guidance_scale, tokens[0].shape[1], cell, rate_min, rate_max, max_scale,
-            blur_sigma, fidelity, rewrite, rescale, benchmark,
+            uncond, cond, ids, foreground, scale_tensor(guidance_scale, number, cond), tokens[0].shape[1], cell,
+            rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, copies,
         )  # fmt: skip
     return result, rate, ids, foreground
 
@@ -74,7 +77,7 @@ def _(
     token_mask: torch.Tensor | None,
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     cell: int,
     rate_min: float,
     rate_max: float,
@@ -85,12 +88,14 @@ def _(
     backend: str,
     rescale: float = 0.0,
     benchmark: str = "foreground",
+    number: float = 0.0,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, _, height, width = cond.shape
     grid = cell_grid(cond, cell)
     rate = cond.new_empty((batch, 1, height, width), dtype=torch.promote_types(cond.dtype, torch.float32))
     ids, foreground = cond.new_empty(grid, dtype=torch.int64), cond.new_empty(grid, dtype=torch.bool)
-    return torch.empty_like(cond), rate, ids, foreground
+    return empty_result(cond, copies), rate, ids, foreground
 
 
 def segment_and_guide(
@@ -112,6 +117,7 @@ def segment_and_guide(
     rescale: float = 0.0,
     benchmark: str = "foreground",
     token_mask: torch.Tensor | None = None,
+    copies: int = 1,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the regions of every sample and guide each of them: `segment`, then `guide`, with the same arguments.
@@ -134,10 +140,11 @@ def segment_and_guide(
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         benchmark: `"foreground"` or `"image"`, see `guide`.
         token_mask: [B, T] bool, which tokens may own a region; None means all.
+        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
-        result [B, C, H, W] in the dtype and memory format of `cond`, rate [B, 1, H, W] in fp32 (fp64 for fp64
+        result [copies B, C, H, W] in the dtype and memory format of `cond`, rate [B, 1, H, W] in fp32 (fp64 for fp64
         predictions), token_index [B, h, w] int64 and foreground [B, h, w] bool.
 
     Raises:
@@ -149,6 +156,7 @@ def segment_and_guide(
     check_maps(reasons, tokens, start, sizes, size, token_mask)
     check_fidelity(reasons, fidelity)
     check_benchmark(reasons, benchmark)
+    check_copies(reasons, copies)
     shaped = check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale)
     if check_cell(reasons, cell) and shaped:
         batch, *cells = cell_grid(cond, cell)
@@ -163,8 +171,9 @@ def segment_and_guide(
     chosen = choose_backend("segment_and_guide", backend, cond.device, list(dict.fromkeys(limits)))
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
+    tensor, number = tensor_and_number(guidance_scale)
     return _segment_and_guide(
         list(tokens), list(start), [length for pair in sizes for length in pair], token_mask, uncond, cond,
-        scale_tensor(guidance_scale, cond), cell, low, high, limit, float(blur_sigma), fidelity, rewrite, chosen,
-        float(rescale), benchmark,
+        tensor, cell, low, high, limit, float(blur_sigma), fidelity, rewrite, chosen, float(rescale), benchmark, number,
+        copies,
     )  # fmt: skip

@@ -45,7 +45,9 @@ def copy_stages(stages: int) -> int:
     return 1 if needs_fence and version_numbers(triton.__version__) < FENCED else stages
 
 
-def per_sample(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A tensor [] or [B] of any strides, and how far one sample's element is from the next: 0 for a shared one."""
+def per_sample(values: float | torch.Tensor) -> tuple[float | torch.Tensor, int]:
+    """A number, or a tensor [] or [B] of any strides; and how far one sample's element is from the next, or 0."""
+    if not isinstance(values, torch.Tensor):
+        return values, 0
     flat = values.reshape(-1)
     return flat, flat.stride(0) if flat.numel() > 1 else 0

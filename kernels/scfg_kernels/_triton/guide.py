@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .._launch import GuideConfig, device_guard, guide_config, resident_programs
+from ..guide import empty_result
 from ..segment import kernel_weights
 from ._device import current_limits, per_sample
 from ._order import counters, leave_meeting, meet
@@ -47,11 +48,24 @@ def load_predictions(
 
 
 @triton.jit
-def store_prediction(result, guided, first, y, x, mask, r_stride_c, r_stride_y, r_stride_x):
-    """guided [BLOCK_C, P] as channels `first` .. of the pixels y, x [P]."""
+def store_prediction(
+    result, guided, first, y, x, mask, r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES: tl.constexpr
+):  # fmt: skip
+    """guided [BLOCK_C, P] as channels `first` .. of the pixels y, x [P], COPIES times."""
     channel = first + tl.arange(0, guided.shape[0])[:, None]
     target = result + channel * r_stride_c + y[None, :] * r_stride_y + x[None, :] * r_stride_x
-    tl.store(target, guided.to(result.dtype.element_ty), mask=mask)
+    for copy in tl.static_range(COPIES):
+        tl.store(target + copy * copy_stride, guided.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_of(guidance_scale, sample, scale_stride):
+    """A sample's guidance scale, fp32: one number for all, or read from memory."""
+    if guidance_scale.dtype.is_ptr():
+        scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
+    else:
+        scale = guidance_scale
+    return scale
 
 
 @triton.jit
@@ -144,7 +158,7 @@ def quarter(pixels):
 def store_rescaled(
     uncond, cond, rates, result, scale, rescale, channels,
     u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-    H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    copy_stride, COPIES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The rescaled prediction of a sample in tiles, from its rates [H, W] in memory."""
     count = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -180,7 +194,7 @@ def store_rescaled(
             )  # fmt: skip
             store_prediction(
                 result, combined(u, c, weight) * factor, first, pixel // W, pixel % W, mask,
-                r_stride_c, r_stride_y, r_stride_x,
+                r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES,
             )  # fmt: skip
 
 
@@ -312,11 +326,11 @@ def guide_cells(
     tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """All after the argmax, for a part of a sample: BLOCK_H rows of cells, which are all of them unless HELD. ids int32
     and foreground int1 [BLOCK_H, BLOCK_W] are the part's, `ids_in` all of the batch in memory; `meeting`: a counter per
@@ -329,7 +343,7 @@ def guide_cells(
     result += sample * r_stride_b
     rate_out += sample * (H * W)
     ids_in += sample * i_stride_b
-    scale = tl.load(guidance_scale + sample * scale_stride).to(tl.float32)
+    scale = scale_of(guidance_scale, sample, scale_stride)
     sums = scratch + sample * scratch_stride
     moments = sums + PARTS * 2 * (tokens + 1)
     norms = moments + PARTS * 5
@@ -384,7 +398,9 @@ def guide_cells(
         guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
         if RESCALE:
             guided = rescaled(guided, c, mask, rescale, moments, 0, part, meeting, sample, 2 * PARTS, PARTS)
-        store_prediction(result, guided, 0, y, x, mask, r_stride_c, r_stride_y, r_stride_x)
+        store_prediction(
+            result, guided, 0, y, x, mask, r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES
+        )  # fmt: skip
         if PARTS > 1:
             leave_meeting(meeting + sample, 3 * PARTS if RESCALE else 2 * PARTS)
     else:
@@ -404,14 +420,16 @@ def guide_cells(
                             u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
                         )  # fmt: skip
                         store_prediction(
-                            result, combined(u, c, weight), first, y, x, mask, r_stride_c, r_stride_y, r_stride_x
+                            result, combined(u, c, weight), first, y, x, mask,
+                            r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES,
                         )  # fmt: skip
         if RESCALE:
             tl.debug_barrier()  # the rates that other threads wrote
             store_rescaled(
                 uncond, cond, rate_out, result, scale, rescale, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
-                r_stride_c, r_stride_y, r_stride_x, H, W, BLOCK_C, quarter(ROWS * LINES * BLOCK_W * BLOCK_CELL),
+                r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES, H, W, BLOCK_C,
+                quarter(ROWS * LINES * BLOCK_W * BLOCK_CELL),
             )  # fmt: skip
 
 
@@ -421,11 +439,11 @@ def guide_kernel(
     rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
@@ -443,16 +461,18 @@ def guide_kernel(
         part, tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
         i_stride_b, i_stride_y, i_stride_x,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-        r_stride_b, r_stride_c, r_stride_y, r_stride_x,
+        r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
         H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
-        HELD, BLOCK_C, ROWS, LINES,
+        HELD, BLOCK_C, ROWS, LINES, COPIES,
     )  # fmt: skip
 
 
-def empty_result_and_rate(cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prediction and the rate, not yet written."""
+def empty_result_and_rate(cond: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The prediction and the rate, not yet written, and how far one copy of the prediction is from the next."""
     batch, _, height, width = cond.shape
-    return torch.empty_like(cond), torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
+    result = empty_result(cond, copies)
+    rate = torch.empty((batch, 1, height, width), dtype=torch.float32, device=cond.device)
+    return result, rate, batch * result.stride(0)
 
 
 def empty_scratch(batch: int, parts: int, tokens: int, cells: int, device: torch.device) -> torch.Tensor:
@@ -467,8 +487,9 @@ def meeting_counters(parts: int, batch: int, device: torch.device) -> contextlib
 
 
 def prediction_constants(
-    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, config: GuideConfig
-) -> dict[str, Any]:
+    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, copies: int,
+    config: GuideConfig,
+) -> dict[str, Any]:  # fmt: skip
     """Constants of `guide_cells`, and the launch options."""
     return {
         "H": cond.shape[2],
@@ -486,6 +507,7 @@ def prediction_constants(
         "BLOCK_C": config.block_c,
         "ROWS": config.rows,
         "LINES": config.lines,
+        "COPIES": copies,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": False,
@@ -497,7 +519,7 @@ def launch(
     cond: torch.Tensor,
     token_index: torch.Tensor,
     foreground: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
     num_tokens: int,
     cell: int,
     rate_min: float,
@@ -509,10 +531,11 @@ def launch(
     rescale: float,
     benchmark: str,
     config: GuideConfig | None = None,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction (or rewritten unconditional one) and rate [B, 1, H, W]; `config` overrides the choice."""
     batch, channels, height, width = cond.shape
-    result, rate = empty_result_and_rate(cond)
+    result, rate, copy_stride = empty_result_and_rate(cond, copies)
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
@@ -528,7 +551,7 @@ def launch(
                 uncond, cond, token_index, foreground, scale, result, rate, scratch, meeting, num_tokens, channels,
                 kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride, scratch.stride(0),
                 *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-                **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
+                copy_stride, **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, copies, config),
                 launch_cooperative_grid=parts > 1,
             )  # fmt: skip
     return result, rate

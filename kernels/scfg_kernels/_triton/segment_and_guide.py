@@ -26,12 +26,12 @@ def segment_and_guide_kernel(
     guidance_scale, result, rate_out, scratch, tokens, layers, channels, edge,
     rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
     GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     GRID_H: tl.constexpr = (H + CELL - 1) // CELL
     GRID_W: tl.constexpr = (W + CELL - 1) // CELL
@@ -49,9 +49,9 @@ def segment_and_guide_kernel(
             channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
             GRID_H * GRID_W, GRID_W, 1,
             u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-            r_stride_b, r_stride_c, r_stride_y, r_stride_x,
+            r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
             H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
-            HELD, BLOCK_C, ROWS, LINES,
+            HELD, BLOCK_C, ROWS, LINES, COPIES,
         )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def launch(
     token_mask: torch.Tensor | None,
     uncond: torch.Tensor,
     cond: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
     cell: int,
     rate_min: float,
     rate_max: float,
@@ -73,11 +73,12 @@ def launch(
     rescale: float,
     benchmark: str,
     config: GuideConfig | None = None,
+    copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prediction, rate, ids and foreground; `config` overrides the choice."""
     batch, h, w = cell_grid(cond, cell)
     count, (channels, height, width) = tokens[0].shape[1], cond.shape[1:]
-    result, rate = empty_result_and_rate(cond)
+    result, rate, copy_stride = empty_result_and_rate(cond, copies)
     ids, foreground = empty_regions(batch, h, w, cond.device)
     if rate.numel() == 0:
         return result, rate, ids, foreground
@@ -91,8 +92,8 @@ def launch(
         segment_and_guide_kernel[(parts + 1, batch)](
             groups.tokens, groups.start, token_mask, best, winner, ids, foreground, zeros, uncond, cond, scale, result,
             rate, scratch, count, len(tokens), channels, kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale,
-            rescale, scale_stride, scratch.stride(0), *uncond.stride(), *cond.stride(), *result.stride(),
+            rescale, scale_stride, scratch.stride(0), *uncond.stride(), *cond.stride(), *result.stride(), copy_stride,
             **map_constants(groups, token_mask),
-            **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, config),
+            **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, copies, config),
         )  # fmt: skip
     return result, rate, ids, foreground

@@ -24,6 +24,8 @@ import scfg_fast
 from benchmarks import aot
 from benchmarks.measure import CountOps
 from scfg_fast import SCFGConfig
+from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
+from scfg_fast.guidance.steps import StepWeight
 from tests.kernels.cases import random_maps, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES
 from tests.pipelines.tiny import tiny_sd_pipeline
@@ -59,11 +61,11 @@ def denoise(pipe: StableDiffusionPipeline, steps: int, prompts: int = 1, backend
 
 
 def counted(
-    pipe: StableDiffusionPipeline, config: SCFGConfig | None, steps: int, prompts: int = 1
+    pipe: StableDiffusionPipeline, config: SCFGConfig | None, steps: int, prompts: int, schedule: StepWeight | None
 ) -> tuple[Counter[str], Counter[str]]:
     """Launches of Triton by kernel, and of torch by operator; plain guidance without a config."""
     if config is not None:
-        scfg_fast.enable(pipe, config, strict=True)
+        scfg_fast.enable(pipe, config, schedule=schedule, strict=True)
     try:
         with recorded("sm_80") as launches, CountOps() as counter:
             denoise(pipe, steps, prompts, None if config is None else "triton")
@@ -72,12 +74,15 @@ def counted(
     return Counter(launch.kernel.removesuffix("_kernel") for launch in launches), +counter.counts.inside
 
 
-def extra(pipe: StableDiffusionPipeline, config: SCFGConfig, steps: int, prompts: int = 1) -> tuple[int, dict, dict]:
+def extra(
+    pipe: StableDiffusionPipeline, config: SCFGConfig, steps: int, prompts: int = 1, schedule: StepWeight | None = None
+) -> tuple[int, dict, dict]:
     """Launches of attention and of Triton beyond plain guidance; Triton's by kernel; torch's others beyond plain."""
-    none, plain = counted(pipe, None, steps, prompts)
+    none, plain = counted(pipe, None, steps, prompts, None)
     assert not none
-    triton, torch_ops = counted(pipe, config, steps, prompts)
+    triton, torch_ops = counted(pipe, config, steps, prompts, schedule)
     torch_ops.subtract(plain)
+    torch_ops.pop("aten::_local_scalar_dense", None)  # CFG++ reads the scheduler's tables, which are on the CPU
     return triton.total() + torch_ops.pop(SDPA, 0), dict(triton), {name: n for name, n in torch_ops.items() if n}
 
 
@@ -88,22 +93,20 @@ def test_a_step_adds_one_launch_per_captured_block_and_one(pipe, prompts) -> Non
     assert triton.pop("segment_and_guide") == 1
     assert sum(triton.values()) == 2 * BLOCKS and all("attention_map" in name for name in triton)
     assert added == BLOCKS + 1 == 7
-    # Both halves of the batch are the guided prediction, of one image as a view; guidance_scale becomes a tensor once
-    # per call.
-    assert others == {"aten::full": 1} | ({"aten::clone": 1} if prompts > 1 else {})
+    assert others == {}, "both halves of the batch are the guided prediction: of one image a view, else written twice"
 
 
 def test_two_steps_launch_twice_as_much(pipe) -> None:
     added, _, others = extra(pipe, SCFGConfig(), 2)
     assert added == 2 * (BLOCKS + 1)
-    assert others == {"aten::full": 1}
+    assert others == {}
 
 
 def test_steps_that_reuse_regions_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig(reuse_every=3), 3)
     assert (triton["segment_and_guide"], triton["guide"]) == (1, 2)
     assert added == BLOCKS + 1 + 2
-    assert others == {"aten::full": 1}
+    assert others == {}
 
 
 def test_a_layer_that_holds_queries_and_keys_adds_one() -> None:
@@ -112,7 +115,7 @@ def test_a_layer_that_holds_queries_and_keys_adds_one() -> None:
     added, triton, others = extra(large, SCFGConfig(levels=[2, 4, 8]), 1)
     assert (triton["complete_from_qk"], triton["complete"], triton["segment_and_guide"]) == (1, BLOCKS, 1)
     assert added == 1 + BLOCKS + 1
-    assert others == {"aten::full": 1}
+    assert others == {}
 
 
 def test_sixty_layers_are_found_and_guided_in_one_launch_without_a_copy() -> None:
@@ -130,7 +133,18 @@ def test_sixty_layers_are_found_and_guided_in_one_launch_without_a_copy() -> Non
 def test_rates_per_pixel_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig.pixels(), 2)
     assert (added, triton) == (2, {"guide_pixels": 2})
-    assert others == {"aten::full": 1}
+    assert others == {}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("schedule", [WeightSchedule("linear"), CFGPlusPlus(0.6)], ids=["linear", "cfgpp"])
+def test_weights_of_steps_add_one_or_nothing(pipe, schedule, prompts) -> None:
+    """Plain guidance of another weight is one launch a step; with regions or rates per pixel it is in theirs."""
+    plain = SCFGConfig(rates="none")
+    assert extra(pipe, plain, 2, prompts, schedule) == (2, {"guide_pixels": 2}, {})
+    added, triton, others = extra(pipe, SCFGConfig.pixels(), 2, prompts, schedule)
+    assert (added, triton, others) == (2, {"guide_pixels": 2}, {})
+    assert extra(pipe, SCFGConfig(), 2, prompts, schedule)[::2] == (2 * (BLOCKS + 1), {})
 
 
 def test_one_rate_for_the_image_adds_nothing(pipe) -> None:
