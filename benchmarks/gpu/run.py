@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,29 @@ FIRST_COMPILE = 25.0
 """Seconds that the first compilation is taken to need, later ones the slowest so far; twice that must be left."""
 ROUNDS = (5, 50)
 OUT_OF_TIME = "not run: the time was up"
+HANG = 120.0
+"""Seconds beyond its share of the time after which a case is taken to hang; its first compilations are among them."""
+HANGS = 3
+"""Exit status of a run that was ended so."""
+
+
+@contextlib.contextmanager
+def watched(seconds: float, give_up: Callable[[], object]) -> Iterator[None]:
+    """Ends the process if the block takes longer, after `give_up`: nothing else of it goes on when a kernel hangs."""
+
+    def end() -> None:
+        try:
+            give_up()
+        finally:
+            os._exit(HANGS)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _timed(calls: Mapping[str, Callable[[], Any]], device: Device, budget: Budget, rounds: tuple[int, int]) -> dict:
@@ -121,23 +147,45 @@ def run_compiled(
 def run(
     cases: Sequence[Case], device: Device, record: Record, budget: Budget, backend: str, with_compiler: bool = True,
     rounds: tuple[int, int] = ROUNDS, write: Callable[[], object] = lambda: None, say: Callable[[str], object] = print,
+    patience: float = HANG,
 ) -> list[str]:  # fmt: skip
-    """All cases; those that do not fit in the budget get a row that says so. Returns the cases that disagreed."""
+    """All cases; those that do not fit in the budget get a row that says so. Returns the cases that disagreed.
+
+    Every case is announced before it begins, and its rows are written as soon as it is over or is taken to hang. After
+    an error that the device does not recover from, nothing further is run.
+    """
     failed = []
     kept = FOR_COMPILER * budget.left() if with_compiler else 0.0
     for index, case in enumerate(cases):
         if not budget.allows(kept):
             record.add(case, "ours", "agreement", status=OUT_OF_TIME)
             continue
+        say(f"[{index + 1}/{len(cases)}, {budget.left():.0f} s left] {case.name} begins")
+        share = budget.share(len(cases) - index, kept)
+
+        def give_up(case: Case = case, seconds: float = share.left() + patience) -> None:
+            status = f"FAILED: not over after {seconds:.0f} s: a kernel hangs"
+            record.add(case, "ours", "agreement", status=status)
+            write()
+            say(f"{case.name}: {status}")
+
         try:
-            agreed = run_case(case, device, record, budget.share(len(cases) - index, kept), backend, rounds)
+            with watched(share.left() + patience, give_up):
+                agreed = run_case(case, device, record, share, backend, rounds)
         except Exception as error:  # one case's error is a row, not the end of the run
             record.add(case, "ours", "agreement", status=f"FAILED: {type(error).__name__}: {error}")
             agreed = False
         if not agreed:
             failed.append(case.name)
-        device.release()
         write()
+        try:
+            device.release()
+        except RuntimeError as error:
+            for other in cases[index + 1 :]:
+                record.add(other, "ours", "agreement", status=f"not run: the device failed in {case.name}")
+            write()
+            say(f"{case.name}: the device does not recover: {error}")
+            return failed if case.name in failed else [*failed, case.name]
         say(f"[{index + 1}/{len(cases)}, {budget.left():.0f} s left] {_line(record, case)}")
     slowest = FIRST_COMPILE
     for index, case in enumerate(cases if with_compiler else ()):

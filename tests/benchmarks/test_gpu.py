@@ -19,7 +19,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.grid import BATCHES, CASES, HALF, Case, select
 from benchmarks.gpu.record import ROOT, Record, Row
-from benchmarks.gpu.run import OUT_OF_TIME, _add_graph, main, run, run_case
+from benchmarks.gpu.run import HANGS, OUT_OF_TIME, _add_graph, main, run, run_case
 
 REDUCED = list(dict.fromkeys(case.reduced() for case in CASES))
 FIRST_OF_OP = {case.op: case.reduced() for case in reversed(CASES) if case.batch == 4}
@@ -172,9 +172,46 @@ def test_an_error_is_a_row_and_the_run_goes_on() -> None:
     failed = run(
         [broken, FIRST_OF_OP["complete"]], Cpu(), record, Budget(30.0), "torch", False, (1, 1), say=lines.append
     )
-    assert failed == [broken.name] and len(lines) == 2
+    assert failed == [broken.name] and len(lines) == 4
+    assert [line.endswith("begins") for line in lines] == [True, False, True, False], "whoever hangs has been named"
     assert record.rows[0].status.startswith("FAILED: KeyError")
     assert record.rows[1].status == "ok"
+
+
+def test_a_case_that_hangs_is_a_row_and_the_end(tmp_path: Path) -> None:
+    """In a process of its own, which does not survive it."""
+    out = tmp_path / "gpu.csv"
+    code = f"""
+import pathlib, time
+from benchmarks.gpu import run
+from benchmarks.gpu.budget import Budget
+from benchmarks.gpu.device import Cpu
+from benchmarks.gpu.grid import CASES
+from benchmarks.gpu.record import Record
+run.run_case = lambda *arguments: time.sleep(60)
+record = Record(Cpu().description)
+run.run(CASES[:2], Cpu(), record, Budget(1.0), "torch", False, write=lambda: record.write(pathlib.Path({str(out)!r})),
+        say=lambda text: print(text, flush=True), patience=0.5)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == HANGS, done.stderr
+    (row,) = rows_of(out)
+    assert row["case"] == CASES[0].name and row["status"].endswith("a kernel hangs")
+    assert done.stdout.splitlines()[0].endswith(f"{CASES[0].name} begins")
+
+
+def test_a_device_that_does_not_recover_ends_the_run() -> None:
+    class Broken(Cpu):
+        def release(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    record, lines = Record(Cpu().description), []
+    cases = [FIRST_OF_OP["guide"], FIRST_OF_OP["complete"]]
+    failed = run(cases, Broken(), record, Budget(30.0), "torch", False, (1, 1), say=lines.append)
+    assert failed == [cases[0].name] and "illegal memory access" in lines[-1]
+    assert record.rows[-1].case == cases[1].name and "the device failed in" in record.rows[-1].status
 
 
 def test_without_a_gpu_there_is_one_message(
