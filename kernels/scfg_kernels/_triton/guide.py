@@ -158,21 +158,21 @@ def quarter(pixels):
 def store_rescaled(
     uncond, cond, rates, result, scale, rescale, channels,
     u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, r_stride_c, r_stride_y, r_stride_x,
-    copy_stride, COPIES: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    copy_stride, height, width, COPIES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rescaled prediction of a sample in tiles, from its rates [H, W] in memory."""
+    """The rescaled prediction of a sample in tiles, from its rates [height, width] in memory."""
     count = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     mean_c = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     squares_c = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     mean_f = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     squares_f = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for start in tl.range(0, H * W, BLOCK_P):
+    for start in tl.range(0, height * width, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
-        inside = pixel < H * W
+        inside = pixel < height * width
         weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
         for first in tl.range(0, channels, BLOCK_C):
             u, c, mask = load_predictions(
-                uncond, cond, first, pixel // W, pixel % W, inside, channels,
+                uncond, cond, first, pixel // width, pixel % width, inside, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
             )  # fmt: skip
             count += mask.to(tl.float32)
@@ -183,17 +183,17 @@ def store_rescaled(
     _, all_squares_f = _moments_of_all(mean_f, squares_f, count)
     factor = _factor(all_squares_c, all_squares_f, rescale)
 
-    for start in tl.range(0, H * W, BLOCK_P):
+    for start in tl.range(0, height * width, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
-        inside = pixel < H * W
+        inside = pixel < height * width
         weight = scale * tl.load(rates + pixel, mask=inside, other=0.0)
         for first in tl.range(0, channels, BLOCK_C):
             u, c, mask = load_predictions(
-                uncond, cond, first, pixel // W, pixel % W, inside, channels,
+                uncond, cond, first, pixel // width, pixel % width, inside, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
             )  # fmt: skip
             store_prediction(
-                result, combined(u, c, weight) * factor, first, pixel // W, pixel % W, mask,
+                result, combined(u, c, weight) * factor, first, pixel // width, pixel % width, mask,
                 r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES,
             )  # fmt: skip
 
@@ -255,18 +255,17 @@ def _store_rates(
 
 @triton.jit
 def _smoothed_row(
-    rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x,
-    W: tl.constexpr, CELL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
+    rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x, width,
+    CELL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
 ):  # fmt: skip
     """Rates of rows of cells, row [R, 1], smoothed along x: at the pixels of a line, [R, 1, BLOCK_W, BLOCK_CELL]."""
-    GRID_W: tl.constexpr = (W + CELL - 1) // CELL
-    column = tl.minimum(tl.arange(0, BLOCK_W)[None, :], GRID_W - 1)
+    column = tl.minimum(tl.arange(0, BLOCK_W)[None, :], tl.cdiv(width, CELL) - 1)
     first = column * CELL
-    last = tl.minimum(first + CELL, W) - 1
+    last = tl.minimum(first + CELL, width) - 1
     token = tl.load(ids_in + row * i_stride_y + column * i_stride_x)
     here = tl.load(rates + token, mask=(token >= 0) & (token < tokens), other=0.0)
-    left = tl.gather(here, tl.broadcast_to(reflect(first - 1, W) // CELL, here.shape), 1)[:, None, :, None]
-    right = tl.gather(here, tl.broadcast_to(reflect(last + 1, W) // CELL, here.shape), 1)[:, None, :, None]
+    left = tl.gather(here, tl.broadcast_to(reflect(first - 1, width) // CELL, here.shape), 1)[:, None, :, None]
+    right = tl.gather(here, tl.broadcast_to(reflect(last + 1, width) // CELL, here.shape), 1)[:, None, :, None]
     here = here[:, None, :, None]
     x = tl.arange(0, BLOCK_CELL)[None, None, None, :]
     return three_taps(
@@ -276,20 +275,18 @@ def _smoothed_row(
 
 @triton.jit
 def _pixel_rates(
-    rates, ids_in, first_row, first_line, tokens, edge, i_stride_y, i_stride_x,
-    H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
+    rates, ids_in, first_row, first_line, tokens, edge, i_stride_y, i_stride_x, height, width, CELL: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
 ):  # fmt: skip
     """Smoothed rates of the pixels of `_pixels`, from those of regions, in memory, and the regions of cells."""
-    GRID_H: tl.constexpr = (H + CELL - 1) // CELL
-    row = tl.minimum(first_row + tl.arange(0, ROWS), GRID_H - 1)[:, None]
+    row = tl.minimum(first_row + tl.arange(0, ROWS), tl.cdiv(height, CELL) - 1)[:, None]
     first = row * CELL
-    last = tl.minimum(first + CELL, H) - 1
-    above = reflect(first - 1, H) // CELL
-    below = reflect(last + 1, H) // CELL
-    here = _smoothed_row(rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
-    above = _smoothed_row(rates, ids_in, above, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
-    below = _smoothed_row(rates, ids_in, below, tokens, edge, i_stride_y, i_stride_x, W, CELL, BLOCK_W, BLOCK_CELL)
+    last = tl.minimum(first + CELL, height) - 1
+    above = reflect(first - 1, height) // CELL
+    below = reflect(last + 1, height) // CELL
+    here = _smoothed_row(rates, ids_in, row, tokens, edge, i_stride_y, i_stride_x, width, CELL, BLOCK_W, BLOCK_CELL)
+    above = _smoothed_row(rates, ids_in, above, tokens, edge, i_stride_y, i_stride_x, width, CELL, BLOCK_W, BLOCK_CELL)
+    below = _smoothed_row(rates, ids_in, below, tokens, edge, i_stride_y, i_stride_x, width, CELL, BLOCK_W, BLOCK_CELL)
     y = first_line + tl.arange(0, LINES)[None, :, None, None]
     rate = three_taps(
         tl.where(y == 0, above, here), here, tl.where(y == (last - first)[:, :, None, None], below, here), edge
@@ -299,7 +296,7 @@ def _pixel_rates(
 
 @triton.jit
 def _pixels(
-    first_row, first_line, H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr,
+    first_row, first_line, height, width, CELL: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_CELL: tl.constexpr,
 ):  # fmt: skip
     """y and x of a tile of pixels, and which are in the picture: LINES lines, from `first_line`, of each of ROWS rows
@@ -309,7 +306,7 @@ def _pixels(
     y_in_cell = first_line + place // (BLOCK_CELL * BLOCK_W) % LINES
     x = place // BLOCK_CELL % BLOCK_W * CELL + x_in_cell
     y = (first_row + place // (BLOCK_CELL * BLOCK_W * LINES)) * CELL + y_in_cell
-    return y, x, (x_in_cell < CELL) & (x < W) & (y_in_cell < CELL) & (y < H)
+    return y, x, (x_in_cell < CELL) & (x < width) & (y_in_cell < CELL) & (y < height)
 
 
 @triton.jit
@@ -326,48 +323,47 @@ def guide_cells(
     tokens, channels, edge, rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
-    H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
+    CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr, COPIES: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All after the argmax, for a part of a sample: BLOCK_H rows of cells, which are all of them unless HELD. ids int32
     and foreground int1 [BLOCK_H, BLOCK_W] are the part's, `ids_in` all of the batch in memory; `meeting`: a counter per
     sample, if it has several parts."""
-    GRID_H: tl.constexpr = (H + CELL - 1) // CELL
-    GRID_W: tl.constexpr = (W + CELL - 1) // CELL
-    PARTS: tl.constexpr = (GRID_H + BLOCK_H - 1) // BLOCK_H
+    grid_h = tl.cdiv(height, CELL)
+    grid_w = tl.cdiv(width, CELL)
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
-    rate_out += sample * (H * W)
+    rate_out += sample * (height * width)
     ids_in += sample * i_stride_b
     scale = scale_of(guidance_scale, sample, scale_stride)
     sums = scratch + sample * scratch_stride
     moments = sums + PARTS * 2 * (tokens + 1)
     norms = moments + PARTS * 5
-    rates = norms + GRID_H * GRID_W + part * tokens  # of every region: each part makes its own
+    rates = norms + grid_h * grid_w + part * tokens  # of every region: each part makes its own
 
     first_row = part * BLOCK_H
     cell_y = first_row + tl.arange(0, BLOCK_H)[:, None]
     cell_x = tl.arange(0, BLOCK_W)[None, :]
-    valid = (cell_y < GRID_H) & (cell_x < GRID_W)
-    lines = tl.minimum(H - cell_y * CELL, CELL)
-    area = tl.where(valid, (lines * tl.minimum(W - cell_x * CELL, CELL)).to(tl.float32), 0.0)
+    valid = (cell_y < grid_h) & (cell_x < grid_w)
+    lines = tl.minimum(height - cell_y * CELL, CELL)
+    area = tl.where(valid, (lines * tl.minimum(width - cell_x * CELL, CELL)).to(tl.float32), 0.0)
     if HELD:
-        y, x, inside = _pixels(first_row, 0, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+        y, x, inside = _pixels(first_row, 0, height, width, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
         u, c, mask = load_predictions(
             uncond, cond, 0, y, x, inside, channels,
             u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
         )  # fmt: skip
         norm = _cell_sums(tl.sqrt_rn(energy(u, c)), ROWS, LINES, BLOCK_W, BLOCK_CELL)
     else:
-        for tile_row in tl.range(0, GRID_H, ROWS):
+        for tile_row in tl.range(0, grid_h, ROWS):
             row = tile_row + tl.arange(0, ROWS)[:, None]
             total = tl.zeros([ROWS, BLOCK_W], tl.float32)
             for first_line in tl.range(0, CELL, LINES):
-                y, x, inside = _pixels(tile_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                y, x, inside = _pixels(tile_row, first_line, height, width, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
                 square = tl.zeros(y.shape, tl.float32)
                 for first in tl.range(0, channels, BLOCK_C):
                     u, c, _ = load_predictions(
@@ -376,9 +372,9 @@ def guide_cells(
                     )  # fmt: skip
                     square += energy(u, c)
                 total += _cell_sums(tl.sqrt_rn(square), ROWS, LINES, BLOCK_W, BLOCK_CELL)
-            tl.store(norms + row * GRID_W + cell_x, total, mask=(row < GRID_H) & (cell_x < GRID_W))
+            tl.store(norms + row * grid_w + cell_x, total, mask=(row < grid_h) & (cell_x < grid_w))
         tl.debug_barrier()  # the norms that other threads wrote
-        norm = tl.load(norms + cell_y * GRID_W + cell_x, mask=valid, other=0.0)
+        norm = tl.load(norms + cell_y * grid_w + cell_x, mask=valid, other=0.0)
 
     _store_sums(
         sums + part * 2 * (tokens + 1), ids, foreground, norm, area, valid, tokens, IMAGE, BLOCK_T
@@ -392,9 +388,9 @@ def guide_cells(
     if HELD:
         rate = _pixel_rates(
             rates, ids_in, first_row, 0, tokens, edge, i_stride_y, i_stride_x,
-            H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
+            height, width, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
         )  # fmt: skip
-        tl.store(rate_out + y * W + x, rate, mask=inside)
+        tl.store(rate_out + y * width + x, rate, mask=inside)
         guided = combined(u, c, weight_of(rate, scale, UNCONDITIONAL))
         if RESCALE:
             guided = rescaled(guided, c, mask, rescale, moments, 0, part, meeting, sample, 2 * PARTS, PARTS)
@@ -404,14 +400,14 @@ def guide_cells(
         if PARTS > 1:
             leave_meeting(meeting + sample, 3 * PARTS if RESCALE else 2 * PARTS)
     else:
-        for tile_row in tl.range(0, GRID_H, ROWS):
+        for tile_row in tl.range(0, grid_h, ROWS):
             for first_line in tl.range(0, CELL, LINES):
-                y, x, inside = _pixels(tile_row, first_line, H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
+                y, x, inside = _pixels(tile_row, first_line, height, width, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL)
                 rate = _pixel_rates(
                     rates, ids_in, tile_row, first_line, tokens, edge, i_stride_y, i_stride_x,
-                    H, W, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
+                    height, width, CELL, ROWS, LINES, BLOCK_W, BLOCK_CELL,
                 )  # fmt: skip
-                tl.store(rate_out + y * W + x, rate, mask=inside)
+                tl.store(rate_out + y * width + x, rate, mask=inside)
                 if not RESCALE:
                     weight = weight_of(rate, scale, UNCONDITIONAL)
                     for first in tl.range(0, channels, BLOCK_C):
@@ -428,7 +424,7 @@ def guide_cells(
             store_rescaled(
                 uncond, cond, rate_out, result, scale, rescale, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
-                r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES, H, W, BLOCK_C,
+                r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width, COPIES, BLOCK_C,
                 quarter(ROWS * LINES * BLOCK_W * BLOCK_CELL),
             )  # fmt: skip
 
@@ -439,20 +435,19 @@ def guide_kernel(
     rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
-    H: tl.constexpr, W: tl.constexpr, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
+    CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr, COPIES: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    GRID_H: tl.constexpr = (H + CELL - 1) // CELL
-    GRID_W: tl.constexpr = (W + CELL - 1) // CELL
-    PARTS: tl.constexpr = (GRID_H + BLOCK_H - 1) // BLOCK_H
+    grid_h = tl.cdiv(height, CELL)
+    grid_w = tl.cdiv(width, CELL)
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     y = part * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     x = tl.arange(0, BLOCK_W)[None, :]
-    valid = (y < GRID_H) & (x < GRID_W)
+    valid = (y < grid_h) & (x < grid_w)
     ids = tl.load(ids_in + sample * i_stride_b + y * i_stride_y + x * i_stride_x, mask=valid, other=0)
     at = foreground_in + sample * f_stride_b + y * f_stride_y + x * f_stride_x
     foreground = tl.load(at, mask=valid, other=0).to(tl.int1)
@@ -462,8 +457,8 @@ def guide_kernel(
         i_stride_b, i_stride_y, i_stride_x,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
-        H, W, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
-        HELD, BLOCK_C, ROWS, LINES, COPIES,
+        height, width, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
+        HELD, BLOCK_C, ROWS, LINES, COPIES, PARTS,
     )  # fmt: skip
 
 
@@ -487,13 +482,11 @@ def meeting_counters(parts: int, batch: int, device: torch.device) -> contextlib
 
 
 def prediction_constants(
-    cond: torch.Tensor, cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, copies: int,
-    config: GuideConfig,
+    cell: int, fidelity: str, rewrite: str, rescale: float, benchmark: str, copies: int,
+    parts: int, config: GuideConfig,
 ) -> dict[str, Any]:  # fmt: skip
     """Constants of `guide_cells`, and the launch options."""
     return {
-        "H": cond.shape[2],
-        "W": cond.shape[3],
         "CELL": cell,
         "BLOCK_CELL": triton.next_power_of_2(cell),
         "PAPER": fidelity == "paper",
@@ -508,6 +501,7 @@ def prediction_constants(
         "ROWS": config.rows,
         "LINES": config.lines,
         "COPIES": copies,
+        "PARTS": parts,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": False,
@@ -551,7 +545,8 @@ def launch(
                 uncond, cond, token_index, foreground, scale, result, rate, scratch, meeting, num_tokens, channels,
                 kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride, scratch.stride(0),
                 *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-                copy_stride, **prediction_constants(cond, cell, fidelity, rewrite, rescale, benchmark, copies, config),
+                copy_stride, height, width,
+                **prediction_constants(cell, fidelity, rewrite, rescale, benchmark, copies, parts, config),
                 launch_cooperative_grid=parts > 1,
             )  # fmt: skip
     return result, rate

@@ -50,23 +50,22 @@ def guide_pixels_kernel(
     uncond, cond, guidance_scale, result, rate_out, scratch, meeting, channels, rate_min, rate_max, rescale,
     scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
-    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
-    H: tl.constexpr, W: tl.constexpr, UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, HELD: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, COPIES: tl.constexpr, ALONE: tl.constexpr,
+    r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
+    UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, COPIES: tl.constexpr, ALONE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = (H * W + BLOCK_P - 1) // BLOCK_P if HELD else 1
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
-    rate_out += sample * (H * W)
+    rate_out += sample * (height * width)
     scale = scale_of(guidance_scale, sample, scale_stride)
     pixel = part * BLOCK_P + tl.arange(0, BLOCK_P)
     if HELD:
-        inside = pixel < H * W
+        inside = pixel < height * width
         u, c, mask = load_predictions(
-            uncond, cond, 0, pixel // W, pixel % W, inside, channels,
+            uncond, cond, 0, pixel // width, pixel % width, inside, channels,
             u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
         )  # fmt: skip
         if not ALONE:
@@ -84,10 +83,10 @@ def guide_pixels_kernel(
     else:
         lowest = tl.full([BLOCK_P], float("inf"), tl.float32)
         highest = tl.zeros([BLOCK_P], tl.float32)
-        for start in tl.range(0, H * W, BLOCK_P):
-            inside = start + pixel < H * W
+        for start in tl.range(0, height * width, BLOCK_P):
+            inside = start + pixel < height * width
             u, c, _ = load_predictions(
-                uncond, cond, 0, (start + pixel) // W, (start + pixel) % W, inside, channels,
+                uncond, cond, 0, (start + pixel) // width, (start + pixel) % width, inside, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
             )  # fmt: skip
             square = energy(u, c)
@@ -110,15 +109,16 @@ def guide_pixels_kernel(
                 guided, c, mask, rescale, scratch, (sample * 7 + 2) * PARTS, part, meeting, sample, 2 * PARTS, PARTS
             )  # fmt: skip
         store_prediction(
-            result, guided, 0, pixel // W, pixel % W, mask, r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES
+            result, guided, 0, pixel // width, pixel % width, mask, r_stride_c, r_stride_y, r_stride_x,
+            copy_stride, COPIES,
         )  # fmt: skip
         if PARTS > 1 and not ALONE:
             leave_meeting(meeting + sample, 3 * PARTS if RESCALE else 2 * PARTS)
     else:
-        for start in tl.range(0, H * W, BLOCK_P):
-            y = (start + pixel) // W
-            x = (start + pixel) % W
-            inside = start + pixel < H * W
+        for start in tl.range(0, height * width, BLOCK_P):
+            y = (start + pixel) // width
+            x = (start + pixel) % width
+            inside = start + pixel < height * width
             u, c, mask = load_predictions(
                 uncond, cond, 0, y, x, inside, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x, BLOCK_C,
@@ -135,7 +135,7 @@ def guide_pixels_kernel(
             store_rescaled(
                 uncond, cond, rate_out, result, scale, rescale, channels,
                 u_stride_c, u_stride_y, u_stride_x, c_stride_c, c_stride_y, c_stride_x,
-                r_stride_c, r_stride_y, r_stride_x, copy_stride, COPIES, H, W, BLOCK_C, quarter(BLOCK_P),
+                r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width, COPIES, BLOCK_C, quarter(BLOCK_P),
             )  # fmt: skip
 
 
@@ -168,9 +168,9 @@ def launch(
             guide_pixels_kernel[(batch * parts,)](
                 uncond, cond, scale, result, rate, scratch, meeting, channels, rate_min, rate_max, rescale,
                 scale_stride, *uncond.stride(), *cond.stride(), *result.stride(), copy_stride,
-                H=height, W=width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
+                height, width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
                 HELD=config.held, BLOCK_C=config.block_c, BLOCK_P=config.block_p, COPIES=copies, ALONE=alone,
-                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+                PARTS=parts, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
                 launch_cooperative_grid=sharing,
             )  # fmt: skip
     return result, rate

@@ -31,10 +31,10 @@ from ._order import announce, counters
 
 
 @triton.jit
-def reflect(index, LENGTH: tl.constexpr):
-    """-1 -> 1 and LENGTH -> LENGTH - 2; a single sample stays where it is."""
+def reflect(index, length):
+    """-1 -> 1 and length -> length - 2; a single sample stays where it is."""
     index = tl.abs(index)
-    return tl.maximum(tl.where(index > LENGTH - 1, 2 * (LENGTH - 1) - index, index), 0)
+    return tl.maximum(tl.where(index > length - 1, 2 * (length - 1) - index, index), 0)
 
 
 @triton.jit
@@ -57,64 +57,63 @@ def _taken(values, index, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _smoothed(values, edge, LENGTH: tl.constexpr, AXIS: tl.constexpr):
-    """values [T, H, W], LENGTH of which count along AXIS, with their neighbours there."""
+def _smoothed(values, edge, length, AXIS: tl.constexpr):
+    """values [T, H, W], `length` of which count along AXIS, with their neighbours there."""
     place = _along(values.shape[AXIS], AXIS)
-    before = _taken(values, reflect(place - 1, LENGTH), AXIS)
-    after = _taken(values, reflect(place + 1, LENGTH), AXIS)
+    before = _taken(values, reflect(place - 1, length), AXIS)
+    after = _taken(values, reflect(place + 1, length), AXIS)
     return three_taps(before, values, after, edge)
 
 
 @triton.jit
-def _mean_weight(index, edge, LENGTH: tl.constexpr):
+def _mean_weight(index, edge, length):
     """Column sum of the smoothing matrix of one axis: the weight of a sample in the mean after smoothing."""
-    if LENGTH == 1:
-        weight = index * 0.0 + 1.0
-    else:
-        before = tl.where(index >= 1, tl.where(index == 1, 2.0, 1.0), 0.0)
-        after = tl.where(index <= LENGTH - 2, tl.where(index == LENGTH - 2, 2.0, 1.0), 0.0)
-        weight = (1.0 - 2.0 * edge) + edge * (before + after)
-    return weight
+    before = tl.where(index >= 1, tl.where(index == 1, 2.0, 1.0), 0.0)
+    after = tl.where(index <= length - 2, tl.where(index == length - 2, 2.0, 1.0), 0.0)
+    return tl.where(index * 0 + length == 1, 1.0, (1.0 - 2.0 * edge) + edge * (before + after))
 
 
 @triton.jit
-def _source(index, LENGTH: tl.constexpr, TARGET: tl.constexpr):
+def _source(index, length, target):
     """Bilinear taps of one axis, align_corners=False: lower index, upper index, weight of the upper one."""
-    position = tl.maximum((index.to(tl.float32) + 0.5) * (LENGTH / TARGET) - 0.5, 0.0)
-    low = tl.minimum(position.to(tl.int32), LENGTH - 1)
-    return low, tl.minimum(low + 1, LENGTH - 1), position - low.to(tl.float32)
+    none = tl.zeros_like(index)  # a length of 1 is a constant of the kernel, and not a tensor
+    ratio = tl.div_rn((none + length).to(tl.float32), (none + target).to(tl.float32))
+    position = tl.maximum((index.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
+    low = tl.minimum(position.to(tl.int32), length - 1)
+    return low, tl.minimum(low + 1, length - 1), position - low.to(tl.float32)
 
 
 @triton.jit
-def _between(values, index, LENGTH: tl.constexpr, TARGET: tl.constexpr, AXIS: tl.constexpr):
-    """values [T, H, W], LENGTH of which count along AXIS, resized to TARGET."""
-    low, high, upper = _source(index, LENGTH, TARGET)
+def _between(values, index, length, target, AXIS: tl.constexpr):
+    """values [T, H, W], `length` of which count along AXIS, resized to `target`."""
+    low, high, upper = _source(index, length, target)
     return (1.0 - upper) * _taken(values, low, AXIS) + upper * _taken(values, high, AXIS)
 
 
 @triton.jit
 def _resized(
-    maps, number, used, H: tl.constexpr, W: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    maps, number, used, height, width, grid_h, grid_w,
+    SAME: tl.constexpr, FITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Maps `number` [T, 1, 1] of the H x W ones at the grid's cells: [T, BLOCK_H, BLOCK_W] in fp32, 0 where not `used`
-    [T, 1, 1] or beyond the grid. A map no larger than a block is read once; of others, four neighbours are read."""
+    """Maps `number` [T, 1, 1] of the height x width ones at the grid's cells: [T, BLOCK_H, BLOCK_W] in fp32, 0 where
+    not `used` [T, 1, 1] or beyond the grid. A map that FITS in a block is read once; of others, four neighbours are
+    read. SAME: it has the grid's size."""
     y = _along(BLOCK_H, 1)
     x = _along(BLOCK_W, 2)
-    base = maps + number * (H * W)
-    inside = used & (y < GRID_H) & (x < GRID_W)
-    if H == GRID_H and W == GRID_W:
-        value = tl.load(base + y * W + x, mask=inside, other=0.0).to(tl.float32)
-    elif H <= BLOCK_H and W <= BLOCK_W:
-        value = tl.load(base + y * W + x, mask=used & (y < H) & (x < W), other=0.0).to(tl.float32)
-        value = _between(_between(value, x, W, GRID_W, 2), y, H, GRID_H, 1)
+    base = maps + number * (height * width)
+    inside = used & (y < grid_h) & (x < grid_w)
+    if SAME:
+        value = tl.load(base + y * width + x, mask=inside, other=0.0).to(tl.float32)
+    elif FITS:
+        value = tl.load(base + y * width + x, mask=used & (y < height) & (x < width), other=0.0).to(tl.float32)
+        value = _between(_between(value, x, width, grid_w, 2), y, height, grid_h, 1)
     else:
-        y0, y1, fy = _source(y, H, GRID_H)
-        x0, x1, fx = _source(x, W, GRID_W)
-        a = tl.load(base + y0 * W + x0, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(base + y0 * W + x1, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(base + y1 * W + x0, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(base + y1 * W + x1, mask=inside, other=0.0).to(tl.float32)
+        y0, y1, fy = _source(y, height, grid_h)
+        x0, x1, fx = _source(x, width, grid_w)
+        a = tl.load(base + y0 * width + x0, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(base + y0 * width + x1, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(base + y1 * width + x0, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(base + y1 * width + x1, mask=inside, other=0.0).to(tl.float32)
         value = (1.0 - fy) * ((1.0 - fx) * a + fx * b) + fy * ((1.0 - fx) * c + fx * d)
     return value
 
@@ -137,8 +136,8 @@ def _pointer(layers, index, COUNT: tl.constexpr):
 
 @triton.jit
 def _start_contrast(
-    starts, sample, weight, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr,
-    GRID_W: tl.constexpr, PAIRED: tl.constexpr,
+    starts, sizes, sample, weight, grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr,
+    FITS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """a of the module's formula at all cells, before G: [1, H, W]."""
     contrast = tl.zeros(weight.shape, tl.float32)
@@ -148,14 +147,14 @@ def _start_contrast(
         for layer in tl.range(0, COUNTS[group]):
             maps = _pointer(starts[group], layer, COUNTS[group])
             a = _resized(
-                maps, number, number >= 0, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W,
-                weight.shape[1], weight.shape[2],
+                maps, number, number >= 0, sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w,
+                SAME[group], FITS[group], weight.shape[1], weight.shape[2],
             )  # fmt: skip
             m = _mean(a, weight)
             if PAIRED:
                 b = _resized(
-                    maps, number + 1, number >= 0, SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W,
-                    weight.shape[1], weight.shape[2],
+                    maps, number + 1, number >= 0, sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w,
+                    SAME[group], FITS[group], weight.shape[1], weight.shape[2],
                 )  # fmt: skip
                 n = _mean(b, weight)
                 contrast += (a - m) / m - (b - n) / n
@@ -166,24 +165,24 @@ def _start_contrast(
 
 @triton.jit
 def segment_cells(
-    maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers, edge,
-    GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
+    maps, starts, sizes, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers, edge,
+    grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr, FITS: tl.constexpr,
     PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
     the foreground. Returns whether all other programs of the sample are done: then `winners` can be asked."""
-    CELLS: tl.constexpr = GRID_H * GRID_W
+    cells = grid_h * grid_w
     y = _along(BLOCK_H, 1)
     x = _along(BLOCK_W, 2)
-    valid = (y < GRID_H) & (x < GRID_W)  # [1, BLOCK_H, BLOCK_W]
-    cell = y * GRID_W + x
-    weight = _mean_weight(y, edge, GRID_H) * _mean_weight(x, edge, GRID_W) / CELLS
-    weight = tl.where(valid, weight, 0.0)
+    valid = (y < grid_h) & (x < grid_w)  # [1, BLOCK_H, BLOCK_W]
+    cell = y * grid_w + x
+    weight = _mean_weight(y, edge, grid_h) * _mean_weight(x, edge, grid_w)
+    weight = tl.where(valid, tl.div_rn(weight, cells * 1.0), 0.0)
     parts = tl.cdiv(tokens, BLOCK_T)
     if part == parts:
-        contrast = _start_contrast(starts, sample, weight, GROUPS, COUNTS, SIZES, GRID_H, GRID_W, PAIRED)
-        contrast = _smoothed(_smoothed(contrast, edge, GRID_W, 2), edge, GRID_H, 1)
-        tl.store(foreground_out + sample * CELLS + cell, contrast < -1e-6 * layers, mask=valid)
+        contrast = _start_contrast(starts, sizes, sample, weight, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, PAIRED)
+        contrast = _smoothed(_smoothed(contrast, edge, grid_w, 2), edge, grid_h, 1)
+        tl.store(foreground_out + sample * cells + cell, contrast < -1e-6 * layers, mask=valid)
     else:
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
         allowed = token < tokens
@@ -192,17 +191,17 @@ def segment_cells(
             for layer in tl.range(0, COUNTS[group]):
                 r = _resized(
                     _pointer(maps[group], layer, COUNTS[group]), sample * tokens + token, allowed,
-                    SIZES[2 * group], SIZES[2 * group + 1], GRID_H, GRID_W, BLOCK_H, BLOCK_W,
+                    sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w, SAME[group], FITS[group], BLOCK_H, BLOCK_W,
                 )  # fmt: skip
                 score += r / (_mean(r, weight) + 1e-8)
-        score = _smoothed(_smoothed(score, edge, GRID_W, 2), edge, GRID_H, 1)
+        score = _smoothed(_smoothed(score, edge, grid_w, 2), edge, grid_h, 1)
         if MASKED:
             allowed = allowed & tl.load(token_mask + sample * tokens + token, mask=allowed, other=0).to(tl.int1)
         score = tl.where(allowed, score, float("-inf"))
         best = tl.max(score, 0, keep_dims=True)
         # Lowest index of the maximum: the same on every device, unlike the order of an argmax reduction.
         winner = tl.min(tl.where(score == best, token, tokens), 0, keep_dims=True)
-        at = (sample * parts + part) * CELLS + cell
+        at = (sample * parts + part) * cells + cell
         tl.store(best_parts + at, best, mask=valid)
         tl.store(id_parts + at, winner.to(id_parts.dtype.element_ty), mask=valid)
     return announce(counters + sample) == parts
@@ -210,43 +209,43 @@ def segment_cells(
 
 @triton.jit
 def winners(
-    best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens,
-    GRID_H: tl.constexpr, GRID_W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, grid_h, grid_w,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """ids int32 and foreground int1 of all cells of a sample, both [BLOCK_H, BLOCK_W], from all parts; the lowest token
     wins a tie. Stores the ids and sets the counter back."""
-    CELLS: tl.constexpr = GRID_H * GRID_W
+    cells = grid_h * grid_w
     y = tl.arange(0, BLOCK_H)[:, None]
     x = tl.arange(0, BLOCK_W)[None, :]
-    valid = (y < GRID_H) & (x < GRID_W)
-    cell = y * GRID_W + x
+    valid = (y < grid_h) & (x < grid_w)
+    cell = y * grid_w + x
     parts = tl.cdiv(tokens, BLOCK_T)
     best = tl.full([BLOCK_H, BLOCK_W], float("-inf"), tl.float32)
     ids = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
     for part in tl.range(0, parts):
-        at = (sample * parts + part) * CELLS + cell
+        at = (sample * parts + part) * cells + cell
         score = tl.load(best_parts + at, mask=valid, other=0.0)
         ids = tl.where(score > best, tl.load(id_parts + at, mask=valid, other=0).to(tl.int32), ids)
         best = tl.maximum(best, score)
-    tl.store(ids_out + sample * CELLS + cell, ids.to(tl.int64), mask=valid)
+    tl.store(ids_out + sample * cells + cell, ids.to(tl.int64), mask=valid)
     tl.store(counters + sample, 0)
-    foreground = tl.load(foreground_out + sample * CELLS + cell, mask=valid, other=0).to(tl.int1)
+    foreground = tl.load(foreground_out + sample * cells + cell, mask=valid, other=0).to(tl.int1)
     return ids, foreground
 
 
 @triton.jit
 def segment_kernel(
-    maps, starts, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
-    GROUPS: tl.constexpr, COUNTS: tl.constexpr, SIZES: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
+    maps, starts, sizes, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
+    grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr, FITS: tl.constexpr,
     PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
-        maps, starts, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0), tokens,
-        layers, edge, GROUPS, COUNTS, SIZES, GRID_H, GRID_W, PAIRED, MASKED, BLOCK_T, BLOCK_H, BLOCK_W,
+        maps, starts, sizes, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0),
+        tokens, layers, edge, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, PAIRED, MASKED, BLOCK_T, BLOCK_H, BLOCK_W,
     ):  # fmt: skip
         winners(
-            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, GRID_H, GRID_W,
+            best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, grid_h, grid_w,
             BLOCK_T, BLOCK_H, BLOCK_W,
         )  # fmt: skip
 
@@ -292,12 +291,16 @@ def empty_parts(
     return best, torch.empty((batch, parts, cells), dtype=torch.int16, device=device), parts
 
 
-def map_constants(groups: Groups, token_mask: torch.Tensor | None) -> dict[str, Any]:
-    """Constants of `segment_cells` but for the grid and its tiles."""
+def map_constants(
+    groups: Groups, token_mask: torch.Tensor | None, h: int, w: int, config: SegmentConfig
+) -> dict[str, Any]:
+    """Constants of `segment_cells` but for its tiles. Sizes are none: images of many share a compiled kernel."""
+    pairs = list(zip(groups.sizes[::2], groups.sizes[1::2], strict=True))
     return {
         "GROUPS": len(groups.counts),
         "COUNTS": groups.counts,
-        "SIZES": groups.sizes,
+        "SAME": tuple(pair == (h, w) for pair in pairs),
+        "FITS": tuple(height <= config.block_h and width <= config.block_w for height, width in pairs),
         "PAIRED": groups.start[0][0].dim() == 3,
         "MASKED": token_mask is not None,
     }
@@ -324,9 +327,9 @@ def launch(
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, device)
     with device_guard(device), counters(device, batch) as zeros:
         segment_kernel[(parts + 1, batch)](
-            groups.tokens, groups.start, token_mask, best, winner, ids, foreground, zeros, count, len(tokens),
-            kernel_weights(blur_sigma)[0], GRID_H=h, GRID_W=w, BLOCK_T=config.block_t, BLOCK_H=config.block_h,
+            groups.tokens, groups.start, groups.sizes, token_mask, best, winner, ids, foreground, zeros, count,
+            len(tokens), kernel_weights(blur_sigma)[0], h, w, BLOCK_T=config.block_t, BLOCK_H=config.block_h,
             BLOCK_W=config.block_w, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-            **map_constants(groups, token_mask),
+            **map_constants(groups, token_mask, h, w, config),
         )  # fmt: skip
     return ids, foreground
