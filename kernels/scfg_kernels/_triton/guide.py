@@ -31,7 +31,7 @@ from ..guide import empty_result
 from ..segment import kernel_weights
 from ._device import current_limits, per_sample
 from ._order import counters, leave_meeting, meet
-from .segment import reflect, three_taps
+from .segment import alignment, reflect, three_taps
 
 
 @triton.jit
@@ -324,7 +324,7 @@ def guide_cells(
     i_stride_b, i_stride_y, i_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
-    CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
+    grid_h, grid_w, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     LINES: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr,
@@ -332,8 +332,6 @@ def guide_cells(
     """All after the argmax, for a part of a sample: BLOCK_H rows of cells, which are all of them unless HELD. ids int32
     and foreground int1 [BLOCK_H, BLOCK_W] are the part's, `ids_in` all of the batch in memory; `meeting`: a counter per
     sample, if it has several parts."""
-    grid_h = tl.cdiv(height, CELL)
-    grid_w = tl.cdiv(width, CELL)
     uncond += sample * u_stride_b
     cond += sample * c_stride_b
     result += sample * r_stride_b
@@ -429,20 +427,20 @@ def guide_cells(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "grid_h", "grid_w"])
 def guide_kernel(
     uncond, cond, ids_in, foreground_in, guidance_scale, result, rate_out, scratch, meeting, tokens, channels, edge,
     rate_min, rate_max, max_scale, rescale, scale_stride, scratch_stride,
     i_stride_b, i_stride_y, i_stride_x, f_stride_b, f_stride_y, f_stride_x,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
-    CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
+    grid_h, grid_w, CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, PAPER: tl.constexpr,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, IMAGE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr,
+    LINES: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, GRID_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    grid_h = tl.cdiv(height, CELL)
-    grid_w = tl.cdiv(width, CELL)
+    width *= ALIGN
+    grid_w *= GRID_ALIGN
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     y = part * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -457,8 +455,8 @@ def guide_kernel(
         i_stride_b, i_stride_y, i_stride_x,
         u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
         r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride,
-        height, width, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE, BLOCK_T, BLOCK_H, BLOCK_W,
-        HELD, BLOCK_C, ROWS, LINES, COPIES, PARTS,
+        height, width, grid_h, grid_w, CELL, BLOCK_CELL, PAPER, UNCONDITIONAL, RESCALE, IMAGE,
+        BLOCK_T, BLOCK_H, BLOCK_W, HELD, BLOCK_C, ROWS, LINES, COPIES, PARTS,
     )  # fmt: skip
 
 
@@ -538,14 +536,16 @@ def launch(
         config = config or guide_config(
             channels, height, width, cell, cond.element_size(), resident_programs(batch, current_limits())
         )
-        parts = triton.cdiv(token_index.shape[1], config.block_h)
-        scratch = empty_scratch(batch, parts, num_tokens, token_index[0].numel(), cond.device)
+        h, w = token_index.shape[1:]
+        parts = triton.cdiv(h, config.block_h)
+        scratch = empty_scratch(batch, parts, num_tokens, h * w, cond.device)
         with meeting_counters(parts, batch, cond.device) as meeting:
             guide_kernel[(batch * parts,)](
                 uncond, cond, token_index, foreground, scale, result, rate, scratch, meeting, num_tokens, channels,
                 kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride, scratch.stride(0),
                 *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-                copy_stride, height, width,
+                copy_stride, height,
+                width // alignment(width), h, w // alignment(w), ALIGN=alignment(width), GRID_ALIGN=alignment(w),
                 **prediction_constants(cell, fidelity, rewrite, rescale, benchmark, copies, parts, config),
                 launch_cooperative_grid=parts > 1,
             )  # fmt: skip

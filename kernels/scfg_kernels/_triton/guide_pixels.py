@@ -34,6 +34,7 @@ from .guide import (
     store_rescaled,
     weight_of,
 )
+from .segment import alignment
 
 
 @triton.jit
@@ -45,15 +46,17 @@ def _rates(square, channels, least, span, rate_min, rate_max):
     return tl.where(share < 0.5, rate_max - share * width, rate_min + (1.0 - share) * width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def guide_pixels_kernel(
     uncond, cond, guidance_scale, result, rate_out, scratch, meeting, channels, rate_min, rate_max, rescale,
     scale_stride,
     u_stride_b, u_stride_c, u_stride_y, u_stride_x, c_stride_b, c_stride_c, c_stride_y, c_stride_x,
     r_stride_b, r_stride_c, r_stride_y, r_stride_x, copy_stride, height, width,
     UNCONDITIONAL: tl.constexpr, RESCALE: tl.constexpr, HELD: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, COPIES: tl.constexpr, ALONE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, COPIES: tl.constexpr, ALONE: tl.constexpr,
+    PARTS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    width *= ALIGN
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     uncond += sample * u_stride_b
@@ -168,7 +171,8 @@ def launch(
             guide_pixels_kernel[(batch * parts,)](
                 uncond, cond, scale, result, rate, scratch, meeting, channels, rate_min, rate_max, rescale,
                 scale_stride, *uncond.stride(), *cond.stride(), *result.stride(), copy_stride,
-                height, width, UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
+                height, width // alignment(width), ALIGN=alignment(width),
+                UNCONDITIONAL=rewrite == "unconditional", RESCALE=rescale > 0.0,
                 HELD=config.held, BLOCK_C=config.block_c, BLOCK_P=config.block_p, COPIES=copies, ALONE=alone,
                 PARTS=parts, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
                 launch_cooperative_grid=sharing,

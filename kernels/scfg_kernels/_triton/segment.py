@@ -17,6 +17,7 @@ bytes a cell for every BLOCK_T tokens, written and read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,14 +71,14 @@ def _mean_weight(index, edge, length):
     """Column sum of the smoothing matrix of one axis: the weight of a sample in the mean after smoothing."""
     before = tl.where(index >= 1, tl.where(index == 1, 2.0, 1.0), 0.0)
     after = tl.where(index <= length - 2, tl.where(index == length - 2, 2.0, 1.0), 0.0)
-    return tl.where(index * 0 + length == 1, 1.0, (1.0 - 2.0 * edge) + edge * (before + after))
+    return tl.where(length == 1, 1.0, (1.0 - 2.0 * edge) + edge * (before + after))
 
 
 @triton.jit
 def _source(index, length, target):
     """Bilinear taps of one axis, align_corners=False: lower index, upper index, weight of the upper one."""
-    none = tl.zeros_like(index)  # a length of 1 is a constant of the kernel, and not a tensor
-    ratio = tl.div_rn((none + length).to(tl.float32), (none + target).to(tl.float32))
+    # A length of 1 may be a constant of the kernel, and no tensor.
+    ratio = tl.div_rn(tl.full([], length, tl.int32).to(tl.float32), target.to(tl.float32))
     position = tl.maximum((index.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
     low = tl.minimum(position.to(tl.int32), length - 1)
     return low, tl.minimum(low + 1, length - 1), position - low.to(tl.float32)
@@ -101,13 +102,12 @@ def _resized(
     y = _along(BLOCK_H, 1)
     x = _along(BLOCK_W, 2)
     base = maps + number * (height * width)
-    inside = used & (y < grid_h) & (x < grid_w)
-    if SAME:
-        value = tl.load(base + y * width + x, mask=inside, other=0.0).to(tl.float32)
-    elif FITS:
+    if FITS:
         value = tl.load(base + y * width + x, mask=used & (y < height) & (x < width), other=0.0).to(tl.float32)
-        value = _between(_between(value, x, width, grid_w, 2), y, height, grid_h, 1)
+        if not SAME:
+            value = _between(_between(value, x, width, grid_w, 2), y, height, grid_h, 1)
     else:
+        inside = used & (y < grid_h) & (x < grid_w)
         y0, y1, fy = _source(y, height, grid_h)
         x0, x1, fx = _source(x, width, grid_w)
         a = tl.load(base + y0 * width + x0, mask=inside, other=0.0).to(tl.float32)
@@ -137,7 +137,7 @@ def _pointer(layers, index, COUNT: tl.constexpr):
 @triton.jit
 def _start_contrast(
     starts, sizes, sample, weight, grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr,
-    FITS: tl.constexpr, PAIRED: tl.constexpr,
+    FITS: tl.constexpr, ALIGNS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """a of the module's formula at all cells, before G: [1, H, W]."""
     contrast = tl.zeros(weight.shape, tl.float32)
@@ -147,14 +147,14 @@ def _start_contrast(
         for layer in tl.range(0, COUNTS[group]):
             maps = _pointer(starts[group], layer, COUNTS[group])
             a = _resized(
-                maps, number, number >= 0, sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w,
+                maps, number, number >= 0, sizes[2 * group], sizes[2 * group + 1] * ALIGNS[group], grid_h, grid_w,
                 SAME[group], FITS[group], weight.shape[1], weight.shape[2],
             )  # fmt: skip
             m = _mean(a, weight)
             if PAIRED:
                 b = _resized(
-                    maps, number + 1, number >= 0, sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w,
-                    SAME[group], FITS[group], weight.shape[1], weight.shape[2],
+                    maps, number + 1, number >= 0, sizes[2 * group], sizes[2 * group + 1] * ALIGNS[group],
+                    grid_h, grid_w, SAME[group], FITS[group], weight.shape[1], weight.shape[2],
                 )  # fmt: skip
                 n = _mean(b, weight)
                 contrast += (a - m) / m - (b - n) / n
@@ -167,7 +167,8 @@ def _start_contrast(
 def segment_cells(
     maps, starts, sizes, token_mask, best_parts, id_parts, foreground_out, counters, sample, part, tokens, layers, edge,
     grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr, FITS: tl.constexpr,
-    PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    ALIGNS: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of a sample: the best of BLOCK_T tokens at every cell, to scratch [parts, S]; beyond the last token,
     the foreground. Returns whether all other programs of the sample are done: then `winners` can be asked."""
@@ -180,7 +181,9 @@ def segment_cells(
     weight = tl.where(valid, tl.div_rn(weight, cells * 1.0), 0.0)
     parts = tl.cdiv(tokens, BLOCK_T)
     if part == parts:
-        contrast = _start_contrast(starts, sizes, sample, weight, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, PAIRED)
+        contrast = _start_contrast(
+            starts, sizes, sample, weight, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, ALIGNS, PAIRED
+        )
         contrast = _smoothed(_smoothed(contrast, edge, grid_w, 2), edge, grid_h, 1)
         tl.store(foreground_out + sample * cells + cell, contrast < -1e-6 * layers, mask=valid)
     else:
@@ -191,7 +194,8 @@ def segment_cells(
             for layer in tl.range(0, COUNTS[group]):
                 r = _resized(
                     _pointer(maps[group], layer, COUNTS[group]), sample * tokens + token, allowed,
-                    sizes[2 * group], sizes[2 * group + 1], grid_h, grid_w, SAME[group], FITS[group], BLOCK_H, BLOCK_W,
+                    sizes[2 * group], sizes[2 * group + 1] * ALIGNS[group], grid_h, grid_w, SAME[group], FITS[group],
+                    BLOCK_H, BLOCK_W,
                 )  # fmt: skip
                 score += r / (_mean(r, weight) + 1e-8)
         score = _smoothed(_smoothed(score, edge, grid_w, 2), edge, grid_h, 1)
@@ -233,16 +237,19 @@ def winners(
     return ids, foreground
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sizes", "grid_h", "grid_w"])
 def segment_kernel(
     maps, starts, sizes, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
     grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr, FITS: tl.constexpr,
-    PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    ALIGNS: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, GRID_ALIGN: tl.constexpr,
 ):  # fmt: skip
+    grid_w *= GRID_ALIGN
     sample = tl.program_id(1).to(tl.int64)
     if segment_cells(
         maps, starts, sizes, token_mask, best_parts, id_parts, foreground_out, counters, sample, tl.program_id(0),
-        tokens, layers, edge, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, PAIRED, MASKED, BLOCK_T, BLOCK_H, BLOCK_W,
+        tokens, layers, edge, grid_h, grid_w, GROUPS, COUNTS, SAME, FITS, ALIGNS, PAIRED, MASKED,
+        BLOCK_T, BLOCK_H, BLOCK_W,
     ):  # fmt: skip
         winners(
             best_parts, id_parts, ids_out, foreground_out, counters, sample, tokens, grid_h, grid_w,
@@ -291,18 +298,32 @@ def empty_parts(
     return best, torch.empty((batch, parts, cells), dtype=torch.int16, device=device), parts
 
 
+def alignment(width: int) -> int:
+    """The largest of 1, 2, 4, 8 that divides a width. Sizes are arguments of a launch, so that images of many sizes
+    share a compiled kernel; this factor of a width alone is a constant, so that rows are read in vectors."""
+    return math.gcd(width, 8)
+
+
+def map_arguments(groups: Groups) -> tuple[int, ...]:
+    """`sizes` of `segment_cells`."""
+    pairs = zip(groups.sizes[::2], groups.sizes[1::2], strict=True)
+    return tuple(length for height, width in pairs for length in (height, width // alignment(width)))
+
+
 def map_constants(
     groups: Groups, token_mask: torch.Tensor | None, h: int, w: int, config: SegmentConfig
 ) -> dict[str, Any]:
-    """Constants of `segment_cells` but for its tiles. Sizes are none: images of many share a compiled kernel."""
+    """Constants of `segment_cells` but for its tiles."""
     pairs = list(zip(groups.sizes[::2], groups.sizes[1::2], strict=True))
     return {
         "GROUPS": len(groups.counts),
         "COUNTS": groups.counts,
         "SAME": tuple(pair == (h, w) for pair in pairs),
         "FITS": tuple(height <= config.block_h and width <= config.block_w for height, width in pairs),
+        "ALIGNS": tuple(alignment(width) for _, width in pairs),
         "PAIRED": groups.start[0][0].dim() == 3,
         "MASKED": token_mask is not None,
+        "GRID_ALIGN": alignment(w),
     }
 
 
@@ -327,9 +348,9 @@ def launch(
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, device)
     with device_guard(device), counters(device, batch) as zeros:
         segment_kernel[(parts + 1, batch)](
-            groups.tokens, groups.start, groups.sizes, token_mask, best, winner, ids, foreground, zeros, count,
-            len(tokens), kernel_weights(blur_sigma)[0], h, w, BLOCK_T=config.block_t, BLOCK_H=config.block_h,
-            BLOCK_W=config.block_w, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-            **map_constants(groups, token_mask, h, w, config),
+            groups.tokens, groups.start, map_arguments(groups), token_mask, best, winner, ids, foreground, zeros, count,
+            len(tokens), kernel_weights(blur_sigma)[0], h, w // alignment(w), BLOCK_T=config.block_t,
+            BLOCK_H=config.block_h, BLOCK_W=config.block_w, num_warps=config.num_warps, num_stages=config.num_stages,
+            enable_fp_fusion=False, **map_constants(groups, token_mask, h, w, config),
         )  # fmt: skip
     return ids, foreground
