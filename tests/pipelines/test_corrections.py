@@ -77,6 +77,8 @@ def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: in
     """Algorithms 2 and 3 of 2403.12404, written out with DDIM's own formulas."""
     pipe = tiny_sd_pipeline(prediction_type=kind) if family == "sd" else tiny_sdxl_pipeline()
     pipe = pipe.to(dtype=torch.float64)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.double()
+    pipe.scheduler.final_alpha_cumprod = pipe.scheduler.final_alpha_cumprod.double()
     rho, random = 0.05, torch.Generator().manual_seed(7)
     loop = Literal(pipe, STEPS)
     x, alphas = loop.start, pipe.scheduler.alphas_cumprod.double()
