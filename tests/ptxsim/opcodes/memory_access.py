@@ -66,12 +66,12 @@ def load(decoder: Decoder, instruction: Instruction) -> Step:
     address = decoder.address(source, 64 if space == "global" else 32)
     if space == "shared":
         decoder.shared_widths.add(min(width, 16))
-    polls, semantics = "acquire" in instruction.modifiers, ordering(instruction)
+    semantics = ordering(instruction)
 
     def run(batch, mask: Mask) -> None:
         who = batch.select(mask)
         where = address(batch)[who.index]
-        if polls:
+        if semantics is not None:
             batch.note_poll(who)
         if space == "global":
             values = batch.memory.read(where, width, unit, who.threads, semantics)
