@@ -54,8 +54,8 @@ def last_sums_kernel(x, squares, result, counters, parts, N: tl.constexpr):
 
 @triton.jit
 def meeting_kernel(x, squares, running, result, counters, parts, N: tl.constexpr):
-    """`parts` programs per sample meet twice: each adds all squares of its sample to its own x, then stores what the next
-    one has got."""
+    """`parts` programs per sample meet twice: each adds all squares of its sample to its own x, then stores what its
+    neighbour has got."""
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first, at = sample * parts * N, tl.arange(0, N)
     value = tl.load(x + first + part * N + at)

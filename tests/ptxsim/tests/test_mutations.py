@@ -22,7 +22,6 @@ from ptxsim.tests.mutations import (
 )
 from ptxsim.tests.samples import SAMPLES, Guarded, Sample, last_one_out
 
-
 DROPPED = {80: (13, 4), 90: (22, 4)}  # by Triton 3.8.0: caught, and shown to be redundant
 
 
