@@ -59,9 +59,7 @@ class Residency:
     ) -> None:
         """`operation(before, *operands)` was `after`, all [1]."""
         start, history = self.start(thread), self._places.get(place)
-        if (
-            history is None or history.last != before
-        ):  # an ordinary store in between, which its program has put in order
+        if history is None or history.last != before:  # or there was an ordinary store, which is no news to anybody
             history = self._places[place] = _History(before, before, [], start, {})
         history.changes.append((start, operation, operands))
         history.last, history.latest = after, max(history.latest, start)
