@@ -285,10 +285,10 @@ def _decode_one(decoder: Decoder, instruction: Instruction) -> Step | Branch | E
             raise SimError(f"no label {operands[0]}")
         return Branch(decoder.program.labels[operands[0]], guard, instruction.guard_negated)
     if base in ("ret", "exit"):
-        modifiers(instruction, ignore=("uni",))
+        modifiers(instruction, ignore=("uni",) if base == "ret" else ())
         return Exit(guard, instruction.guard_negated)
     if base in ("bar", "barrier") and "warp" not in instruction.modifiers:
-        modifiers(instruction, ignore=("sync", "aligned", "cta"))
+        modifiers(instruction, ignore=("sync", "cta", "aligned") if base == "barrier" else ("sync", "cta"))
         whole = len(operands) == 1 or operands[1:] == (str(decoder.program.threads),)
         if guard is not None or operands[0] not in ("0", "0x0") or not whole or "sync" not in instruction.modifiers:
             raise SimError("only unguarded barrier 0 of the whole CTA is supported")

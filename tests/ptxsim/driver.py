@@ -57,6 +57,7 @@ class Launch:
         grid: CTAs per axis.
         num_warps: warps per CTA.
         shared_bytes: shared memory per CTA.
+        cooperative: whether all CTAs were resident at once, as `launch_cooperative_grid=True` asks for.
         counters: what it did.
         seconds: time the simulation took.
         ptx: the program.
@@ -67,6 +68,7 @@ class Launch:
     grid: Grid
     num_warps: int
     shared_bytes: int
+    cooperative: bool
     counters: Counters
     seconds: float
     ptx: str
@@ -120,6 +122,7 @@ class CPUTensorDriver(DriverBase):
 
     def __init__(self, target: GPUTarget, device: Device, number: int, launcher_cls: type) -> None:
         self.launches: list[Any] = []
+        self.device = device
         self.utils = _Utilities(device)
         self.launcher_cls = launcher_cls
         self._target, self._number = target, number
@@ -169,7 +172,7 @@ class SimulatedDriver(CPUTensorDriver):
         if arch not in DEVICES:
             raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(map(str, DEVICES))}")
         super().__init__(GPUTarget("cuda", arch, 32), DEVICES[arch], 10_000 + arch, Launcher)
-        self.arch, self.options, self.device = arch, options, DEVICES[arch]
+        self.arch, self.options = arch, options
 
 
 def compiled_files(metadata: Any) -> dict[str, Path]:
@@ -178,6 +181,22 @@ def compiled_files(metadata: Any) -> dict[str, Path]:
 
     group = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
     return {Path(name).suffix[1:]: Path(path) for name, path in group.items()}
+
+
+def is_cooperative(metadata: Any, grid: Grid, device: Device) -> bool:
+    """Whether all CTAs of a launch are to be resident at once.
+
+    Raises:
+        SimError: they do not fit, as the driver would say. How many share a multiprocessor depends on registers, which
+            are not known here: one always fits.
+    """
+    cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
+    if cooperative and math.prod(grid) > device.multiprocessors:
+        raise SimError(
+            f"{metadata.name}: a cooperative launch of {math.prod(grid)} CTAs; one fits on each of the "
+            f"{device.multiprocessors} multiprocessors, whether more do is not known here"
+        )
+    return cooperative
 
 
 class Launcher:
@@ -204,12 +223,7 @@ class Launcher:
         if getattr(metadata, "num_ctas", 1) != 1:
             raise SimError(f"{metadata.name}: clusters are not supported")
         grid = (int(grid_x), int(grid_y), int(grid_z))
-        cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
-        if cooperative and math.prod(grid) > active.device.multiprocessors:
-            raise SimError(
-                f"{metadata.name}: a cooperative launch of {math.prod(grid)} CTAs; one fits on each of the "
-                f"{active.device.multiprocessors} multiprocessors, whether more do is not known here"
-            )
+        cooperative = is_cooperative(metadata, grid, active.device)
         memory, counters = GlobalMemory(), Counters()
         pairs = zip(self._arguments, arguments, strict=True)
         values = list(_values(memory, [(name, kind, value) for (name, kind), value in pairs]))
@@ -224,9 +238,8 @@ class Launcher:
         finally:
             memory.finish(counters)
             seconds = time.perf_counter() - started
-            active.launches.append(
-                Launch(metadata.name, active.arch, grid, metadata.num_warps, shared, counters, seconds, ptx)
-            )
+            shape = grid, metadata.num_warps, shared, cooperative
+            active.launches.append(Launch(metadata.name, active.arch, *shape, counters, seconds, ptx))
 
 
 def _values(memory: GlobalMemory, arguments: Iterable[tuple[str, Any, Any]]) -> Iterator[int]:

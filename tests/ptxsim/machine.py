@@ -2,8 +2,9 @@
 
 All threads of the batch that stand at the lowest program counter run together until they branch, wait, exit, or reach
 threads further on; that reconverges every structured program. Barriers are per CTA. A CTA that polls global memory (an
-acquiring load, an atomic operation that changes nothing) lets the others go first until an atomic operation changes
-something. Where all that are left poll in vain, they wait for CTAs that start only when they end: a hang.
+ordered load, an atomic operation that changes nothing) lets the others go first until an atomic operation changes
+something. Where all that are left poll in vain, the kernel hangs. The CTAs of a cooperative launch are one batch, so
+that they may wait for each other; those of any other see only what earlier ones have done when they poll (`residency`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from .decode import Barrier, Branch, Exit, Kernel
 from .dtypes import POISON
 from .errors import SimError
 from .memory import ByteStore, GlobalMemory
+from .residency import Residency
 from .shared import Selection, SharedMemory
 from .visibility import Visibility
 
 THREADS_PER_BATCH = 2048
-MAX_STEPS = 5_000_000  # instructions of one batch; a kernel that needs more is taken to hang
+MAX_STEPS = 5_000_000  # instructions of one batch of that size; a kernel that needs more is taken to hang
 MAX_POLLS = 100  # of every CTA that is left, in a row, without a change: nobody will make one
 
 ORDERS = ("lockstep", "forward", "backward")
@@ -73,6 +75,8 @@ class Batch:
         self.check_races = check_races
         if memory.visibility is not None:
             memory.visibility.begin(first, count, self.threads)
+        if memory.residency is not None:
+            memory.residency.begin(first, self.threads)
         unit = 128 if kernel.warp_groups else 32
         turn = thread // unit
         self._turn = None if order == "lockstep" else turn if order == "forward" else turn[::-1].copy()
@@ -176,7 +180,9 @@ class Batch:
             polls = self.polls[self.cta]
             fewest = polls[ready].min()
             if fewest > MAX_POLLS:
-                raise SimError("every CTA that is left polls for what none of them will do: the kernel hangs")
+                rule = "; unless the launch is cooperative, a CTA may only wait for those that started before it"
+                rule = "" if self.memory.residency is None else rule
+                raise SimError(f"every CTA that is left polls for what none of them will do: the kernel hangs{rule}")
             ready &= polls == fewest
         if self._turn is not None and ready.any():
             ready &= self._turn == self._turn[ready].min()
@@ -210,8 +216,9 @@ class Batch:
                 break
         self._steps += pc - start
         self.counters.warp_instructions += (pc - start) * (int(active.sum()) + 31) // 32
-        if self._steps > MAX_STEPS:
-            raise SimError(f"more than {MAX_STEPS} instructions: the kernel seems to hang")
+        limit = MAX_STEPS * max(1, self.size // THREADS_PER_BATCH)
+        if self._steps > limit:
+            raise SimError(f"more than {limit} instructions: the kernel seems to hang")
         return True
 
     def _control(self, step: Branch | Exit | Barrier, active: np.ndarray, following: int) -> None:
@@ -275,7 +282,8 @@ def launch(
         check_races: look for missing barriers and waits in shared memory, and for missing order in global.
         order: `"lockstep"`, or one warp after another between barriers, `"forward"` or `"backward"`: slow, but another
             legal interleaving, under which a correct program gives the same bits.
-        cooperative: all CTAs run together, so that they may wait for each other.
+        cooperative: all CTAs are resident at once, so that they may wait for each other; otherwise a CTA may only wait
+            for those that started before it.
 
     Raises:
         SimError: see `errors`.
@@ -291,6 +299,7 @@ def launch(
         parameters[symbol] = memory.add(np.frombuffer(bytearray(data), np.uint8), symbol).base
     total = grid[0] * grid[1] * grid[2]
     memory.visibility = Visibility(total, -(-program.threads // 32), kernel.protocol) if check_races else None
+    memory.residency = None if cooperative or total == 1 else Residency()
     per_batch = total if cooperative else max(1, THREADS_PER_BATCH // program.threads)
     for first in range(0, total, per_batch):
         count = min(per_batch, total - first)

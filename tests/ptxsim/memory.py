@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from .counters import SECTOR, Counters, PatternCache, Traffic, count_sectors
 from .dtypes import UNSIGNED
 from .errors import SimError
+from .residency import Operation, Residency
 from .visibility import Visibility
 
 # A memory move of n bytes is one numpy element of n bytes; complex128 is only a 16-byte container here.
@@ -94,10 +95,12 @@ class GlobalMemory:
 
     Attributes:
         visibility: the race detector, or None.
+        residency: who may wait for whom, or None: anybody for anybody.
     """
 
     def __init__(self) -> None:
         self.visibility: Visibility | None = None
+        self.residency: Residency | None = None
         self._buffers: dict[int, Buffer] = {}
         self._patterns = PatternCache()
 
@@ -117,13 +120,28 @@ class GlobalMemory:
             buffer, offsets, _ = parts[0]
             self._count(buffer, offsets, width, threads, store=False)
             self._observe(buffer, offsets, width, threads, semantics, store=False)
-            return buffer.bytes.gather(offsets, width, unit)
+            return self._polled(buffer, offsets, buffer.bytes.gather(offsets, width, unit), threads, semantics)
         result = np.empty((len(addresses), width // unit), UNSIGNED[unit * 8])
         for buffer, offsets, rows in parts:
             self._count(buffer, offsets, width, threads[rows], store=False)
             self._observe(buffer, offsets, width, threads[rows], semantics, store=False)
-            result[rows] = buffer.bytes.gather(offsets, width, unit)
+            values = buffer.bytes.gather(offsets, width, unit)
+            result[rows] = self._polled(buffer, offsets, values, threads[rows], semantics)
         return result
+
+    def _polled(
+        self,
+        buffer: Buffer,
+        offsets: np.ndarray,
+        values: np.ndarray,
+        threads: np.ndarray,
+        semantics: frozenset[str] | None,
+    ) -> np.ndarray:
+        """What ordered loads read where `values` (n, k) are stored; others read just that."""
+        if self.residency is None or semantics is None or values.shape[1] > 1:
+            return values
+        number, width, rows = id(buffer), values.itemsize, zip(offsets.tolist(), threads.tolist(), values, strict=True)
+        return np.stack([self.residency.seen((number, offset, width), thread, now) for offset, thread, now in rows])
 
     def write(
         self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray, semantics: frozenset[str] | None = None
@@ -133,13 +151,17 @@ class GlobalMemory:
         for buffer, offsets, rows in self._locate(addresses, width, "store"):
             self._count(buffer, offsets, width, threads[rows], store=True)
             self._observe(buffer, offsets, width, threads[rows], semantics, store=True)
+            if semantics is not None and self.residency is not None and values.shape[1] == 1:
+                before = buffer.bytes.gather(offsets, width, width)[:, 0]
+                stored = np.ascontiguousarray(values[rows])[:, 0]
+                self._changed(buffer, offsets, threads[rows], before, stored, lambda old, new: new, [stored])
             if not buffer.bytes.scatter(offsets, values[rows]):
                 raise SimError(f"one instruction stores different values to one address of {buffer.label}")
 
     def atomic(
         self,
         addresses: np.ndarray,
-        operation: Callable[..., np.ndarray],
+        operation: Operation,
         operands: Sequence[np.ndarray],
         threads: np.ndarray,
         semantics: frozenset[str],
@@ -154,10 +176,39 @@ class GlobalMemory:
             for turn in turns(offsets):
                 selected = which[turn]
                 before = buffer.bytes.gather(offsets[turn], width, width)[:, 0].view(old.dtype)
-                after = operation(before, *(operand[selected] for operand in operands))
-                buffer.bytes.scatter(offsets[turn], np.ascontiguousarray(after).view(unsigned)[:, None])
+                chosen = [operand[selected] for operand in operands]
+                after = np.ascontiguousarray(operation(before, *chosen))
+                buffer.bytes.scatter(offsets[turn], after.view(unsigned)[:, None])
+                if self.residency is not None:
+                    before = self._changed(buffer, offsets[turn], threads[selected], before, after, operation, chosen)
                 old[selected] = before
         return old
+
+    def _changed(
+        self,
+        buffer: Buffer,
+        offsets: np.ndarray,
+        threads: np.ndarray,
+        before: np.ndarray,
+        after: np.ndarray,
+        operation: Operation,
+        operands: Sequence[np.ndarray],
+    ) -> np.ndarray:
+        """Remember changes, one per thread; returns what their threads see as the values before.
+
+        One that changes nothing, whatever of that it sees, is a poll.
+        """
+        seen = before.copy()
+        for row, (offset, thread) in enumerate(zip(offsets.tolist(), threads.tolist(), strict=True)):
+            place, here = (id(buffer), offset, before.itemsize), slice(row, row + 1)
+            own = [operand[here] for operand in operands]
+            if before[row] != after[row]:
+                self.residency.changed(place, thread, before[here], after[here], operation, own)
+                continue
+            earlier = self.residency.seen(place, thread, before[here])
+            if operation(earlier, *own)[0] == earlier[0]:
+                seen[here] = earlier
+        return seen
 
     def finish(self, counters: Counters) -> None:
         """Put the traffic of every buffer into the counters."""
@@ -181,6 +232,9 @@ class GlobalMemory:
         *,
         store: bool,
     ) -> None:
+        if semantics is not None and self.residency is not None:
+            for thread in threads.tolist():
+                self.residency.start(thread)
         if self.visibility is None:
             return
         if semantics is None:

@@ -15,7 +15,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 
 from .api import installed
-from .driver import DEVICES, CPUTensorDriver, Device, compiled_files
+from .driver import DEVICES, CPUTensorDriver, Device, compiled_files, is_cooperative
 from .errors import SimError
 from .machine import Grid
 
@@ -37,6 +37,7 @@ class RecordedLaunch:
         grid: programs per axis.
         num_warps, num_stages: as compiled; a warp has 64 threads on gfx9.
         shared_bytes: shared memory per program.
+        cooperative: whether all programs are to be resident at once.
         files: what the compiler wrote, by kind: `"ttgir"`, `"ptx"`, `"cubin"`, or `"amdgcn"`, `"hsaco"`.
     """
 
@@ -46,6 +47,7 @@ class RecordedLaunch:
     num_warps: int
     num_stages: int
     shared_bytes: int
+    cooperative: bool
     files: dict[str, Path]
 
 
@@ -73,7 +75,8 @@ class _Recorder:
         if name not in TARGETS:
             raise SimError(f"{metadata.name} was compiled to be recorded, which has ended")
         grid = int(grid_x), int(grid_y), int(grid_z)
-        shape = metadata.num_warps, metadata.num_stages, metadata.shared
+        cooperative = is_cooperative(metadata, grid, driver.active.device)
+        shape = metadata.num_warps, metadata.num_stages, metadata.shared, cooperative
         driver.active.launches.append(RecordedLaunch(metadata.name, name, grid, *shape, self._files))
 
 
@@ -90,6 +93,7 @@ def recorded(target: str) -> Iterator[list[RecordedLaunch]]:
     Raises:
         ValueError: unknown `target`.
         triton.runtime.errors.OutOfResources: from a launch that needs more shared memory than the device has.
+        SimError: from a cooperative launch of more programs than the device has multiprocessors.
     """
     driver = RecordingDriver(target)
     with installed(driver):

@@ -12,7 +12,6 @@ from ..parser import Instruction
 from ..shared import ATOMIC, EPOCH_MASK
 from .memory_access import HINTS, ordering
 
-_ORDERING = (*HINTS, "acq_rel", "noftz")
 _OPERATIONS = {
     "add": lambda old, value: old + value,
     "min": lambda old, value: np.fmin(old, value) if old.dtype.kind == "f" else np.minimum(old, value),
@@ -40,8 +39,11 @@ def reduction(decoder: Decoder, instruction: Instruction) -> Step:
 
 def _atomic(decoder: Decoder, instruction: Instruction, target: str, operands: tuple[str, ...]) -> Step:
     spaces = ("global", "shared", "shared::cta")
-    known = modifiers(instruction, ignore=_ORDERING, known=(*spaces, *_OPERATIONS, *_KINDS, "v2", "v4", "v8"))
-    (name,) = [m for m in known if m in _OPERATIONS] or [""]
+    returns = instruction.base == "atom"
+    operations = [name for name in _OPERATIONS if returns or name not in ("exch", "cas")]
+    ignored = (*HINTS, "noftz", *(("acq_rel",) if returns else ()))
+    known = modifiers(instruction, ignore=ignored, known=(*spaces, *operations, *_KINDS, "v2", "v4", "v8"))
+    (name,) = [m for m in known if m in operations] or [""]
     space = [m for m in known if m in spaces]
     kind = known[-1]
     if not name or len(space) != 1 or kind not in _KINDS:

@@ -6,7 +6,6 @@ import numpy as np
 
 from ..decode import Decoder, Mask, Step, count_operands, modifiers, opcode
 from ..dtypes import TYPES, UNSIGNED, bits_of
-from ..errors import SimError
 from ..parser import Instruction, elements
 from .common import elementwise
 
@@ -65,17 +64,10 @@ def select(decoder: Decoder, instruction: Instruction) -> Step:
     return elementwise(decoder, instruction.operands, lambda a, b, p: np.where(p, a, b), kind, (kind, kind, "pred"))
 
 
-@opcode("cvta")
-def convert_address(decoder: Decoder, instruction: Instruction) -> Step:
-    """Between generic and global addresses, which are the same numbers here."""
-    if "global" not in modifiers(instruction, known=("to", "global", "u64")):
-        raise SimError("only cvta of global addresses is supported")
-    count_operands(instruction, 2)
-    return elementwise(decoder, instruction.operands, lambda value: value, "u64", ("u64",))
-
-
 @opcode("createpolicy")
 def create_policy(decoder: Decoder, instruction: Instruction) -> Step:
     """Cache policies: hints, dropped."""
+    modifiers(instruction, known=("fractional", "L2::evict_last", "L2::evict_first", "b64"))
+    count_operands(instruction, 2)
     write = decoder.writer(instruction.operands[0], "b64")
     return lambda batch, mask: write(batch, np.zeros(batch.size, np.uint64), mask)

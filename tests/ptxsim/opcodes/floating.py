@@ -56,16 +56,21 @@ FLOAT_ARITHMETIC = {
     "copysign": lambda a, b: np.copysign(b, a),
 }
 _ARITY = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "div": 2, "min": 2, "max": 2, "copysign": 2}
-_IGNORED = ("rn", "approx", "full")  # round to nearest even is the only mode; approximations are computed exactly
+# Round to nearest even is the only mode; approximations are computed exactly.
+_ROUNDING = {"add": ("rn",), "sub": ("rn",), "mul": ("rn",), "fma": ("rn",), "div": ("rn", "full", "approx")}
+_ROUNDING |= {"sqrt": ("rn", "approx"), "rcp": ("rn", "approx")}
+_ROUNDING |= dict.fromkeys(("rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), ("approx",))
+_OPTIONS = {base: ("ftz", "sat") for base in ("add", "sub", "mul", "fma")}
+_OPTIONS |= {"min": ("ftz", "NaN", "xorsign", "abs"), "max": ("ftz", "NaN", "xorsign", "abs")}
+_OPTIONS |= {"tanh": (), "copysign": ()}
 
 
 @opcode("fma", "sqrt", "rsqrt", "rcp", "ex2", "lg2", "sin", "cos", "tanh", "copysign")
 def decode_float(decoder: Decoder, instruction: Instruction) -> Step:
     """Any float operation; integer.py sends those whose name it shares here."""
     base = instruction.base
-    known = modifiers(
-        instruction, ignore=_IGNORED, known=(*FLOAT_KINDS, *PACKED, "ftz", "sat", "NaN", "xorsign", "abs")
-    )
+    options = _OPTIONS.get(base, ("ftz",))
+    known = modifiers(instruction, ignore=_ROUNDING.get(base, ()), known=(*FLOAT_KINDS, *PACKED, *options))
     kind = known[-1]
     kinds = [m for m in known if m in FLOAT_KINDS or m in PACKED]
     function = _function(base, known)
@@ -99,8 +104,6 @@ def _saturate(value: np.ndarray) -> np.ndarray:
 
 def _function(base: str, known: tuple[str, ...]):
     if base not in ("min", "max"):
-        if {"NaN", "xorsign", "abs"} & set(known):
-            raise SimError(f"{base} with {known} is not supported")
         return FLOAT_ARITHMETIC[base]
     nan, xorsign = "NaN" in known, "xorsign" in known
     if xorsign != ("abs" in known):

@@ -61,7 +61,7 @@ INTEGER_ARITHMETIC = {
 @opcode("add", "sub", "min", "max", "neg", "abs", "div", "rem")
 def arithmetic(decoder: Decoder, instruction: Instruction) -> Step:
     kind = instruction.modifiers[-1]
-    if "cc" in instruction.modifiers:
+    if instruction.base == "add" and "cc" in instruction.modifiers:
         return _with_carry(decoder, instruction)
     if kind in PACKED_KINDS and instruction.base in ("add", "sub", "min", "max", "neg"):
         modifiers(instruction, known=(kind,))
@@ -109,14 +109,15 @@ def _multiply(decoder: Decoder, instruction: Instruction, addend: tuple[str, ...
     return elementwise(decoder, operands, product, result, (kind, kind))
 
 
-@opcode("addc", "subc", "madc")
+@opcode("addc", "madc")
 def _with_carry(decoder: Decoder, instruction: Instruction) -> Step:
-    """32-bit extended-precision arithmetic through the carry flag (subtraction: the borrow)."""
-    known = modifiers(instruction, known=("cc", "lo", "hi", "u32", "s32"))
+    """32-bit extended-precision sums through the carry flag."""
+    base = instruction.base
+    uses_carry, product = base.endswith("c"), base.startswith("mad")
+    known = modifiers(instruction, known=("cc", *(("lo", "hi") if product else ()), "u32", "s32"))
     if known[-1] not in ("u32", "s32"):
         raise SimError("only 32-bit carry chains are supported")
-    base, sets_carry = instruction.base, "cc" in known
-    uses_carry, product = base.endswith("c"), base.startswith("mad")
+    sets_carry = "cc" in known
     count_operands(instruction, 4 if product else 3)
     if product and "hi" in known and known[-1] == "s32":
         raise SimError("signed mad.hi with carry is not supported")
@@ -130,8 +131,6 @@ def _with_carry(decoder: Decoder, instruction: Instruction) -> Step:
         if product:
             full = values[0] * values[1]
             total = (full >> shift if "hi" in known else full & mask32) + values[2] + carry
-        elif base.startswith("sub"):
-            total = values[0] - values[1] - carry
         else:
             total = values[0] + values[1] + carry
         write(batch, (total & mask32).astype(np.uint32), mask)

@@ -35,7 +35,8 @@ def ordering(instruction: Instruction) -> frozenset[str] | None:
 
 def _access(instruction: Instruction) -> tuple[str, str, int]:
     """Space, element type and vector length."""
-    known = modifiers(instruction, ignore=HINTS, known=(*_SPACES, *_KINDS, "v2", "v4", "v8"))
+    accepted = [space for space in _SPACES if space != "param" or instruction.base == "ld"]
+    known = modifiers(instruction, ignore=HINTS, known=(*accepted, *_KINDS, "v2", "v4", "v8"))
     spaces = [_SPACES[m] for m in known if m in _SPACES]
     if len(spaces) != 1:
         raise SimError("generic addresses are not supported")
@@ -66,12 +67,12 @@ def load(decoder: Decoder, instruction: Instruction) -> Step:
     address = decoder.address(source, 64 if space == "global" else 32)
     if space == "shared":
         decoder.shared_widths.add(min(width, 16))
-    polls, semantics = "acquire" in instruction.modifiers, ordering(instruction)
+    semantics = ordering(instruction)
 
     def run(batch, mask: Mask) -> None:
         who = batch.select(mask)
         where = address(batch)[who.index]
-        if polls:
+        if semantics is not None:
             batch.note_poll(who)
         if space == "global":
             values = batch.memory.read(where, width, unit, who.threads, semantics)
@@ -104,7 +105,7 @@ def store(decoder: Decoder, instruction: Instruction) -> Step:
     space, kind, length = _access(instruction)
     _check_operands(instruction)
     target, source = instruction.operands[:2]
-    if len(elements(source)) != length or space == "param":
+    if len(elements(source)) != length:
         raise SimError("this store is not supported")
     kind = f"b{bits_of(kind)}"
     unit = bits_of(kind) // 8

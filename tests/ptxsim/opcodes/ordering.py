@@ -11,7 +11,7 @@ from ..parser import Instruction
 def fence(decoder: Decoder, instruction: Instruction) -> Step:
     known = modifiers(
         instruction,
-        known=("proxy", "async", "shared::cta", "global", "acq_rel", "sc", "cta", "gpu", "sys", "async::generic"),
+        known=("proxy", "async", "shared::cta", "acq_rel", "sc", "cta", "gpu", "sys"),
     )
     if "proxy" not in known:
         return _nothing

@@ -95,15 +95,3 @@ def warp_reduce(decoder: Decoder, instruction: Instruction) -> Step:
         write(batch, np.repeat(_REDUCTIONS[mode].reduce(values, axis=1).astype(values.dtype), 32), mask)
 
     return run
-
-
-@opcode("activemask")
-def active_mask(decoder: Decoder, instruction: Instruction) -> Step:
-    modifiers(instruction, known=("b32",))
-    write = decoder.writer(instruction.operands[0], "b32")
-
-    def run(batch, mask: Mask) -> None:
-        batch.active_warps(mask)
-        write(batch, np.full(batch.size, 0xFFFFFFFF, np.uint32), mask)
-
-    return run

@@ -79,6 +79,18 @@ def test_launch_records() -> None:
     assert run.launches[1].grid == (0, 1, 1) and run.launches[1].counters.ctas == 0
 
 
+def test_cooperative_launches_are_recorded_as_such_and_refused_if_they_do_not_fit() -> None:
+    x, y, out = (torch.ones(2048) for _ in range(3))
+    most = DEVICES[80].multiprocessors
+    with simulated(80) as run:
+        for programs, cooperative in ((2, False), (2, True), (most, True), (0, True)):
+            add_kernel[(programs,)](x, y, out, 2048, BLOCK=1024, launch_cooperative_grid=cooperative)
+        with pytest.raises(SimError, match=f"cooperative launch of {most + 1} CTAs"):
+            add_kernel[(most + 1,)](x, y, out, 2048, BLOCK=1024, launch_cooperative_grid=True)
+    assert [launch.cooperative for launch in run.launches] == [False, True, True, True]
+    assert [launch.counters.ctas for launch in run.launches] == [2, 2, most, 0] and (out == 2).all()
+
+
 def test_matmul_counters_are_the_arithmetic_ones() -> None:
     sample = matmul()
     with simulated(80) as run:

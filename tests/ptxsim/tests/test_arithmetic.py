@@ -86,11 +86,32 @@ def test_carry_chain_makes_64_bit_sums() -> None:
     same(evaluate(text, "u64", ("u64", a), ("u64", b)), a + b)
 
 
+def test_carries_are_passed_on() -> None:
+    """64-bit sums whose upper half is the lower half of another one, to which the carry goes on."""
+    a, b, c = S32.view(np.uint32), T32.view(np.uint32), np.roll(S32, 5).view(np.uint32)
+    wide = [v.astype(np.uint64) for v in (a, b, c)]
+    carry = wide[0] + wide[1] >> np.uint64(32)
+    carry = wide[0] + wide[2] + carry >> np.uint64(32)
+    text = "add.cc.u32 %r10, a, b; addc.cc.u32 %r11, a, c; addc.u32 d, 0, 0"
+    same(evaluate(text, "u32", ("u32", a), ("u32", b), ("u32", c)), carry.astype(np.uint32))
+
+
 def test_multiply_carry_chain() -> None:
     a, b, c = S32.view(np.uint32), T32.view(np.uint32), np.roll(S32, 5).view(np.uint32)
     text = "mad.lo.cc.u32 %r10, a, b, c; madc.hi.u32 %r11, a, b, 0; mov.b64 d, {%r10, %r11}"
     expected = a.astype(np.uint64) * b.astype(np.uint64) + c
     same(evaluate(text, "u64", ("u32", a), ("u32", b), ("u32", c)), expected)
+    text = "mad.hi.cc.u32 %r10, a, b, c; madc.lo.cc.u32 %r11, a, c, b; addc.u32 d, 0, 0"
+    carry = (exact(a) * exact(b) >> 32) + exact(c) >> 32
+    carry = (exact(a) * exact(c) & 0xFFFFFFFF) + exact(b) + carry >> 32
+    same(evaluate(text, "u32", ("u32", a), ("u32", b), ("u32", c)), carry.astype(np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_multiply_high_and_add(kind: str) -> None:
+    a, b = S32.view(f"{'i' if kind[0] == 's' else 'u'}4"), T32.view(f"{'i' if kind[0] == 's' else 'u'}4")
+    expected = wrap((exact(a) * exact(b) >> 32) + exact(a), kind)
+    same(evaluate(f"mad.hi.{kind} d, a, b, a", kind, (kind, a), (kind, b)), expected)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,13 @@ def test_bit_operations(text: str, function) -> None:
         ("min.f32", np.fmin),
         ("max.f32", np.fmax),
         ("max.NaN.f32", np.maximum),
+        ("min.NaN.f32", np.minimum),
+        ("add.rn.f32", lambda a, b: a + b),
+        ("sub.rn.f32", lambda a, b: a - b),
+        ("mul.rn.f32", lambda a, b: a * b),
+        ("div.rn.f32", lambda a, b: a / b),
+        ("div.approx.f32", lambda a, b: a / b),
+        ("copysign.f32", lambda a, b: np.copysign(b, a)),
     ],
 )
 def test_float_arithmetic(opcode: str, function) -> None:
@@ -149,6 +177,62 @@ def test_flush_to_zero() -> None:
     same(result[:3], np.array([0.0, -0.0, 1e-30], np.float32))
     assert np.signbit(result[1])
     same(evaluate("mul.f32 d, a, b", "f32", ("f32", tiny), ("f32", [1.0]))[:3], tiny)
+
+
+@pytest.mark.parametrize("opcode", ["add", "sub", "mul", "div.full", "min", "max", "max.xorsign.abs"])
+def test_subnormal_operands_and_results_are_flushed(opcode: str) -> None:
+    """1e-40 is taken for 0, and so is what comes out of the normal 2e-38 and its neighbour, or of it and 1e-3."""
+    a = np.array([1e-40, -1e-40, 2e-38, 2e-38, 3.0], np.float32)
+    b = np.array([1.0, -1.0, -1.9999e-38, 1e3, 1e-40], np.float32)
+    flat = [np.where(np.abs(v) < np.finfo(np.float32).tiny, v * np.float32(0), v) for v in (a, b)]
+    with np.errstate(all="ignore"):
+        expected = {
+            "add": np.add,
+            "sub": np.subtract,
+            "mul": np.multiply,
+            "div.full": np.divide,
+            "min": np.fmin,
+            "max": np.fmax,
+            "max.xorsign.abs": lambda x, y: np.fmax(np.abs(x), np.abs(y)) * np.sign(np.sign(x) * np.sign(y) + 0.5),
+        }[opcode](*flat).astype(np.float32)
+    expected = np.where(np.abs(expected) < np.finfo(np.float32).tiny, np.float32(0), expected)
+    name, *options = opcode.split(".")
+    result = evaluate(".".join([name, *options[:1], "ftz", *options[1:], "f32 d, a, b"]), "f32", ("f32", a), ("f32", b))
+    same(result[:5], expected)
+
+
+@pytest.mark.parametrize("opcode", ["ex2.approx", "lg2.approx", "sqrt.rn", "rsqrt.approx", "rcp.rn", "abs", "neg"])
+def test_functions_flush_subnormal_operands(opcode: str) -> None:
+    values = np.array([1e-40, 0.0], np.float32)
+    tiny, zero = evaluate(f"{opcode}.ftz.f32 d, a", "f32", ("f32", values))[:2]
+    same(tiny, zero)
+
+
+@pytest.mark.parametrize("opcode", ["sin", "cos"])
+def test_trigonometry_flushes_subnormal_operands(opcode: str) -> None:
+    result = evaluate(f"{opcode}.approx.ftz.f32 d, a", "f32", ("f32", np.array([1e-40], np.float32)))
+    assert result[0] == {"sin": 0, "cos": 1}[opcode]
+
+
+@pytest.mark.parametrize(
+    ("text", "function"),
+    [
+        ("add.sat.f32 d, a, b", lambda a, b: a + b),
+        ("sub.sat.f32 d, a, b", lambda a, b: a - b),
+        ("mul.sat.f32 d, a, b", lambda a, b: a * b),
+        ("fma.rn.sat.f32 d, a, b, a", lambda a, b: (a.astype(np.float64) * b + a).astype(np.float32)),
+        ("fma.rn.ftz.sat.f32 d, a, b, a", lambda a, b: (a.astype(np.float64) * b + a).astype(np.float32)),
+    ],
+)
+def test_saturation(text: str, function) -> None:
+    """Between 0 and 1; not a number is 0."""
+    with np.errstate(all="ignore"):
+        expected = function(F32, G32)
+    expected = np.clip(np.where(np.isnan(expected), np.float32(0), expected), 0, 1)
+    result = evaluate(text, "f32", ("f32", F32), ("f32", G32))
+    if "ftz" in text:
+        expected = np.where(expected < np.finfo(np.float32).tiny, np.float32(0), expected)
+    same(result, expected)
 
 
 def test_fused_multiply_add_rounds_once() -> None:
@@ -251,6 +335,30 @@ def test_integer_comparison(name: str, function, kind: str) -> None:
     same(evaluate(text, "pred", (kind, a), (kind, b)), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "function"), [("lo", np.less), ("ls", np.less_equal), ("hi", np.greater), ("hs", np.greater_equal)]
+)
+def test_unsigned_comparison(name: str, function) -> None:
+    a, b = S32.view(np.uint32), T32.view(np.uint32)
+    same(evaluate(f"setp.{name}.u32 d, a, b", "pred", ("u32", a), ("u32", b)), function(a, b))
+
+
+@pytest.mark.parametrize("combine", ["and", "or", "xor"])
+def test_comparison_with_a_predicate_and_the_opposite_one(combine: str) -> None:
+    flags = np.arange(32) % 3 == 0
+    function = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[combine]
+    for text, less in (
+        (f"setp.lt.{combine}.s32 d, a, b, c", S32 < T32),
+        (f"setp.lt.{combine}.s32 %p7|d, a, b, c", S32 >= T32),
+    ):
+        result = evaluate(text, "pred", ("s32", S32), ("s32", T32), ("pred", flags))
+        same(result, function(less, flags))
+    result = evaluate(
+        "setp.lt.ftz.f32 d, a, b", "pred", ("f32", np.array([1e-40, 1e-30], np.float32)), ("f32", [1e-35])
+    )
+    same(result[:2], [1, 0])
+
+
 def test_selection_and_predicates() -> None:
     flags = np.arange(32) % 3 == 0
     same(evaluate("selp.b32 d, a, b, c", "s32", ("s32", S32), ("s32", T32), ("pred", flags)), np.where(flags, S32, T32))
@@ -311,6 +419,13 @@ def test_round_toward_zero() -> None:
     assert evaluate("cvt.rz.bf16.f32 d, a", "bf16", ("f32", [1.998])).tolist()[:1] == [0x3FFF]
 
 
+def test_conversion_without_negative_or_subnormal_values() -> None:
+    values = np.array([-1.5, 2.5, -0.25, 1e-40], np.float32)
+    assert evaluate("cvt.rn.relu.f16.f32 d, a", "f16", ("f32", values))[:3].tolist() == [0.0, 2.5, 0.0]
+    assert evaluate("cvt.rpi.ftz.f32.f32 d, a", "f32", ("f32", values))[:4].tolist() == [-1.0, 3.0, -0.0, 0.0]
+    assert evaluate("cvt.rpi.f32.f32 d, a", "f32", ("f32", values))[3] == 1
+
+
 def test_tf32_rounding() -> None:
     values = np.array([1 + 2**-11, 1 + 2**-12, 1 + 2**-10], np.float32)
     result = evaluate("cvt.rna.tf32.f32 d, a", "f32", ("f32", values))
@@ -332,6 +447,8 @@ def test_tf32_rounding() -> None:
         ("bar.sync 1", "only unguarded barrier 0"),
         ("bra $nowhere", "no label"),
         ("call foo", "does not know call"),
+        ("sub.cc.u32 d, a, a", r"modifier \.cc of sub"),
+        ("tanh.approx.ftz.f32 d, a", r"modifier \.ftz of tanh"),
     ],
 )
 def test_the_unknown_is_an_error_that_says_where(text: str, reason: str) -> None:

@@ -75,6 +75,20 @@ def test_mma(kind: str, depth: int) -> None:
     assert counters.mma_flops == 2 * 16 * 8 * depth
 
 
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_matrices_at_a_time(count: int, space: str) -> None:
+    data, out = np.random.default_rng(0).integers(0, 2**16, (2, 8, 8), np.uint16), np.zeros((32, 2), np.uint32)
+    fragments = np.stack([np.ascontiguousarray(m).view(np.uint32).reshape(32) for m in data], 1)
+    body = f"""{load(1, 2, 1)} mov.b32 %r9, smem; shl.b32 %r10, %t, 4; add.s32 %r11, %r9, %r10; mov.b32 %r21, 0;
+        setp.lt.u32 %p1, %t, 16; @!%p1 mov.b32 %r11, %r9;
+        stmatrix.sync.aligned.m8n8.x{count}.{space}.b16 [%r11], {names(1, count)}; bar.sync 0;
+        ldmatrix.sync.aligned.m8n8.x{count}.{space}.b16 {names(20, count)}, [%r11]; mul.wide.u32 %rd8, %t, 8;
+        add.s64 %rd9, %rd0, %rd8; st.global.v2.b32 [%rd9], {names(20, 2)};"""
+    run_body(body, out, fragments, shared=256)
+    np.testing.assert_array_equal(out[:, :count], fragments[:, :count])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(transposed: bool) -> None:
     data = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8)
@@ -113,6 +127,7 @@ def test_ldmatrix_races_with_a_store_of_another_warp() -> None:
 
 
 def wgmma_kernel(
+    kind: str = "f16",
     *,
     proxy: str = "fence.proxy.async.shared::cta;",
     fence: str = "wgmma.fence.sync.aligned;",
@@ -120,7 +135,7 @@ def wgmma_kernel(
     sync: str = "bar.sync 0;",
     after: str = "",
 ) -> str:
-    """D (64, 8) = A (64, 16) B (8, 16)^T in fp16, both in shared memory without swizzle: 8 x 16-byte core matrices."""
+    """D (64, 8) = A (64, K) B (8, K)^T, rows of 32 bytes in shared memory, no swizzle: 8 x 16-byte core matrices."""
     leading, stride = 128, 256
     high = f"{(leading >> 4) << 16 | (stride >> 4) << 32}"
     a_row = """shr.u32 %r1, %t, 1; and.b32 %r2, %t, 1; shr.u32 %r3, %r1, 3; and.b32 %r4, %r1, 7; shl.b32 %r5, %r3, 8;
@@ -131,23 +146,28 @@ def wgmma_kernel(
         @%p1 ld.global.v4.b32 {names(24, 4)}, [%rd9]; @%p1 st.shared.v4.b32 [%r8+2048], {names(24, 4)};
         {proxy} {sync} mov.b64 %rd3, {high}; add.s64 %rd4, %rd3, 128;
         mov.b32 %r30, 0; mov.b32 %r31, 0; mov.b32 %r32, 0; mov.b32 %r33, 0; {fence}
-        wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {names(30, 4)}, %rd3, %rd4, 1, 1, 1, 0, 0;
+        wgmma.mma_async.sync.aligned.m64n8k{8 if kind == "tf32" else 16}.f32.{kind}.{kind} {names(30, 4)}, %rd3, %rd4,
+        1, 1, 1{"" if kind == "tf32" else ", 0, 0"};
         wgmma.commit_group.sync.aligned; {after} {wait}
         add.s64 %rd9, %rd0, %rd8; st.global.v4.b32 [%rd9], {names(30, 4)};"""
     return kernel_text(body, 3, 128)
 
 
-def test_wgmma() -> None:
+@pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
+def test_wgmma(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, 16, generator=generator).half() for n in (64, 8))
+    depth = 8 if kind == "tf32" else 16
+    a, b = (torch.randn(n, depth, generator=generator).bfloat16() for n in (64, 8))  # exact in tf32 too
+    a, b = (x.to({"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}[kind]) for x in (a, b))
+    raw = [x.view(torch.int32 if kind == "tf32" else torch.int16).numpy() for x in (a, b)]
     out = np.zeros((4, 32, 4), np.float32)
-    counters = execute(wgmma_kernel(), out, a.numpy(), b.numpy(), shared=2304)
+    counters = execute(wgmma_kernel(kind), out, *raw, shared=2304)
     expected = (a.double() @ b.double().T).numpy()
     register = np.arange(4)
     for warp in range(4):
         rows = 16 * warp + GROUP[:, None] + 8 * (register >> 1)
         np.testing.assert_allclose(out[warp], expected[rows, T[:, None] * 2 + (register & 1)], atol=1e-5)
-    assert counters.mma_flops == 2 * 64 * 8 * 16
+    assert counters.mma_flops == 2 * 64 * 8 * depth
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,30 @@ def test_vector_load_and_store_with_a_mask() -> None:
     assert counters.traffic["p1"].store_sectors == 10
 
 
+def test_cache_policies_change_nothing() -> None:
+    data = np.arange(32, dtype=np.int64)
+    body = """createpolicy.fractional.L2::evict_first.b64 %rd5, 1.0;
+        createpolicy.fractional.L2::evict_last.b64 %rd6, 0.5;
+        add.s64 %rd2, %rd0, %o; ld.global.L2::cache_hint.b64 %rd3, [%rd2], %rd5; add.s64 %rd3, %rd3, 1;
+        st.global.L2::cache_hint.b64 [%rd2], %rd3, %rd6;"""
+    run_body(body, data)
+    np.testing.assert_array_equal(data, np.arange(1, 33))
+
+
+@pytest.mark.parametrize(("length", "shared"), [(2, False), (4, False), (8, False), (2, True), (4, True)])
+def test_vectors_of_every_length(length: int, shared: bool) -> None:
+    """From one buffer to another, straight or through shared memory, which has no vectors of eight."""
+    data, out = np.arange(length * 32, dtype=np.int32), np.zeros(length * 32, np.int32)
+    registers = "{" + ", ".join(f"%r{i}" for i in range(1, 1 + length)) + "}"
+    through = f"st.shared::cta.v{length}.b32 [%r20], {registers}; ld.shared::cta.v{length}.b32 {registers}, [%r20];"
+    body = f"""mul.wide.u32 %rd2, %t, {4 * length}; add.s64 %rd3, %rd0, %rd2; add.s64 %rd4, %rd1, %rd2;
+        mov.b32 %r21, smem; mul.lo.u32 %r20, %t, {4 * length}; add.s32 %r20, %r20, %r21;
+        ld.global.v{length}.b32 {registers}, [%rd3]; {through if shared else ""}
+        st.global.v{length}.b32 [%rd4], {registers};"""
+    run_body(body, data, out, shared=1024)
+    np.testing.assert_array_equal(out, data)
+
+
 def test_narrow_loads_extend_with_sign_or_zeros() -> None:
     source, target = np.array([-1, 2, -3, 4] * 8, np.int8), np.zeros(32, np.int64)
     body = """cvt.u64.u32 %rd2, %t; add.s64 %rd3, %rd0, %rd2; add.s64 %rd4, %rd1, %o; ld.global.s8 %rs1, [%rd3];
@@ -185,7 +209,7 @@ def test_asynchronous_copy_without_wait_or_barrier(wait: str, sync: str, reason:
 def test_wait_counts_groups_not_copies() -> None:
     body = """mov.b32 %r1, smem; shl.b32 %r2, %t, 4; add.s32 %r3, %r1, %r2; mul.wide.u32 %rd3, %t, 16;
         add.s64 %rd4, %rd0, %rd3;
-        cp.async.cg.shared.global [%r3], [%rd4], 16; cp.async.commit_group;
+        cp.async.ca.shared::cta.global [%r3], [%rd4], 16; cp.async.commit_group;
         cp.async.cg.shared.global [%r3+512], [%rd4], 16; cp.async.commit_group; cp.async.wait_group 1;
         ld.shared.b32 %r5, [%r3{}];"""
     source = np.arange(128, dtype=np.int32)
@@ -203,9 +227,12 @@ def test_wait_counts_groups_not_copies() -> None:
         ("or.b32", 0, "%t", 31),
         ("exch.b32", 5, "%t", 31),
         ("cas.b32", 5, "5, 9", 9),
+        ("and.b32", 63, "%r9", 0),
+        ("xor.b32", 5, "%t", 5),
+        ("inc.u32", 5, "20", (5 + 32) % 21),
     ],
 )
-@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("space", ["global", "shared", "shared::cta"])
 def test_atomics(space: str, opcode: str, start: int, operand: str, expected: int) -> None:
     memory, old = np.full(1, start, np.int32), np.zeros(32, np.int32)
     where = "[%rd0]" if space == "global" else "[smem]"
@@ -216,6 +243,7 @@ def test_atomics(space: str, opcode: str, start: int, operand: str, expected: in
     )
     finish = "" if space == "global" else "bar.sync 0; ld.shared.b32 %r3, [smem]; st.global.b32 [%rd0], %r3;"
     scope = "gpu.acq_rel." if space == "global" else ""
+    setup = f"mov.b32 %r7, 1; shl.b32 %r8, %r7, %t; not.b32 %r9, %r8; {setup}"
     body = f"""{setup} atom.{space}.{scope}{opcode} %r1, {where}, {operand}; {finish}
         mul.wide.u32 %rd2, %t, 4; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3], %r1;"""
     counters = run_body(body, memory, old, shared=16)
@@ -225,14 +253,50 @@ def test_atomics(space: str, opcode: str, start: int, operand: str, expected: in
     assert counters.atomics == (32 if space == "global" else 0) and counters.float_atomics == 0
 
 
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("add.u32", 501),
+        ("max.s32", 31),
+        ("min.s32", 0),
+        ("or.b32", 31),
+        ("xor.b32", 5),
+        ("and.b32", 0),
+        ("inc.u32", 31),
+    ],
+)
+@pytest.mark.parametrize("space", ["global", "shared", "shared::cta"])
+def test_reductions(space: str, opcode: str, expected: int) -> None:
+    """The same operations without the old value, on what is 5 before."""
+    total, where = np.full(1, 5, np.int32), "[%rd0]" if space == "global" else "[smem]"
+    fill = "setp.eq.u32 %p1, %t, 0; @%p1 st.shared.b32 [smem], 5; bar.sync 0;"
+    body = f"red.{space}.{opcode} {where}, %t;"
+    if space != "global":
+        body = f"{fill} {body} bar.sync 0; ld.shared.b32 %r3, [smem]; st.global.b32 [%rd0], %r3;"
+    counters = run_body(body, total, shared=16)
+    assert total[0] == expected
+    assert counters.atomics == (32 if space == "global" else 0)
+
+
+@pytest.mark.parametrize("base", ["atom", "red"])
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_vectors_of_atomics(length: int, base: str) -> None:
+    totals = np.zeros(length, np.float32)
+    target = "{" + ", ".join(f"%r{10 + i}" for i in range(length)) + "}, " if base == "atom" else ""
+    operands = "{" + ", ".join("%r1" for _ in range(length)) + "}"
+    run_body(f"cvt.rn.f32.u32 %r1, %t; {base}.global.relaxed.gpu.add.v{length}.f32 {target}[%rd0], {operands};", totals)
+    assert totals.tolist() == [496.0] * length
+
+
 def test_float_and_packed_atomics() -> None:
     total, pair = np.zeros(4, np.float32), np.zeros(2, np.float16)
     body = """cvt.rn.f32.u32 %r1, %t; red.global.gpu.relaxed.add.f32 [%rd0], %r1; mov.b32 %r2, 0x3C004000;
-        red.global.relaxed.gpu.add.noftz.f16x2 [%rd1], %r2; setp.eq.u32 %p1, %t, 3;
+        red.global.relaxed.gpu.add.noftz.f16x2 [%rd1], %r2; atom.global.add.noftz.f16x2 %r7, [%rd1], %r2;
+        setp.eq.u32 %p1, %t, 3;
         @%p1 atom.global.gpu.relaxed.add.v4.f32 {%r3, %r4, %r5, %r6}, [%rd0], {%r1, %r1, %r1, %r1};"""
     counters = run_body(body, total, pair)
-    assert total.tolist() == [499, 3, 3, 3] and pair.tolist() == [64, 32]
-    assert counters.float_atomics == 68
+    assert total.tolist() == [499, 3, 3, 3] and pair.tolist() == [128, 64]
+    assert counters.float_atomics == 100
 
 
 def test_constant_tables_and_local_memory() -> None:

@@ -2,13 +2,15 @@
 
 A mutant is caught if the simulator raises or the result is wrong. One that is not must be provably harmless: dropping
 a barrier or a wait that nothing needs must give the same bits when the warps run one after another, in both orders,
-and a dropped fence must be backed by another one. Nothing is skipped; the share is asserted and printed.
+and a dropped fence must be backed by another one. Nothing is skipped. How many there are depends on what the compiler
+makes; of the version that README.md has the numbers of, they are asserted.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 from ptxsim import SimError, simulated
 from ptxsim.tests.mutations import (
@@ -19,6 +21,8 @@ from ptxsim.tests.mutations import (
     without_synchronisation,
 )
 from ptxsim.tests.samples import SAMPLES, Guarded, Sample, last_one_out
+
+DROPPED = {80: (13, 4), 90: (22, 4)}  # by Triton 3.8.0: caught, and shown to be redundant
 
 
 def run_mutant(sample: Sample, arch: int, mutant: Mutant, **options) -> tuple[str, Guarded | None]:
@@ -53,7 +57,7 @@ def compiled(make, arch: int) -> tuple[Sample, torch.Tensor, str]:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_dropped_synchronisation_is_caught(arch: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_synchronisation_is_caught(arch: int) -> None:
     caught, redundant, missed = [], [], []
     for make in SAMPLES:
         sample, reference, ptx = compiled(make, arch)
@@ -64,13 +68,10 @@ def test_dropped_synchronisation_is_caught(arch: int, capsys: pytest.CaptureFixt
                 caught.append(name)
             else:
                 (redundant if harmless(sample, arch, mutant, reference) else missed).append(name)
-    with capsys.disabled():
-        total = len(caught) + len(redundant) + len(missed)
-        print(
-            f"\nsm_{arch}: {len(caught)} of {total} dropped barriers, waits and fences caught, redundant: {redundant}"
-        )
     assert not missed
     assert len(caught) >= 2 * len(redundant) and len(caught) >= 10
+    if triton.__version__ == "3.8.0":
+        assert (len(caught), len(redundant)) == DROPPED[arch], redundant
 
 
 @pytest.mark.parametrize("arch", [80, 90])

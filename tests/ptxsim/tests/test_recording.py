@@ -7,7 +7,7 @@ import torch
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from ptxsim import TARGETS, recorded, simulated
+from ptxsim import TARGETS, SimError, recorded, simulated
 from ptxsim.tests.samples import add_kernel, matmul_kernel, vector_add
 
 
@@ -30,6 +30,18 @@ def test_a_launch_is_compiled_and_recorded_and_not_executed(target: str) -> None
     else:
         assert f".target {target}" in launch.files["ptx"].read_text(encoding="utf-8")
         assert launch.files["cubin"].read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_cooperative_launches_are_recorded_as_such_and_refused_if_they_do_not_fit(target: str) -> None:
+    x = torch.ones(1024)
+    most = TARGETS[target][1].multiprocessors
+    with recorded(target) as launches:
+        for programs, cooperative in ((1, False), (most, True), (most + 1, False)):
+            add_kernel[(programs,)](x, x, x, 1024, BLOCK=1024, launch_cooperative_grid=cooperative)
+        with pytest.raises(SimError, match=f"cooperative launch of {most + 1} CTAs"):
+            add_kernel[(most + 1,)](x, x, x, 1024, BLOCK=1024, launch_cooperative_grid=True)
+    assert [launch.cooperative for launch in launches] == [False, True, False]
 
 
 def test_recording_and_simulating_do_not_share_kernels() -> None:

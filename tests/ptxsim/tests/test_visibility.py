@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import SimError
+from ptxsim import SimError, machine
 from ptxsim.machine import MAX_POLLS
 from ptxsim.tests.assembly import run_body
 
@@ -28,6 +28,7 @@ def hand_over(before: str = BARRIER, announce: str = ANNOUNCE, listen: str = LIS
 def handed_over(body: str, **options) -> tuple[np.ndarray, int]:
     """What CTA 0 got from 64 places, and the instructions of all warps."""
     flag, result = np.zeros(1, np.int32), np.full(64, -1, np.int32)
+    options = {"cooperative": True, **options}  # CTA 0 waits for a later one
     counters = run_body(body, np.zeros(64, np.int32), flag, result, threads=64, grid=2, **options)
     assert flag[0] == 1
     return result, counters.warp_instructions
@@ -41,10 +42,66 @@ def test_who_polls_lets_others_go_first(order: str) -> None:
     assert instructions < 200
 
 
+ORDERS = pytest.mark.parametrize("order", ["lockstep", "forward", "backward"])
+MEET = """setp.ne.u32 %p1, %t, 0; mov.u32 %r1, %nctaid.x; @%p1 bra $END;
+    atom.global.gpu.release.add.u32 %r2, [%rd0], 1; $AGAIN: {} setp.lt.u32 %p2, %r3, %r1; @%p2 bra $AGAIN; $END:"""
+
+
+@pytest.mark.parametrize(
+    ("ctas", "order"), [(2, "lockstep"), (2, "forward"), (2, "backward"), (70, "lockstep")], ids=str
+)
+@pytest.mark.parametrize(
+    "listen", ["ld.global.gpu.acquire.b32 %r3, [%rd0];", "atom.global.acquire.gpu.or.b32 %r3, [%rd0], 0;"]
+)
+def test_only_in_a_cooperative_launch_ctas_may_wait_for_each_other(
+    ctas: int, listen: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two fit into one batch of the simulator's, where all have announced themselves before the first one listens."""
+    monkeypatch.setattr(machine, "MAX_POLLS", 3)
+    counter = np.zeros(1, np.int32)
+    run_body(MEET.format(listen), counter, grid=ctas, order=order, cooperative=True)
+    assert counter[0] == ctas
+    for check_races in (True, False):
+        with pytest.raises(SimError, match="hangs; unless the launch is cooperative"):
+            run_body(MEET.format(listen), np.zeros(1, np.int32), grid=ctas, order=order, check_races=check_races)
+    run_body(MEET.format(listen), np.zeros(1, np.int32), order=order)  # alone there is nobody to wait for
+
+
+TICKET = "setp.ne.u32 %p9, %t, 0; @%p9 bra $END; atom.global.gpu.relaxed.add.u32 %r1, [%rd0], 1; and.b32 %r2, %r1, 1;"
+
+
+@ORDERS
+def test_a_poll_sees_what_all_earlier_ctas_have_done_and_no_later_one(order: str) -> None:
+    """Each sets the bit of its ticket and waits for the bits below; those with odd tickets do so first."""
+    wait = """atom.global.gpu.acq_rel.or.b32 %r5, [%rd1], %r3; $AGAIN: ld.global.gpu.acquire.b32 %r5, [%rd1];
+        and.b32 %r6, %r5, %r4; setp.ne.u32 %p2, %r6, %r4; @%p2 bra $AGAIN; st.global.b32 [%rd3], %r5;"""
+    body = f"""{TICKET} setp.eq.u32 %p1, %r2, 0; mov.b32 %r7, 1; shl.b32 %r3, %r7, %r1; sub.s32 %r4, %r3, 1;
+        mul.wide.u32 %rd3, %r1, 4; add.s64 %rd3, %rd3, %rd2; @%p1 bra $EVEN; {wait} ret;
+        $EVEN: {wait.replace("$AGAIN", "$MORE")} $END:"""
+    seen = np.zeros(20, np.int32)
+    run_body(body, np.zeros(1, np.int32), np.zeros(1, np.int32), seen, grid=20, order=order)
+    np.testing.assert_array_equal(seen, 2 ** np.arange(1, 21) - 1)
+
+
+@ORDERS
+def test_a_lock_that_a_later_cta_holds_is_locked(order: str) -> None:
+    """What would change something changes what is there, whoever has done that."""
+    locked = """$AGAIN: atom.global.gpu.acquire.cas.b32 %r3, [%rd1], 0, 1; setp.ne.u32 %p2, %r3, 0; @%p2 bra $AGAIN;
+        ld.global.b32 %r4, [%rd2]; add.s32 %r4, %r4, 1; st.global.b32 [%rd2], %r4;
+        st.global.gpu.release.b32 [%rd1], 0;"""
+    body = f"""{TICKET} setp.eq.u32 %p1, %r2, 0; @%p1 bra $EVEN; {locked} ret;
+        $EVEN: {locked.replace("$AGAIN", "$MORE")} $END:"""
+    lock, total = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    run_body(body, np.zeros(1, np.int32), lock, total, grid=20, order=order)
+    assert (lock[0], total[0]) == (0, 20)
+
+
 @pytest.mark.parametrize(
     "poll",
     [
         "ld.global.gpu.acquire.b32 %r3, [%rd0];",
+        "ld.relaxed.gpu.global.b32 %r3, [%rd0];",
+        "ld.volatile.global.b32 %r3, [%rd0];",
         "atom.global.gpu.acquire.add.u32 %r3, [%rd0], 0;",
         "atom.global.gpu.acquire.cas.b32 %r3, [%rd0], 1, 2;",
     ],
@@ -155,9 +212,9 @@ def test_what_a_cta_knows_it_passes_on() -> None:
         setp.eq.u32 %p2, %r1, 0; @%p2 {LOAD} @%p2 bra $END;
         @%p1 atom.global.gpu.{{}}.add.u32 %r2, [%rd6], 1; ret;
         $LAST: {STORE} @%p1 atom.global.gpu.release.add.u32 %r2, [%rd1+8], 1; $END:"""
-    run_body(body.format("release"), np.zeros(32, np.int32), np.zeros(3, np.int32), grid=3)
+    run_body(body.format("release"), np.zeros(32, np.int32), np.zeros(3, np.int32), grid=3, cooperative=True)
     with pytest.raises(SimError, match="load from p0"):
-        run_body(body.format("relaxed"), np.zeros(32, np.int32), np.zeros(3, np.int32), grid=3)
+        run_body(body.format("relaxed"), np.zeros(32, np.int32), np.zeros(3, np.int32), grid=3, cooperative=True)
 
 
 def test_a_counter_is_set_back_only_after_all_others_have_left_it() -> None:

@@ -41,7 +41,17 @@ def test_votes() -> None:
     assert not evaluate("vote.sync.uni.pred d, !a, -1", "pred", ("pred", flags)).any()
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("add.s32", VALUES.sum()), ("max.u32", VALUES.max()), ("min.s32", 3)])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("add.s32", VALUES.sum()),
+        ("max.u32", VALUES.max()),
+        ("min.s32", 3),
+        ("and.b32", np.bitwise_and.reduce(VALUES)),
+        ("or.b32", np.bitwise_or.reduce(VALUES)),
+        ("xor.b32", np.bitwise_xor.reduce(VALUES)),
+    ],
+)
 def test_warp_reductions(mode: str, expected: int) -> None:
     assert (evaluate(f"redux.sync.{mode} d, a, -1", "u32", ("u32", VALUES)) == expected).all()
 
@@ -72,6 +82,13 @@ def test_threads_may_leave_early() -> None:
     np.testing.assert_array_equal(out, np.where(np.arange(64) > 40, 0, 5))
 
 
+@pytest.mark.parametrize("text", ["ret;", "ret.uni;", "exit;"])
+def test_nothing_is_executed_after_the_end(text: str) -> None:
+    out = np.zeros(32, np.int64)
+    run_body(f"mov.b32 %r1, 5; {text} {store('%r1')}", out)
+    assert not out.any()
+
+
 def test_a_warp_that_left_does_not_hold_up_a_barrier() -> None:
     out = np.zeros(64, np.int64)
     run_body(f"mov.b32 %r1, 5; setp.gt.u32 %p1, %t, 31; @%p1 ret; bar.sync 0; {store('%r1')}", out, threads=64)
@@ -100,11 +117,16 @@ def test_endless_loops_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_traps_and_the_async_proxy() -> None:
     with pytest.raises(SimError, match="trapped"):
         run_body("trap;", np.zeros(1, np.int64))
-    run_body(
-        "membar.gl; fence.acq_rel.gpu; fence.proxy.async.shared::cta; nanosleep.u32 5;",
-        np.zeros(1, np.int64),
-        shared=16,
-    )
+    fences = "membar.gl; membar.cta; membar.sys; fence.acq_rel.gpu; fence.sc.cta; fence.acq_rel.sys;"
+    run_body(f"{fences} fence.proxy.async.shared::cta; nanosleep.u32 5;", np.zeros(1, np.int64), shared=16)
+
+
+@pytest.mark.parametrize(
+    "text", ["bar.sync 0;", "bar.cta.sync 0;", "barrier.sync 0;", "barrier.cta.sync.aligned 0, 64;"]
+)
+def test_barriers_of_the_cta(text: str) -> None:
+    counters = run_body(text, np.zeros(1, np.int64), threads=64, grid=3)
+    assert counters.barriers == 3
 
 
 def test_registers_of_inner_scopes_are_their_own() -> None:
