@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from scfg_kernels._launch import OPS
 
 from benchmarks import simulated
 from benchmarks.simulated import Count
+from tests.kernels.triton import attention_counters
 
 CASES = {case.name: case for case in simulated.CASES}
 
@@ -22,6 +24,10 @@ def committed() -> list[tuple[str, ...]]:
     """The cells of the file's table."""
     lines = simulated.OUT.read_text(encoding="utf-8").splitlines()
     return [tuple(line.strip("| ").split(" | ")) for line in lines if line.startswith("| ")]
+
+
+def simulated_by_this_triton() -> bool:
+    return f"Triton {triton.__version__}," in simulated.OUT.read_text(encoding="utf-8")
 
 
 def test_the_table_covers_every_operator_and_the_file_the_table() -> None:
@@ -40,7 +46,7 @@ def test_rows_of_the_file_are_counted_again(name: str, arch: int) -> None:
     case = CASES[name]
     row = simulated.row(case, arch, simulated.count(case, arch))
     expected = next(cells for cells in committed() if cells[:2] == (name, str(arch)))
-    if f"Triton {triton.__version__}," in simulated.OUT.read_text(encoding="utf-8"):
+    if simulated_by_this_triton():
         assert row == expected
     else:  # another version of the compiler may lay tiles out in another way
         assert row[:4] == expected[:4]
@@ -111,3 +117,23 @@ def test_a_result_that_disagrees_fails_the_run(
     assert simulated.main(["--out", str(out), "--arch", "80"]) == 1
     assert not out.exists()
     assert "FAILED sm_80: guide_pixels/sd15: result 0" in capsys.readouterr().err
+
+
+def test_the_page_of_the_kernels_has_the_table_of_attention() -> None:
+    page = attention_counters.README.read_text(encoding="utf-8")
+    rows = [f"| {name} | 1.00 |" for name in attention_counters.LAYERS]
+    written = attention_counters.with_table(page, rows, "abc1234")
+    assert attention_counters.HEADER + "\n".join(rows) + "\n\n`PYTHONPATH" in written and "commit abc1234" in written
+    named = re.findall(r"^\| (.*?) \|", page.split(attention_counters.HEADER)[1].split("\n\n")[0], re.MULTILINE)
+    assert named == list(attention_counters.LAYERS)
+    assert attention_counters.with_table(written, rows, "abc1234") == written
+    with pytest.raises(ValueError, match="0 tables and 0 commands"):
+        attention_counters.with_table("no such page", rows, "abc1234")
+
+
+def test_a_committed_row_of_attention_is_counted_again() -> None:
+    row = attention_counters.measured("SD 1.5 32x32 cross, 64 rows")
+    lines = attention_counters.README.read_text(encoding="utf-8").splitlines()
+    expected = next(line for line in lines if line.startswith("| SD 1.5 32x32 cross, 64 rows |"))
+    columns = None if simulated_by_this_triton() else 6  # wavefronts are the compiler's
+    assert row.split("|")[:columns] == expected.split("|")[:columns]
