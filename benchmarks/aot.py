@@ -267,6 +267,7 @@ def _named() -> Iterator[Case]:
     yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64)
     yield _propagate("sd15-64x64", 8, 4096, 40, half)
     yield _propagate("sdxl-64x64", 10, 4096, 64, brain)
+    yield _propagate("sdxl-64x64-154tokens", 10, 4096, 64, half, text=2 * TOKENS)
     yield _complete("sd15-8x8", 64)
     yield _complete("sd15-16x16-paper", 256, "paper")
     for batch in (1, 16):
