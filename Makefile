@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: lint test test-twins test-ptx aot simulated bench bench-gpu overhead plot
+.PHONY: lint test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -21,6 +21,12 @@ aot:
 
 simulated:
 	$(PYTHON) -m benchmarks.simulated
+
+tables:
+	$(PYTHON) -m benchmarks.aot
+	$(PYTHON) -m benchmarks.simulated
+	$(PYTHON) -m benchmarks.agreement
+	PYTHONPATH=.:kernels:tests $(PYTHON) -m tests.kernels.triton.attention_counters
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu

@@ -1,22 +1,25 @@
 """Compile the launch table ahead of time for GPUs that are not here, and report what the compilers made of it.
 
-    python -m benchmarks.aot [--check] [--targets sm_80 ...] [--filter WORDS]
+    python -m benchmarks.aot [--check] [--targets sm_80 ...] [--filter WORDS] [--processes N]
 
 Every case calls a public operator with `backend="triton"` on CPU tensors while `tests.ptxsim.recorded` stands in for
 the device, so arguments are specialised and configurations chosen as on the card. Registers and spills come from the
 machine code: cubins are disassembled with the tools in the Triton wheel, AMD's assembly is read as it is.
 
 Without options everything is compiled and `benchmarks/results/aot.json` written, with the rules of `faults` that are
-broken. `--check` compares with that file: it ends with 1 if a rule is broken that was not before, or if registers,
-spills or shared memory grew by 10 % or more.
+broken. `--check` compares with that file: it ends with 1 if a rule is broken that was not before, if registers, spills
+or shared memory grew by 10 % or more, or if occupancy fell by as much.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +35,52 @@ from typing import Any
 import scfg_kernels
 import torch
 import triton
+from scfg_kernels._launch import (
+    MAX_ONE_SWEEP,
+    DeviceLimits,
+    LaunchConfig,
+    attention_config,
+    complete_config,
+    flash_config,
+    guide_config,
+    pixel_config,
+    propagate_config,
+    resident_programs,
+    segment_config,
+)
 
+from tests import ptxsim
 from tests.ptxsim import RecordedLaunch, recorded
+
+from .gpu import grid
+from .report import environment
 
 OUT = Path(__file__).parent / "results" / "aot.json"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 SHARED_LIMITS = {"sm": 96 * 1024, "gfx": 64 * 1024}
 """Bytes a program may have: what all cards of a maker offer, rounded down."""
 GROWTH_PERCENT = 10
-TOKENS = 77
+TOKENS = grid.TOKENS
+CELL = 4
 
 # The launch table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a case makes a device compile.
+
+    Attributes:
+        kernel: its name.
+        config: what is chosen.
+        dtype: of q, k, v or of the predictions.
+        constants: what else of the case the kernel is compiled for. Equal variants are compiled once.
+    """
+
+    kernel: str
+    config: LaunchConfig
+    dtype: torch.dtype
+    constants: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,23 +89,31 @@ class Case:
 
     Attributes:
         op: the public operator.
-        sizes: what distinguishes the case, for example `"sd15-16x16"`.
+        sizes: what distinguishes the case, for example `"sd15-16x16"`; ends with the number of images if several.
         dtype: of q, k, v or of the predictions.
         call: calls the operator with tensors of these sizes.
+        variant: what that compiles; a pure function.
         dot: whether it has matrix products for tensor cores.
-        vectors: whether its operands are read 16 bytes at a time, in no loop less than 4.
+        vectors: bytes that its widest loads have at least.
+        wide_loops: whether no innermost loop loads less than 4 bytes at a time.
     """
 
     op: str
     sizes: str
     dtype: torch.dtype
     call: Callable[[], Any]
+    variant: Callable[[DeviceLimits], Variant]
     dot: bool = False
-    vectors: bool = False
+    vectors: int = 16
+    wide_loops: bool = True
 
     @property
     def name(self) -> str:
         return f"{self.op}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
+
+
+def _label(sizes: str, batch: int) -> str:
+    return sizes if batch == 1 else f"{sizes}-b{batch}"
 
 
 def _projected(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -75,83 +122,129 @@ def _projected(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.
 
 
 def _attention(
-    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16
-) -> Case:
+    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16,
+    batch: int = 1,
+) -> Case:  # fmt: skip
+    with_output = op != "attention_map"
+
     def call() -> Any:
-        shapes = (rows, keys) if op == "attention_map" else (rows, keys, keys)
-        operands = [_projected(2, tokens, heads, head_dim, dtype) for tokens in shapes]
+        shapes = (rows, keys, keys) if with_output else (rows, keys)
+        operands = [_projected(2 * batch, tokens, heads, head_dim, dtype) for tokens in shapes]
         return getattr(scfg_kernels, op)(*operands, backend="triton")
 
-    return Case(op, sizes, dtype, call, dot=True, vectors=True)
+    def variant(limits: DeviceLimits) -> Variant:
+        if keys <= MAX_ONE_SWEEP:
+            one = attention_config(heads, keys, head_dim, dtype, limits)
+            constants = head_dim, with_output, heads <= one.heads
+            return Variant("cross_attention_map_kernel", one, dtype, constants)
+        config = flash_config(2 * batch, heads, rows, keys, head_dim, dtype, limits)
+        return Variant("self_attention_map_kernel", config, dtype, (head_dim, with_output))
+
+    return Case(op, _label(sizes, batch), dtype, call, variant, dot=True)
 
 
-def _propagate(sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
+def _propagate(
+    sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, batch: int = 1, text: int = TOKENS
+) -> Case:
     def call() -> Any:
-        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
-        return scfg_kernels.propagate(q, k, torch.empty(2, tokens, TOKENS), backend="triton")
+        q, k = (_projected(2 * batch, tokens, heads, head_dim, dtype) for _ in range(2))
+        return scfg_kernels.propagate(q, k, torch.empty(2 * batch, tokens, text), backend="triton")
 
-    return Case("propagate", sizes, dtype, call, dot=True)
+    def variant(limits: DeviceLimits) -> Variant:
+        config = propagate_config(2 * batch, heads, tokens, text, head_dim, dtype, limits)
+        return Variant("propagate_kernel", config, dtype, (head_dim,))
+
+    return Case("propagate", _label(sizes, batch), dtype, call, variant, dot=True)
 
 
-def _complete(sizes: str, rows: int, fidelity: str = "official") -> Case:
+def _complete(sizes: str, rows: int, fidelity: str = "official", batch: int = 1, text: int = TOKENS) -> Case:
     def call() -> Any:
-        own, cross = torch.empty(2, rows, rows), torch.empty(2, rows, TOKENS)
-        return scfg_kernels.complete(own, cross, unconditional=1, fidelity=fidelity, backend="triton")
+        own, cross = torch.empty(2 * batch, rows, rows), torch.empty(2 * batch, rows, text)
+        return scfg_kernels.complete(own, cross, unconditional=batch, fidelity=fidelity, backend="triton")
 
-    return Case("complete", sizes, torch.float32, call, vectors=True)
+    def variant(limits: DeviceLimits) -> Variant:
+        config = complete_config(batch, rows, text, limits)
+        kernel = "complete_whole_kernel" if rows <= config.block_m else "complete_kernel"
+        return Variant(kernel, config, torch.float32, (fidelity,))
+
+    return Case("complete", _label(sizes, batch), torch.float32, call, variant, dot=True)
 
 
-def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
+def _complete_from_qk(
+    sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, batch: int = 1, text: int = TOKENS,
+    fidelity: str = "official",
+) -> Case:  # fmt: skip
     def call() -> Any:
-        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
-        cross = torch.empty(2, tokens, TOKENS)
-        return scfg_kernels.complete_from_qk(q, k, cross, unconditional=1, backend="triton")
+        q, k = (_projected(2 * batch, tokens, heads, head_dim, dtype) for _ in range(2))
+        cross = torch.empty(2 * batch, tokens, text)
+        return scfg_kernels.complete_from_qk(
+            q, k, cross, unconditional=batch, fidelity=fidelity, backend="triton"
+        )  # fmt: skip
 
-    return Case("complete_from_qk", sizes, dtype, call, dot=True)
+    def variant(limits: DeviceLimits) -> Variant:
+        config = propagate_config(2 * batch, heads, tokens, text, head_dim, dtype, limits)
+        return Variant("complete_from_qk_kernel", config, dtype, (head_dim, fidelity))
+
+    return Case("complete_from_qk", _label(sizes, batch), dtype, call, variant, dot=True)
 
 
 def _guidance(
     op: str, sizes: str, side: int, layers: Sequence[int], dtype: torch.dtype, channels: int = 4, masked: bool = False,
-    paired: bool = False, lengths: tuple[int, int] | None = None, **options: Any,
+    paired: bool = False, lengths: tuple[int, int] | None = None, batch: int = 1, **options: Any,
 ) -> Case:  # fmt: skip
     """`segment`, `guide` or both; `layers`: side of each captured layer's map; `lengths`: of an oblong latent."""
     height, width = lengths or (side, side)
+    cells = -(-height // CELL), -(-width // CELL)
 
     def call() -> Any:
-        uncond, cond = torch.empty(2, channels, height, width, dtype=dtype).chunk(2)
-        grid = -(-height // 4), -(-width // 4)
-        cells = grid[0] * grid[1]
+        uncond, cond = torch.empty(2 * batch, channels, height, width, dtype=dtype).chunk(2)
         maps = (
-            [torch.empty(1, TOKENS, n * n) for n in layers], [torch.empty(1, *(2,) * paired, n * n) for n in layers],
-            [(n, n) for n in layers], grid,
+            [torch.empty(batch, TOKENS, n * n) for n in layers],
+            [torch.empty(batch, *(2,) * paired, n * n) for n in layers], [(n, n) for n in layers], cells,
         )  # fmt: skip
-        mask = {"token_mask": torch.ones(1, TOKENS, dtype=torch.bool)} if masked else {}
+        mask = {"token_mask": torch.ones(batch, TOKENS, dtype=torch.bool)} if masked else {}
         scale = torch.tensor(7.5, dtype=torch.float32)
         if op == "segment":
             return scfg_kernels.segment(*maps, **mask, backend="triton")
         if op == "segment_and_guide":
             return scfg_kernels.segment_and_guide(*maps, uncond, cond, scale, **mask, **options, backend="triton")
-        ids = torch.empty(1, cells, dtype=torch.int64).view(1, *grid)
+        ids = torch.empty(batch, *cells, dtype=torch.int64)
         foreground = torch.empty(ids.shape, dtype=torch.bool)
         return scfg_kernels.guide(
             uncond, cond, ids, foreground, scale, num_tokens=TOKENS, **options, backend="triton"
         )  # fmt: skip
 
-    return Case(op, sizes, dtype, call)
+    def variant(limits: DeviceLimits) -> Variant:
+        kernel, constants = f"{op}_kernel", (*dict.fromkeys(layers), masked, paired, *sorted(options.items()))
+        if op == "segment":
+            return Variant(kernel, segment_config(*cells), torch.float32, constants)
+        programs = resident_programs(batch, limits) if op == "guide" else 1
+        config = guide_config(channels, height, width, CELL, dtype.itemsize, programs)
+        return Variant(kernel, config, dtype, constants)
+
+    # A tile of predictions is lines of cells, four pixels each; segmentation reads the tokens and the foreground that
+    # its parts left, 2 bytes and 1.
+    vectors = min(16, CELL * dtype.itemsize) if op == "guide" else 16
+    return Case(op, _label(sizes, batch), dtype, call, variant, vectors=vectors, wide_loops=op == "guide")
 
 
-def _pixels(sizes: str, side: int, dtype: torch.dtype, channels: int = 4, **options: Any) -> Case:
+def _pixels(sizes: str, side: int, dtype: torch.dtype, channels: int = 4, batch: int = 1, **options: Any) -> Case:
     def call() -> Any:
-        uncond, cond = torch.empty(2, channels, side, side, dtype=dtype).chunk(2)
+        uncond, cond = torch.empty(2 * batch, channels, side, side, dtype=dtype).chunk(2)
         scale = torch.tensor(7.5, dtype=torch.float32)
         return scfg_kernels.guide_pixels(
             uncond, cond, scale, rate_min=0.5, rate_max=2.0, **options, backend="triton"
         )  # fmt: skip
 
-    return Case("guide_pixels", sizes, dtype, call)
+    def variant(limits: DeviceLimits) -> Variant:
+        config = pixel_config(channels, side**2, dtype.itemsize, resident_programs(batch, limits))
+        return Variant("guide_pixels_kernel", config, dtype, tuple(sorted(options.items())))
+
+    return Case("guide_pixels", _label(sizes, batch), dtype, call, variant)
 
 
-def _cases() -> Iterator[Case]:
+def _named() -> Iterator[Case]:
+    """Sizes and options beside those of the GPU benchmark, and bf16, whose builds are fp16's but for the type."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     own, cross, alone = "self_attention_map", "cross_attention_map", "attention_map"
     for dtype in (half, brain):
@@ -159,9 +252,11 @@ def _cases() -> Iterator[Case]:
         yield _attention(own, "sdxl-32x32", 20, 1024, 1024, 64, dtype)
         yield _attention(cross, "sd15-16x16", 8, 256, TOKENS, 160, dtype)
         yield _attention(cross, "sdxl-32x32", 20, 1024, TOKENS, 64, dtype)
-    yield _attention(own, "sd15-8x8", 8, 64, 64, 160)
     yield _attention(own, "sd21-24x24", 20, 576, 576, 64)
     yield _attention(own, "sd15-32x32", 8, 1024, 1024, 80)
+    for batch in (1, 4):
+        for heads, head_dim in ((8, 40), (16, 72), (8, 96), (8, 128)):
+            yield _attention(own, f"head{head_dim}-32x32", heads, 1024, 1024, head_dim, half, batch)
     yield _attention(cross, "sd15-64x64", 8, 4096, TOKENS, 40)
     yield _attention(cross, "sd15-32x32", 8, 1024, TOKENS, 80)
     yield _attention(cross, "head72-300tokens", 16, 1024, 300, 72)
@@ -170,24 +265,28 @@ def _cases() -> Iterator[Case]:
     yield _attention(cross, "sdxl-154tokens", 20, 1024, 2 * TOKENS, 64)
     yield _attention(alone, "sd15-16x16", 8, 256, 256, 160)
     yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64)
-    yield _attention(alone, "sd15-16x16-text", 8, 256, TOKENS, 160)
     yield _propagate("sd15-64x64", 8, 4096, 40, half)
-    for dtype in (half, brain):
-        yield _propagate("sdxl-64x64", 10, 4096, 64, dtype)
+    yield _propagate("sdxl-64x64", 10, 4096, 64, brain)
+    yield _propagate("sdxl-64x64-154tokens", 10, 4096, 64, half, text=2 * TOKENS)
     yield _complete("sd15-8x8", 64)
-    yield _complete("sd15-16x16", 256)
     yield _complete("sd15-16x16-paper", 256, "paper")
-    yield _complete("sdxl-32x32", 1024)
+    for batch in (1, 16):
+        for label, rows in (("sd15-8x8", 64), ("sd15-16x16", 256)):
+            yield _complete(f"{label}-154tokens", rows, batch=batch, text=2 * TOKENS)
     yield _complete_from_qk("sd15-64x64", 8, 4096, 40, half)
-    for dtype in (half, brain):
-        yield _complete_from_qk("sdxl-64x64", 10, 4096, 64, dtype)
+    yield _complete_from_qk("sdxl-64x64", 10, 4096, 64, brain)
+    yield _complete_from_qk("sdxl-64x64-paper", 10, 4096, 64, half, fidelity="paper")
+    yield _complete_from_qk("sdxl-64x64-154tokens", 10, 4096, 64, half, text=2 * TOKENS)
     sd15 = [16] * 5 + [8]
-    yield _guidance("segment", "sd15", 64, sd15, single)
-    yield _guidance("guide", "sd15", 64, sd15, half)
-    yield _guidance("guide", "sdxl", 128, [], half)
-    yield _guidance("guide", "sdxl-rescaled", 128, [], half, rescale=0.7)
-    for dtype in (half, brain, single):
-        yield _guidance("segment_and_guide", "sd15", 64, sd15, dtype)
+    for batch in grid.BATCHES:  # in steps that keep their regions
+        for dtype in (half, single):
+            yield _guidance("guide", "sdxl", 128, [], dtype, batch=batch)
+    yield _guidance("guide", "sdxl", 128, [], brain)
+    for batch in (1, 16):
+        yield _guidance("guide", "sdxl-rescaled", 128, [], half, batch=batch, rescale=0.7)
+        yield _pixels("sdxl-rescaled", 128, half, batch=batch, rescale=0.7)
+    yield _guidance("guide", "80x48cells", 0, [], half, lengths=(320, 192))
+    yield _guidance("segment_and_guide", "sd15", 64, sd15, brain)
     yield _guidance("segment_and_guide", "sd15-unconditional-masked", 64, sd15, half, masked=True,
                     rewrite="unconditional")  # fmt: skip
     yield _guidance("segment_and_guide", "sd15-rescaled", 64, sd15, half, rescale=0.7)
@@ -198,13 +297,61 @@ def _cases() -> Iterator[Case]:
     yield _guidance("segment_and_guide", "4096cells-paired", 256, [64] * 2 + [32], half, channels=3, paired=True)
     yield _guidance("segment_and_guide", "4096cells", 256, [64] * 2 + [32], half)
     yield _guidance("segment_and_guide", "80x48cells", 0, [64] * 2 + [32], brain, lengths=(320, 192))
-    yield _pixels("sd15", 64, half)
     yield _pixels("sdxl", 128, brain)
-    yield _pixels("sdxl-rescaled", 128, half, rescale=0.7)
-    yield _pixels("sd3", 128, half, channels=16)
+    for side, channels in ((32, 32), (64, 64)):  # latents of deep autoencoders, and packed ones
+        yield _guidance("guide", f"{channels}channels", side, [], half, channels=channels)
+        yield _guidance("segment_and_guide", f"{channels}channels", side, [side // 4], half, channels=channels)
+        yield _pixels(f"{channels}channels", side, half, channels=channels)
 
 
-CASES: tuple[Case, ...] = tuple(_cases())
+def registered(case: grid.Case) -> Case:
+    """A case of the GPU benchmark."""
+    sizes, batch, dtype = case.sizes, case.batch, getattr(torch, case.dtype)
+    if case.op in ("segment", "guide", "segment_and_guide"):
+        layers = [layer.height for layer in sizes.layers]
+        return _guidance(case.op, sizes.label, sizes.side, layers, dtype, sizes.channels, batch=batch)
+    if case.op == "guide_pixels":
+        return _pixels(sizes.label.removesuffix("-6of60layers"), sizes.side, dtype, sizes.channels, batch)
+    layer = sizes.layers[0]
+    if case.op == "complete":
+        return _complete(sizes.label, layer.rows, batch=batch)
+    if case.op == "propagate":
+        return _propagate(sizes.label, layer.heads, layer.rows, layer.head_dim, dtype, batch)
+    if case.op == "complete_from_qk":
+        return _complete_from_qk(sizes.label, layer.heads, layer.rows, layer.head_dim, dtype, batch)
+    keys = layer.rows if case.op == "self_attention_map" else layer.text
+    label = f"{sizes.label}-text" if case.op == "attention_map" else sizes.label
+    return _attention(case.op, label, layer.heads, layer.rows, keys, layer.head_dim, dtype, batch)
+
+
+def _cases() -> Iterator[Case]:
+    """The GPU benchmark's operators in fp16 and fp32, and what it leaves out."""
+    yield from _named()
+    for case in grid.CASES:
+        if case.op != "step" and case.dtype != "bfloat16":
+            yield registered(case)
+            yield registered(dataclasses.replace(case, dtype="float32"))
+
+
+def limits_of(target: str) -> DeviceLimits:
+    """As a launcher sees the device that `recorded` stands in for."""
+    device = ptxsim.TARGETS[target][1]
+    return DeviceLimits(target, device.multiprocessors, device.shared_memory)
+
+
+def _table(cases: Iterator[Case]) -> Iterator[tuple[Case, str]]:
+    """Cases with their targets, but for what an earlier case makes the target compile already."""
+    seen = {target: set[Variant]() for target in TARGETS}
+    for case in cases:
+        for target in TARGETS:
+            variant = case.variant(limits_of(target))
+            if variant not in seen[target]:
+                seen[target].add(variant)
+                yield case, target
+
+
+TABLE: tuple[tuple[Case, str], ...] = tuple(_table(_cases()))
+CASES: dict[str, Case] = {case.name: case for case, _ in TABLE}
 
 # What the compilers made ----------------------------------------------------------------------------------------------
 
@@ -461,11 +608,45 @@ def analyse(launch: RecordedLaunch) -> Build:
     )  # fmt: skip
 
 
+class CompilationError(RuntimeError):
+    """A case was not compiled, or what was launched is not its variant."""
+
+
 def compile_case(case: Case, target: str) -> list[Build]:
     """The builds of one call of the operator, one per launch."""
+    expected = case.variant(limits_of(target))
     with recorded(target) as launches:
         case.call()
+    for launch in launches:
+        found, said = (launch.kernel, launch.num_warps), (expected.kernel, expected.config.num_warps)
+        if found != said:
+            raise CompilationError(f"{case.name} on {target}: launched {found}, the table says {said}")
     return [analyse(launch) for launch in launches]
+
+
+def _compile_named(name: str, target: str) -> list[Build]:
+    """`compile_case` in a process of its own, where a case cannot be sent."""
+    return compile_case(CASES[name], target)
+
+
+def compiled(table: Sequence[tuple[Case, str]], processes: int) -> Iterator[list[Build]]:
+    """The builds of each entry, in order. The compilers use one core each, so there is a process per core.
+
+    Raises:
+        CompilationError: naming the entry that could not be compiled.
+    """
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(min(processes, len(table)), mp_context=context)
+    try:
+        waiting = [pool.submit(_compile_named, case.name, target) for case, target in table]
+        for (case, target), builds in zip(table, waiting, strict=True):
+            try:
+                yield builds.result()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise CompilationError(f"{case.name} on {target} was not compiled: {reason}") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -483,20 +664,22 @@ def faults(case: Case, target: str, builds: Sequence[Build]) -> list[str]:
             "no program fits on a multiprocessor": build.occupancy == 0,
             "no tensor-core instruction": case.dot and not build.matrix,
             f"{build.float_atomics} floating-point atomics": build.float_atomics > 0,
-            "no 16-byte load": case.vectors and 16 not in build.loads,
-            f"loads below 4 bytes in innermost loops: {loops}": case.vectors and min(loops, default=16) < 4,
+            f"no {case.vectors}-byte load": max(build.loads, default=0) < case.vectors,
+            f"loads below 4 bytes in innermost loops: {loops}": case.wide_loops and min(loops, default=16) < 4,
         }
         found += [f"{case.name} on {target}: {build.kernel}: {rule}" for rule, broken in rules.items() if broken]
     return found
 
 
 def growth(name: str, now: Build, before: Build) -> list[str]:
-    """Which of registers, spills and shared memory grew by 10 % or more."""
+    """Which of registers, spills and shared memory grew by 10 % or more, and whether occupancy fell by as much."""
     grown = []
     for what in ("registers", "spills", "shared"):
         old, new = getattr(before, what), getattr(now, what)
         if new > old and 100 * (new - old) >= GROWTH_PERCENT * old:
             grown.append(f"{name}: {now.kernel}: {what} grew from {old} to {new}")
+    if 100 * (before.occupancy - now.occupancy) >= GROWTH_PERCENT * before.occupancy > 0:
+        grown.append(f"{name}: {now.kernel}: occupancy fell from {before.occupancy:.0%} to {now.occupancy:.0%}")
     return grown
 
 
@@ -521,9 +704,11 @@ def compare(now: Table, before: Table, whole: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Record:
-    """What the file holds: version of Triton, broken rules in words, and builds by case and target."""
+    """What the file holds: version of Triton, commit ("with changes" if there were some), broken rules in words, and
+    builds by case and target."""
 
     triton: str
+    commit: str
     broken: list[str]
     builds: Table
 
@@ -534,7 +719,8 @@ def write(record: Record, path: Path) -> None:
     for name, builds in sorted(record.builds.items()):
         lines = ",\n  ".join(json.dumps(asdict(build)) for build in builds)
         entries.append(f"{json.dumps(name)}: [\n  {lines}\n]")
-    head = f'"triton": {json.dumps(record.triton)},\n"broken": {json.dumps(sorted(record.broken), indent=1)},\n'
+    source = f'"triton": {json.dumps(record.triton)},\n"commit": {json.dumps(record.commit)},\n'
+    head = f'{source}"broken": {json.dumps(sorted(record.broken), indent=1)},\n'
     every = ",\n".join(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{\n{head}"builds": {{\n{every}\n}}\n}}\n', encoding="utf-8")
@@ -544,7 +730,7 @@ def read(path: Path = OUT) -> Record:
     """What `write` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     builds = {name: [_build(values) for values in found] for name, found in content["builds"].items()}
-    return Record(content["triton"], content["broken"], builds)
+    return Record(content["triton"], content.get("commit", ""), content["broken"], builds)
 
 
 def _build(values: dict[str, Any]) -> Build:
@@ -567,21 +753,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--filter", default="", help="only cases whose name contains every one of these words")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
     parser.add_argument("--out", type=Path, default=OUT, help="default: benchmarks/results/aot.json")
     arguments = parser.parse_args(argv)
-    cases = [case for case in CASES if all(word in case.name for word in arguments.filter.split())]
-    if not cases:
+    words = arguments.filter.split()
+    wanted = [(case, t) for case, t in TABLE if t in arguments.targets and all(word in case.name for word in words)]
+    if not wanted:
         parser.error(f"no case matches {arguments.filter!r}")
-    whole = len(cases) == len(CASES) and len(arguments.targets) == len(TARGETS)
+    whole = len(wanted) == len(TABLE)
     began = time.perf_counter()
     table: Table = {}
     broken: list[str] = []
-    for case in cases:
-        for target in arguments.targets:
-            builds = table[f"{case.name}/{target}"] = compile_case(case, target)
-            broken += faults(case, target, builds)
-            for build in builds:
-                print(f"{case.name:48} {target:7} {line(build)}", flush=True)
+    for (case, target), builds in zip(wanted, compiled(wanted, arguments.processes), strict=True):
+        table[f"{case.name}/{target}"] = builds
+        broken += faults(case, target, builds)
+        for build in builds:
+            print(f"[{len(table):3}/{len(wanted)}] {case.name:48} {target:7} {line(build)}", flush=True)
     print(f"{sum(map(len, table.values()))} builds in {time.perf_counter() - began:.0f} s")
     failures = broken
     if arguments.check:
@@ -592,7 +779,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"no comparison of sizes: the file is from Triton {before.triton}, this is {triton.__version__}")
     elif whole:
-        write(Record(triton.__version__, broken, table), arguments.out)
+        where = environment()
+        commit = where["commit"] + " with changes" * where["dirty"]
+        write(Record(triton.__version__, commit, broken, table), arguments.out)
         print(f"wrote {arguments.out.name}")
     else:
         print("nothing written: not the whole table")

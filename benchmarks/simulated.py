@@ -3,13 +3,17 @@
     python -m benchmarks.simulated [--filter WORDS] [--arch 80 90]
 
 Every case calls a public operator with `backend="triton"` on CPU tensors inside `tests.ptxsim.simulated` and is a row
-of `benchmarks/results/simulated.md`. Counts are exact and repeat; there are no times.
+of `benchmarks/results/simulated.md`. Counts are exact and repeat; there are no times. What was counted is compared with
+the torch twin and fp64 as well: if a result is further off than the bounds allow, the command ends with 1 and writes
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -20,14 +24,19 @@ import scfg_kernels
 import torch
 import triton
 from scfg_kernels._launch import MAX_ONE_SWEEP
-from torch.utils._pytree import tree_leaves
+from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.ptxsim import Traffic, simulated
+
+from . import registry
 
 OUT = Path(__file__).parent / "results" / "simulated.md"
 ARCHITECTURES = (80, 90)
 TOKENS = 77
 REREAD = 1.05
+TF32_PRODUCTS = 3
+"""Of a product of fp32 operands."""
 SHARED_BY_ROW_BLOCKS = {"k", "v"}
 OPERANDS = SHARED_BY_ROW_BLOCKS | {"q", "x", "top", "weight", "self_map", "cross_map", "between"}
 """Of matrix products, with m and w of the softmax, which other tiles of the result read again."""
@@ -42,7 +51,8 @@ class Case:
     Attributes:
         op, sizes: what is counted.
         make: the operator's arguments.
-        scores, values: multiply-adds times two of q k^T and of p v; 0 without tensor cores.
+        scores, values: multiply-adds times two of q k^T and of the products with V, C or X; 0 without tensor cores. Of
+            fp32 operands `TF32_PRODUCTS` times as many.
         sweeps: how often the kernel forms the scores.
     """
 
@@ -102,55 +112,70 @@ class Count:
         return {name: factor for name, factor in times.items() if factor > REREAD}
 
 
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _attention(op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, samples: int = 2) -> Case:
+def _projections(
+    samples: int, lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v [B, H, N, d] as views of [B, N, H d]."""
+    made = (_random(seed, samples, tokens, heads, head_dim) for seed, tokens in enumerate(lengths))
+    return tuple(x.to(dtype).transpose(1, 2) for x in made)
+
+
+def _attention(
+    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16
+) -> Case:
     def make() -> Arguments:
         lengths = (rows, keys) if op == "attention_map" else (rows, keys, keys)
-        return tuple(_random(samples, tokens, heads, head_dim).half().transpose(1, 2) for tokens in lengths), {}
+        return _projections(2, lengths, heads, head_dim, dtype), {}
 
-    scores = 2 * samples * heads * rows * keys * head_dim
+    scores = 2 * 2 * heads * rows * keys * head_dim * (TF32_PRODUCTS if dtype == torch.float32 else 1)
     sweeps = 1 if keys <= MAX_ONE_SWEEP else 2
     return Case(op, sizes, make, scores, 0 if op == "attention_map" else scores, sweeps)
 
 
 def _propagate(sizes: str, heads: int, rows: int, keys: int, head_dim: int) -> Case:
     def make() -> Arguments:
-        q, k = (_random(1, tokens, heads, head_dim).half().transpose(1, 2) for tokens in (rows, keys))
-        return (q, k, _random(1, keys, TOKENS).softmax(-1)), {}
+        return (*_projections(1, (rows, keys), heads, head_dim), _random(2, 1, keys, TOKENS).softmax(-1)), {}
 
-    return Case("propagate", sizes, make, 2 * heads * rows * keys * head_dim, 2 * rows * keys * TOKENS, 2)
+    values = TF32_PRODUCTS * 2 * rows * keys * TOKENS
+    return Case("propagate", sizes, make, 2 * heads * rows * keys * head_dim, values, 2)
+
+
+def _completion_work(tokens: int) -> int:
+    """Of both products of both samples: the unconditional one has one column, the other TOKENS."""
+    return TF32_PRODUCTS * 2 * 2 * tokens**2 * (TOKENS + 1)
 
 
 def _complete(sizes: str, rows: int) -> Case:
     def make() -> Arguments:
-        maps = _random(2, rows, rows).softmax(-1), _random(2, rows, TOKENS).softmax(-1)
+        maps = _random(0, 2, rows, rows).softmax(-1), _random(1, 2, rows, TOKENS).softmax(-1)
         return maps, {"unconditional": 1}
 
-    return Case("complete", sizes, make)
+    return Case("complete", sizes, make, values=_completion_work(rows))
 
 
 def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int) -> Case:
-    """The unconditional sample has one column, the other TOKENS; every product forms the scores."""
+    """Every product forms the scores."""
 
     def make() -> Arguments:
-        q, k = (_random(2, tokens, heads, head_dim).half().transpose(1, 2) for _ in range(2))
-        return (q, k, _random(2, tokens, TOKENS).softmax(-1)), {"unconditional": 1}
+        cross_map = _random(2, 2, tokens, TOKENS).softmax(-1)
+        return (*_projections(2, (tokens, tokens), heads, head_dim), cross_map), {"unconditional": 1}
 
     scores = 2 * 2 * heads * tokens * tokens * head_dim
-    return Case("complete_from_qk", sizes, make, scores, 2 * 2 * tokens * tokens * (TOKENS + 1), 3)
+    return Case("complete_from_qk", sizes, make, scores, _completion_work(tokens), 3)
 
 
 def _predictions(side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _random(1, 4, side, side).half(), _random(1, 4, side, side + 1)[..., :side].half().contiguous()
+    return _random(0, 1, 4, side, side).half(), _random(1, 1, 4, side, side).half()
 
 
 def _regions(op: str, sizes: str, side: int, layers: Sequence[int]) -> Case:
     def make() -> Arguments:
-        tokens = [_random(1, TOKENS, n * n).softmax(1) for n in layers]
-        start = [_random(1, n * n).sigmoid() for n in layers]
+        tokens = [_random(i, 1, TOKENS, n * n).softmax(1) for i, n in enumerate(layers)]
+        start = [_random(i, 1, n * n).sigmoid() for i, n in enumerate(layers)]
         maps = tokens, start, [(n, n) for n in layers], (side // 4, side // 4)
         return (maps, {}) if op == "segment" else ((*maps, *_predictions(side), torch.tensor(7.5)), {})
 
@@ -172,13 +197,16 @@ def _pixels(sizes: str, side: int) -> Case:
 
 def _cases() -> Iterator[Case]:
     yield _attention("self_attention_map", "sd15-16x16", 8, 256, 256, 160)
+    yield _attention("self_attention_map", "sd15-16x16-fp32", 8, 256, 256, 160, torch.float32)
     yield _attention("self_attention_map", "sd15-8x8", 8, 64, 64, 160)
+    yield _attention("self_attention_map", "sdxl-32x32", 20, 1024, 1024, 64)
     yield _attention("cross_attention_map", "sd15-16x16", 8, 256, TOKENS, 160)
+    yield _attention("cross_attention_map", "sd15-16x16-fp32", 8, 256, TOKENS, 160, torch.float32)
     yield _attention("cross_attention_map", "sd15-8x8", 8, 64, TOKENS, 160)
     yield _attention("cross_attention_map", "sdxl-32x32", 20, 1024, TOKENS, 64)
     yield _attention("attention_map", "sd15-16x16", 8, 256, 256, 160)
     yield _attention("attention_map", "sd15-16x16-text", 8, 256, TOKENS, 160)
-    yield _propagate("sdxl-64x64-16rows", 10, 16, 4096, 64)
+    yield _propagate("sdxl-64x64-64rows", 10, 64, 4096, 64)
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-8x8", 64)
     yield _complete("sdxl-32x32", 1024)
@@ -191,17 +219,64 @@ def _cases() -> Iterator[Case]:
     yield _regions("segment_and_guide", "sdxl-60layers", 128, [32] * 60)
     yield _pixels("sd15", 64)
     yield _pixels("sdxl", 128)
-    yield _attention("self_attention_map", "sdxl-32x32-half", 20, 1024, 1024, 64, samples=1)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
 
 
+class DisagreementError(RuntimeError):
+    """The results that were counted are not the twin's within the bounds."""
+
+
+def _check_regions(arguments: tuple[Any, ...], ids: torch.Tensor, foreground: torch.Tensor) -> None:
+    """Against the literal reference in fp64: equal, but for a few cells that are near-ties there."""
+    tokens, start, sizes, cells = arguments[:4]
+    completed = []
+    for layer, first in zip(tokens, start, strict=True):
+        others = (1.0 - first.double()) / (TOKENS - 1)  # of the unconditional map, whose rows sum to 1
+        columns = torch.stack([first.double(), *[others] * (TOKENS - 1)], -1)
+        completed.append(torch.cat([columns, layer.double().mT]))
+    inputs = {"completed": completed, "sizes": sizes, "grid": cells}
+    reference = registry.OPERATORS["segment"].reference(inputs)
+    for name, actual in (("ids", ids), ("foreground", foreground)):
+        few = math.ceil(registry.TIES_ALLOWED * actual.numel())
+        margin = reference[f"{name}_margin"]
+        assert_masks_agree(
+            actual, reference[name], margin, band=registry.TIE_BAND, max_crossings=few, name=name
+        )  # fmt: skip
+
+
+def verify(case: Case, arguments: tuple[Any, ...], options: dict[str, Any], results: Any) -> None:
+    """Compare results: numbers with the torch twin's error against fp64, regions with the literal reference.
+
+    Raises:
+        DisagreementError: with the case's name and the comparer's words.
+    """
+    operator = getattr(scfg_kernels, case.op)
+    try:
+        if case.op in ("segment", "segment_and_guide"):
+            *results, ids, foreground = results
+            _check_regions(arguments, ids, foreground)
+            if case.op == "segment":
+                return
+            # The prediction, given the regions that were found.
+            operator, options = scfg_kernels.guide, {"num_tokens": TOKENS}
+            arguments = (*arguments[4:6], ids, foreground, arguments[6])
+        in_double = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
+        twin = operator(*arguments, **options, backend="torch")
+        truth = operator(*in_double, **options, backend="torch")
+        for index, parts in enumerate(zip(tree_leaves(results), tree_leaves(twin), tree_leaves(truth), strict=True)):
+            assert_as_accurate_as(*parts, name=f"result {index}")
+    except AssertionError as error:
+        raise DisagreementError(f"{case.name}: {error}") from error
+
+
 def count(case: Case, arch: int) -> Count:
-    """Execute a case."""
+    """Execute a case, and verify its results."""
     arguments, options = case.make()
     with simulated(arch) as simulation:
         results = getattr(scfg_kernels, case.op)(*arguments, **options, backend="triton")
+    verify(case, arguments, options, results)
     tensors = [x for x in tree_leaves((arguments, results)) if isinstance(x, torch.Tensor)]
     traffic: dict[str, Traffic] = {}
     launches = simulation.launches
@@ -223,8 +298,9 @@ HEADER = (
     "wavefronts", "MMA", "with sweep 2",
 )  # fmt: skip
 EXPLAINED = """\
-fp16 predictions, queries, keys and values, fp32 maps, 77 text tokens, one image: two samples in attention and
-completion, but one in sdxl-32x32-half, whose two halves are alike.
+fp16 predictions, queries, keys and values unless the name says fp32, fp32 maps, 77 text tokens, one image: two samples
+in attention and completion. `propagate` is one sample and 64 of its 4096 rows, a whole block; the other blocks do the
+same. All results were compared with the torch twin and fp64.
 
 - compulsory: bytes of all inputs and results, once each. The next four columns are multiples of it.
 - moved: all 32-byte sectors between L2 and the multiprocessors. K, V once: the same, without what blocks of rows read
@@ -234,7 +310,8 @@ completion, but one in sdxl-32x32-half, whose two halves are alike.
 - read again: operands of the kernel that are read more than 1.05 times, and how often.
 - wavefronts: of shared memory, over the fewest for the same words; `wgmma` operands are not counted.
 - MMA: work of the tensor-core instructions over that of the products in the formula; with sweep 2: over the same with
-  the scores formed twice, where the kernel does so, which leaves padding.
+  the scores formed again in every sweep that does so, which leaves padding. Products of fp32 operands (fp32 attention;
+  S or P times X, C or Y) are three TF32 products each and count three times in both.
 """
 
 
@@ -280,19 +357,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in CASES if all(word in case.name for word in arguments.filter.split())]
     if not cases:
         parser.error(f"no case matches {arguments.filter!r}")
-    began, rows = time.perf_counter(), []
+    began, rows, wrong = time.perf_counter(), [], []
     for case in cases:
         for arch in arguments.arch:
-            rows.append(row(case, arch, count(case, arch)))
-            print(f"[{time.perf_counter() - began:4.0f} s] {' | '.join(rows[-1])}", flush=True)
-    if len(cases) == len(CASES) and tuple(arguments.arch) == ARCHITECTURES:
+            try:
+                rows.append(row(case, arch, count(case, arch)))
+            except DisagreementError as error:
+                wrong.append(f"sm_{arch}: {error}")
+                print(f"FAILED {wrong[-1]}", file=sys.stderr, flush=True)
+            else:
+                print(f"[{time.perf_counter() - began:4.0f} s] {' | '.join(rows[-1])}", flush=True)
+    if wrong:
+        print("nothing written: results disagree")
+    elif len(cases) == len(CASES) and tuple(arguments.arch) == ARCHITECTURES:
         title = "# The kernels in the simulator\n\n`python -m benchmarks.simulated`"
         source = f"Triton {triton.__version__}, kernels of commit {_kernels_commit()}. No GPU, no times."
         arguments.out.write_text(f"{title}, {source}\n\n{table(rows)}\n{EXPLAINED}", encoding="utf-8")
         print(f"wrote {arguments.out.name}")
     else:
         print("nothing written: not the whole table")
-    return 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bytes and shared-memory wavefronts of the attention kernels at real layer sizes, by the simulator's counters.
 
-Prints the table of `kernels/README.md`:
+Writes the table of `kernels/README.md`, and the commit beside its command:
 
     PYTHONPATH=.:kernels:tests python -m tests.kernels.triton.attention_counters
 
@@ -9,13 +9,20 @@ Rows are whole programs of the layer; the other programs do the same on other ro
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from ptxsim import simulated
 from scfg_kernels import cross_attention_map, propagate
 from scfg_kernels.testing import as_layout
 
+from benchmarks.report import environment
 from tests.kernels.cases import random_maps, random_qkv
 
+README = Path(__file__).parents[3] / "kernels" / "README.md"
+HEADER = "| layer | Q and O | map | K | V or X | wavefronts | of the ideal |\n|---|---|---|---|---|---|---|\n"
 LAYERS = {
     # name: (shape [batch, heads, queries, keys, head_dim], dtype, columns of `propagate` or 0)
     "SD 1.5 16x16 self": ((1, 8, 256, 256, 160), torch.float16, 0),
@@ -60,7 +67,25 @@ def measured(name: str) -> str:
     return f"| {' | '.join(cells)} | {counters.shared_wavefronts:,} | {wavefronts} |"
 
 
+def with_table(text: str, rows: Sequence[str], commit: str) -> str:
+    """The page with other rows and another commit.
+
+    Raises:
+        ValueError: it has no such table, or no command with a commit.
+    """
+    lines = HEADER + "".join(f"{row}\n" for row in rows)
+    text, tables = re.subn(re.escape(HEADER) + r"(?:\|.*\n)*", lambda _: lines, text)
+    text, commands = re.subn(r"(attention_counters`, at commit )\w+", lambda match: match[1] + commit, text)
+    if (tables, commands) != (1, 1):
+        raise ValueError(f"the page has {tables} tables and {commands} commands, expected one of each")
+    return text
+
+
 if __name__ == "__main__":
-    print("| layer | Q and O | map | K | V or X | wavefronts | of the ideal |\n|---|---|---|---|---|---|---|")
+    found = []
     for layer in LAYERS:
-        print(measured(layer), flush=True)
+        found.append(measured(layer))
+        print(found[-1], flush=True)
+    page = README.read_text(encoding="utf-8")
+    README.write_text(with_table(page, found, environment()["commit"][:7]), encoding="utf-8")
+    print(f"wrote {README.name}")
