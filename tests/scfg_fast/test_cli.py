@@ -150,6 +150,7 @@ def test_a_model_of_the_xl_family(run: Run, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "xl")
     options = ("--model", tmp_path / "xl", "--steps", 3, "--seed", 4, "--guidance-scale", 5)
     assert run("generate", PROMPT, *options).status == 0
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl")  # weights where a file's are in memory
     scfg_fast.enable(pipe)
     assert (pixels("scfg.png") == sample(pipe, 4, guidance_scale=5.0)).all()
     assert run("masks", PROMPT, *options, "--out", "masks.png").status == 0
