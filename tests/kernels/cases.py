@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scfg_kernels import complete, guide, segment
+from scfg_kernels.testing import assert_masks_agree
 
 from tests.reference import official
 
@@ -34,6 +35,10 @@ SELF_SHAPES = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH_NOISE = 1e-6
 """Relative difference allowed between a batch and its samples alone: matrix products block other sizes differently."""
+BAND = 1e-5
+"""Relative distance to a tie inside which fp32 rounding may decide: a score is near 1 and carries some 30 roundings."""
+MAX_CROSSINGS = 2
+"""About one cell in a thousand lies within the band of random maps, and most of those do not cross."""
 
 
 def by_name(cases: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +89,25 @@ def random_maps(
     scores = gain * torch.randn(batch, rows, columns, generator=rng, dtype=torch.float64)
     scores[..., :1] += start_bias
     return scores.softmax(-1).to(dtype)
+
+
+def random_layers(
+    rng: torch.Generator,
+    sizes: list[tuple[int, int]],
+    batch: int = 2,
+    tokens: int = TOKENS,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Per layer: tokens [B, T, N] and start [B, N] as `complete` returns them, and both halves as [B, N, T]."""
+
+    def layers() -> list[torch.Tensor]:
+        return [
+            random_maps(rng, batch, h * w, tokens, gain=0.7, dtype=dtype, start_bias=1.2 * layer)
+            for layer, (h, w) in enumerate(sizes)
+        ]
+
+    cond, uncond = layers(), layers()
+    return [x.mT.contiguous() for x in cond], [x[..., 0].contiguous() for x in uncond], cond, uncond
 
 
 @dataclass(frozen=True)
@@ -215,3 +239,27 @@ def token_margin(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How far the best token is ahead of the second, relative to the best, and the second token: both [B, h, w]."""
     best = scores.topk(2, dim=1)
     return (best.values[:, 0] - best.values[:, 1]) / best.values[:, 0], best.indices[:, 1]
+
+
+def assert_agrees_with_reference(
+    ids: torch.Tensor,
+    foreground: torch.Tensor,
+    cond: list[torch.Tensor],
+    uncond: list[torch.Tensor],
+    sizes: list[tuple[int, int]],
+    size: tuple[int, int],
+    sigma: float = 0.5,
+    token_mask: torch.Tensor | None = None,
+) -> None:
+    """Ids and foreground equal the fp64 reference's outside the band."""
+    scores = official.smoothed_normalised([x.double() for x in cond], sizes, size, sigma)
+    if token_mask is not None:
+        scores = scores.masked_fill(~token_mask[:, :, None, None], 0.0)
+    margin, second = token_margin(scores)
+    expected = official.token_ids(official.token_masks(scores))
+    assert_masks_agree(ids, expected, margin, band=BAND, max_crossings=MAX_CROSSINGS, runner_up=second, name="ids")
+    uncond = [x.double() for x in uncond]
+    two = official.foreground_scores(uncond, sizes, size, sigma)
+    expected = official.foreground_mask(uncond, sizes, size, sigma)[:, 0] > 0
+    margin = (two[:, 0] - two[:, 1]).abs() / two.amax(1)
+    assert_masks_agree(foreground, expected, margin, band=BAND, max_crossings=MAX_CROSSINGS, name="foreground")

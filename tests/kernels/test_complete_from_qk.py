@@ -95,6 +95,14 @@ def test_every_reason_is_listed(rng):
         complete_from_qk(q, k[:, :, :8], torch.zeros(2, 9, 3))
 
 
+@pytest.mark.parametrize("dtype", **by_name({**DTYPES, "fp64": torch.float64}))
+@pytest.mark.parametrize(("unconditional", "fidelity"), [(0, "official"), (1, "paper"), (2, "official")])
+def test_opcheck(rng, unconditional, fidelity, dtype):
+    q, k, _ = random_qkv(rng, (2, 3, 9, 9, 8), dtype)
+    arguments = as_layout(q, "projection"), k, random_maps(rng, 2, 9, 5), unconditional, fidelity, 4, 0.3, "torch"
+    torch.library.opcheck(torch.ops.scfg_kernels.complete_from_qk.default, arguments)
+
+
 def test_compiles_as_one_graph(rng, way):
     q, k, _ = random_qkv(rng, (2, 3, 9, 9, 8))
     c = random_maps(rng, 2, 9, 5)

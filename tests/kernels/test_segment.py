@@ -3,23 +3,19 @@
 import pytest
 import torch
 from scfg_kernels import complete, segment, smooth
-from scfg_kernels.testing import Recorder, assert_as_accurate_as, assert_masks_agree
+from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
 from tests.kernels.cases import (
     TOKENS,
+    assert_agrees_with_reference,
     by_name,
     completed_by_operators,
+    random_layers,
     random_maps,
     random_step,
     segment_by_operators,
-    token_margin,
 )
 from tests.reference import deepfloyd, official
-
-BAND = 1e-5
-"""Relative distance to a tie inside which fp32 rounding may decide: a score is near 1 and carries some 30 roundings."""
-MAX_CROSSINGS = 2
-"""About one cell in a thousand lies within the band of random maps, and most of those do not cross."""
 
 GRIDS = {
     # name: (layers as (h, w), grid)
@@ -33,34 +29,6 @@ GRIDS = {
     "three-levels": ([(16, 12), (8, 6), (4, 3)], (16, 12)),
     "coarser-grid-than-a-layer": ([(16, 16), (8, 8)], (8, 8)),
 }
-
-
-def random_layers(rng, sizes, batch=2, tokens=TOKENS, dtype=torch.float32):
-    """Per layer: tokens [B, T, N] and start [B, N] as `complete` returns them, and both halves as [B, N, T]."""
-
-    def layers():
-        return [
-            random_maps(rng, batch, h * w, tokens, gain=0.7, dtype=dtype, start_bias=1.2 * layer)
-            for layer, (h, w) in enumerate(sizes)
-        ]
-
-    cond, uncond = layers(), layers()
-    return [x.mT.contiguous() for x in cond], [x[..., 0].contiguous() for x in uncond], cond, uncond
-
-
-def assert_agrees_with_reference(ids, foreground, cond, uncond, sizes, size, sigma=0.5, token_mask=None):
-    """Ids and foreground equal the fp64 reference's outside the band."""
-    scores = official.smoothed_normalised([x.double() for x in cond], sizes, size, sigma)
-    if token_mask is not None:
-        scores = scores.masked_fill(~token_mask[:, :, None, None], 0.0)
-    margin, second = token_margin(scores)
-    expected = official.token_ids(official.token_masks(scores))
-    assert_masks_agree(ids, expected, margin, band=BAND, max_crossings=MAX_CROSSINGS, runner_up=second, name="ids")
-    uncond = [x.double() for x in uncond]
-    two = official.foreground_scores(uncond, sizes, size, sigma)
-    expected = official.foreground_mask(uncond, sizes, size, sigma)[:, 0] > 0
-    margin = (two[:, 0] - two[:, 1]).abs() / two.amax(1)
-    assert_masks_agree(foreground, expected, margin, band=BAND, max_crossings=MAX_CROSSINGS, name="foreground")
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 1.3])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptxsim import simulated
+from ptxsim import DEVICES, simulated
 from scfg_kernels import attention_map, cross_attention_map, self_attention_map
-from scfg_kernels._launch import FlashConfig
+from scfg_kernels._launch import AttentionConfig, DeviceLimits, FlashConfig, flash_config
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.attention_map import attention_with_map
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
 from tests.kernels.cases import by_name, random_qkv
-from tests.kernels.triton.simulation import ARCHITECTURES, run
+from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside_is_touched, run
 
 CASES = {
     # name: (shape [batch, heads, queries, keys, head_dim], dtype, layout)
@@ -42,32 +42,91 @@ MORE_CASES = {
 }
 
 
-def check(rng, arch, shape, dtype, layout):
+def check(q, k, v, out, mean):
+    scale = q.shape[-1] ** -0.5
+    naive_out, naive_mean = attention_with_map(q, k, v, scale)
+    true_out, true_mean = attention_with_map(q.double(), k.double(), v.double(), scale)
+    if out is not None:
+        assert out.dtype == q.dtype
+        assert out.transpose(1, 2).is_contiguous(), "the layer's projection reads [batch, queries, heads * head_dim]"
+        assert_as_accurate_as(out, naive_out, true_out, name="output")
+    assert mean.dtype == torch.float32
+    if q.dtype == torch.float32:
+        assert_as_accurate_as(mean, naive_mean, true_mean, name="map")
+    else:
+        half = (q @ k.mT * scale).softmax(-1).mean(1)
+        assert_as_accurate_as(mean, half, true_mean, factor=1.0, name="map")
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
+
+
+def check_cross(rng, arch, shape, dtype, layout):
     q, k, v = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
     (out, mean), launches = run(arch, lambda: cross_attention_map(q, k, v, backend="triton"))
     assert len(launches) == 1
-    naive_out, naive_mean = attention_with_map(q, k, v, shape[-1] ** -0.5)
-    true_out, true_mean = attention_with_map(q.double(), k.double(), v.double(), shape[-1] ** -0.5)
-    assert (out.dtype, mean.dtype) == (dtype, torch.float32)
-    assert out.transpose(1, 2).is_contiguous(), "the layer's projection reads [batch, queries, heads * head_dim]"
-    assert_as_accurate_as(out, naive_out, true_out, name="output")
-    if dtype == torch.float32:
-        assert_as_accurate_as(mean, naive_mean, true_mean, name="map")
-    else:
-        half = (q @ k.mT * shape[-1] ** -0.5).softmax(-1).mean(1)
-        assert_as_accurate_as(mean, half, true_mean, factor=1.0, name="map")
-    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
+    check(q, k, v, out, mean)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("shape", "dtype", "layout"), **by_name(CASES))
 def test_output_and_map(rng, arch, shape, dtype, layout):
-    check(rng, arch, shape, dtype, layout)
+    check_cross(rng, arch, shape, dtype, layout)
 
 
 @pytest.mark.parametrize(("arch", "shape", "dtype", "layout"), **by_name(MORE_CASES))
 def test_output_and_map_of_more_sizes(rng, arch, shape, dtype, layout):
-    check(rng, arch, shape, dtype, layout)
+    check_cross(rng, arch, shape, dtype, layout)
+
+
+SELF_CASES = {
+    # name: (shape [batch, heads, queries, keys, head_dim], dtype, layout)
+    "bf16": ((1, 2, 101, 101, 40), torch.bfloat16, "projection"),
+    "fp32": ((3, 1, 99, 99, 40), torch.float32, "sliced"),
+    "fp32-one-sweep": ((1, 2, 17, 17, 80), torch.float32, "expanded"),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), **by_name(SELF_CASES))
+def test_self_attention(rng, arch, shape, dtype, layout):
+    q, k, v = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
+    (out, mean), launches = run(arch, lambda: self_attention_map(q, k, v, backend="triton"))
+    assert len(launches) == 1
+    check(q, k, v, out, mean)
+
+
+@pytest.mark.parametrize(("arch", "map_n"), [(80, 128), (90, 64)])
+@pytest.mark.parametrize("shape", [(2, 2, 141, 141, 64), (1, 1, 1024, 1024, 64)], ids=["ragged", "sdxl-one-head"])
+def test_programs_of_128_rows(rng, arch, map_n, shape):
+    """What both samples of an SDXL layer get, at fewer heads; the last block of ragged rows has 13."""
+    device = DEVICES[arch]
+    limits = DeviceLimits(f"sm_{arch}", device.multiprocessors, device.shared_memory)
+    config = flash_config(2, 20, 1024, 1024, 64, torch.float16, limits)
+    assert (config.num_warps, config.block_m, config.map_n) == (8, 128, map_n)
+    q, k, v = (as_layout(x, "projection") for x in random_qkv(rng, shape, torch.float16))
+    (out, mean), (launch,) = run(arch, lambda: KERNELS["self_attention_map"](q, k, v, 0.125, config))
+    blocks = -(-shape[2] // 128)
+    assert launch.counters.ctas == shape[0] * blocks * (shape[1] + -(-shape[3] // map_n))
+    check(q, k, v, out, mean)
+
+
+MAP_CASES = {
+    # name: (arch, shape [batch, heads, queries, keys, head_dim], dtype, layout)
+    "expanded": (80, (3, 2, 17, 63, 40), torch.bfloat16, "expanded"),
+    "expanded-sm90": (90, (3, 2, 17, 63, 40), torch.bfloat16, "expanded"),
+    "sliced": (90, (1, 2, 17, 78, 40), torch.float32, "sliced"),
+    "fp32-two-parts": (80, (1, 2, 17, 300, 40), torch.float32, "projection"),
+    "two-parts": (90, (3, 2, 17, 300, 40), torch.bfloat16, "sliced"),
+    "sd15-16x16-64-rows": (80, (1, 8, 64, 256, 160), torch.float16, "projection"),
+    "sdxl-32x32-text-64-rows": (90, (1, 20, 64, 77, 64), torch.float16, "projection"),
+}
+
+
+@pytest.mark.parametrize(("arch", "shape", "dtype", "layout"), **by_name(MAP_CASES))
+def test_the_map_alone(rng, arch, shape, dtype, layout):
+    q, k, _ = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
+    mean, launches = run(arch, lambda: attention_map(q, k, backend="triton"))
+    assert len(launches) == 1
+    check(q, k, k, None, mean)
 
 
 REAL_LAYERS = {
@@ -145,6 +204,38 @@ def test_self_attention_in_one_sweep_and_in_two_parts(rng, block_m, block_n, map
     assert_as_accurate_as(out2, out, truth)
     torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(mean2.double(), true_mean, rtol=1e-5, atol=1e-7)
+
+
+def test_other_tiles_in_one_sweep_give_the_same(rng):
+    q, k, v = random_qkv(rng, (1, 5, 19, 77, 40), torch.float16)
+    chosen, _ = run(80, lambda: cross_attention_map(q, k, v, backend="triton"))
+    forced = AttentionConfig(4, 1, heads=4, block_m=32, block_n=(128, 0), block_d=16, precision="ieee")
+    other, (launch,) = run(80, lambda: KERNELS["cross_attention_map"](q, k, v, 40**-0.5, forced))
+    assert (launch.num_warps, launch.counters.ctas) == (4, 1)
+    check(q, k, v, *other)
+    torch.testing.assert_close(other[1], chosen[1], rtol=1e-5, atol=1e-7)
+
+
+NOTHING_BESIDE = {
+    # name: (operator, keys)
+    "one-sweep": (cross_attention_map, 77),
+    "two-parts": (self_attention_map, 101),
+    "map-in-one-sweep": (attention_map, 77),
+    "map-in-two-parts": (attention_map, 101),
+}
+
+
+@pytest.mark.parametrize(("operator", "keys"), **by_name(NOTHING_BESIDE))
+def test_nothing_beside_a_tensor_is_touched(rng, operator, keys):
+    """Idle rows of a head would write to the next head's."""
+    rows = keys if operator is self_attention_map else 18
+    operands = random_qkv(rng, (2, 2, rows, keys, 40), torch.float16)[: 2 if operator is attention_map else 3]
+
+    def call():
+        result = operator(*operands, backend="triton")
+        return result if isinstance(result, tuple) else (result,)
+
+    assert_nothing_beside_is_touched(80, call, "out of bounds|different values|race")
 
 
 def test_values_of_another_size_than_keys(rng):

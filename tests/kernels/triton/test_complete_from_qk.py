@@ -17,21 +17,27 @@ from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside
 
 CASES = {
     # name: (shape [batch, heads, queries, keys, head_dim], columns, unconditional, dtype, layout, options)
-    "sdxl": ((2, 2, 70, 70, 64), 77, 1, torch.float16, "projection", {}),
-    "sd15": ((3, 2, 37, 37, 40), 77, 2, torch.bfloat16, "projection", {}),
+    "sdxl": ((3, 2, 70, 70, 64), 77, 2, torch.float16, "projection", {}),
+    "sd15": ((3, 2, 37, 37, 40), 78, 2, torch.bfloat16, "projection", {}),
     "paper": ((2, 2, 37, 37, 40), 5, 1, torch.float16, "projection", {"fidelity": "paper"}),
-    "more-columns-than-a-program-takes": ((2, 2, 20, 20, 40), 140, 1, torch.float16, "projection", {}),
+    "more-columns-than-a-program-takes": ((2, 2, 20, 20, 40), 300, 1, torch.float16, "projection", {}),
     "paper-more-columns": ((3, 1, 33, 33, 16), 140, 2, torch.float16, "sliced", {"fidelity": "paper", "powers": 3}),
-    "fp32": ((2, 2, 33, 33, 80), 77, 1, torch.float32, "projection", {}),
+    "fp32": ((2, 2, 33, 33, 80), 63, 1, torch.float32, "projection", {}),
     "conditional-alone": ((1, 3, 17, 17, 160), 9, 0, torch.float16, "sliced", {"scale": 0.2}),
     "unconditional-alone": ((2, 2, 33, 33, 16), 20, 2, torch.float16, "expanded", {}),
     "one-power": ((2, 2, 20, 20, 16), 3, 1, torch.float16, "contiguous", {"powers": 1}),
 }
+# One architecture each: the other head sizes, and a real layer with fewer heads.
+MORE_CASES = {
+    "head-72": (80, (2, 2, 17, 17, 72), 5, 1, torch.bfloat16, "sliced"),
+    "head-96": (90, (2, 2, 17, 17, 96), 5, 1, torch.float16, "projection"),
+    "head-128": (80, (2, 2, 17, 17, 128), 5, 1, torch.bfloat16, "projection"),
+    "sd15-32x32-of-one-head": (80, (1, 1, 1024, 1024, 80), 77, 0, torch.float16, "projection"),
+    "sdxl-32x36-of-one-head": (90, (1, 1, 1152, 1152, 64), 9, 0, torch.float16, "projection"),
+}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("shape", "columns", "unconditional", "dtype", "layout", "options"), **by_name(CASES))
-def test_result(rng, arch, shape, columns, unconditional, dtype, layout, options):
+def check(rng, arch, shape, columns, unconditional, dtype, layout, options):
     q, k, _ = (as_layout(x, layout) for x in random_qkv(rng, shape, dtype))
     c = random_maps(rng, shape[0], shape[2], columns)
     if layout == "sliced":
@@ -44,6 +50,17 @@ def test_result(rng, arch, shape, columns, unconditional, dtype, layout, options
     for name, result, expected, exact in zip(("tokens", "start"), results, naive, truth, strict=True):
         assert result.dtype == torch.float32 and result.is_contiguous()
         assert_as_accurate_as(result, expected, exact, name=name)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("shape", "columns", "unconditional", "dtype", "layout", "options"), **by_name(CASES))
+def test_result(rng, arch, shape, columns, unconditional, dtype, layout, options):
+    check(rng, arch, shape, columns, unconditional, dtype, layout, options)
+
+
+@pytest.mark.parametrize(("arch", "shape", "columns", "unconditional", "dtype", "layout"), **by_name(MORE_CASES))
+def test_result_of_more_sizes(rng, arch, shape, columns, unconditional, dtype, layout):
+    check(rng, arch, shape, columns, unconditional, dtype, layout, {})
 
 
 def test_it_is_completion_by_the_map(rng):

@@ -18,7 +18,10 @@ from tests.kernels.triton.simulation import ARCHITECTURES, PoisonedMemory, asser
 STRIDED = torch.tensor([7.5, torch.nan, 3.0, torch.nan, 5.0, torch.nan])[::2]
 CASES = {
     # name: (shape [B, C, H, W], dtype, layout, guidance scale, options)
-    "sd15": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {}),
+    "sd15": ((1, 4, 64, 64), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
+    "sdxl": ((1, 4, 128, 128), torch.float16, "contiguous", 7.5, {"rescale": 0.7}),
+    "two-samples": ((2, 4, 16, 24), torch.float16, "contiguous", 7.5, {}),
+    "expanded": ((3, 4, 13, 18), torch.bfloat16, "expanded", STRIDED, {"rate_min": 0.5, "rate_max": 1.5}),
     "ragged-sliced": ((2, 4, 13, 18), torch.bfloat16, "sliced", torch.tensor([7.5, 3.0]), {}),
     "channels-last": ((3, 16, 8, 12), torch.float32, "channels_last", STRIDED, {"rate_min": 0.4, "rate_max": 1.0}),
     "unconditional": ((1, 4, 8, 8), torch.float16, "contiguous", 7.5, {"rewrite": "unconditional"}),
@@ -50,16 +53,40 @@ def test_guided_prediction(rng, arch, shape, dtype, layout, scale, options):
         assert_as_accurate_as(x, y, z, name=name)
 
 
+IN_PARTS = PixelConfig(2, 1, True, 4, 64)
+"""Programs of 64 pixels that meet; of 13 x 25 pixels the last one has 5."""
+
+
 @pytest.mark.parametrize(("rewrite", "rescale"), [("guided", 0.0), ("guided", 0.7), ("unconditional", 0.0)])
 def test_fewer_pixels_at_a_time_give_the_same(rng, rewrite, rescale):
     u, c = random_inputs(rng, (2, 4, 13, 25))
     scale, options = torch.tensor([7.5, 3.0]), (0.5, 1.5, rewrite, rescale)
     expected = guide_pixels(u, c, scale, rate_min=0.5, rate_max=1.5, rewrite=rewrite, rescale=rescale)
-    for config in (PixelConfig(4, 1, False, 4, 128), PixelConfig(1, 2, False, 8, 256), PixelConfig(8, 1, True, 4, 512)):
+    tiles = PixelConfig(4, 1, False, 4, 128), PixelConfig(1, 2, False, 8, 256), PixelConfig(8, 1, True, 4, 512)
+    for config in (*tiles, IN_PARTS):
         call = functools.partial(KERNELS["guide_pixels"], u, c, scale, *options, config)
-        (result, rate), _ = run(80, call)
+        (result, rate), (launch,) = run(80, call)
+        assert launch.counters.ctas == (2 * 6 if config is IN_PARTS else 2)
         torch.testing.assert_close(rate, expected[1], rtol=1e-6, atol=0)
         torch.testing.assert_close(result, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("rewrite", "rescale"), [("guided", 0.7), ("unconditional", 0.0)])
+def test_programs_that_share_an_image(rng, arch, rewrite, rescale):
+    """The second launch finds its counters as the first did: zero."""
+    u, c = random_inputs(rng, (3, 4, 13, 25), torch.float16)
+    scale = torch.tensor([7.5, 3.0, 5.0])
+    options = {"rate_min": 0.5, "rate_max": 1.5, "rewrite": rewrite, "rescale": rescale}
+    found = []
+    for _ in range(2):
+        call = functools.partial(KERNELS["guide_pixels"], u, c, scale, 0.5, 1.5, rewrite, rescale, IN_PARTS)
+        found.append(run(arch, call)[0])
+    naive = guide_pixels(u, c, scale, **options)
+    truth = guide_pixels(u.double(), c.double(), scale, **options)
+    for name, x, x2, y, z in zip(("result", "rate"), *found, naive, truth, strict=True):
+        assert torch.equal(x, x2)
+        assert_as_accurate_as(x, y, z, name=name)
 
 
 def test_both_bounds_are_met_to_the_bit_and_no_guidance_is_the_upper_one(rng):
@@ -91,13 +118,14 @@ def test_what_has_no_spread_is_not_rescaled(shape):
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_the_order_of_the_warps_changes_nothing(rng, rescale):
+@pytest.mark.parametrize("config", [None, IN_PARTS], ids=["one-program", "programs-that-meet"])
+def test_the_order_of_the_warps_changes_nothing(rng, rescale, config):
     """Energies and rates may go from thread to thread through memory, which starts as NaN here."""
     u, c = random_inputs(rng, (1, 4, 24, 28), torch.float16)
     results = []
     for order in ("lockstep", "forward", "backward"):
         with simulated(80, order=order), PoisonedMemory():
-            results.append(guide_pixels(u, c, 7.5, rescale=rescale, backend="triton"))
+            results.append(KERNELS["guide_pixels"](u, c, torch.tensor(7.5), 0.5, 1.5, "guided", rescale, config))
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 

@@ -11,7 +11,7 @@ from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
 from tests.kernels.cases import by_name, random_maps, random_qkv
-from tests.kernels.triton.simulation import run
+from tests.kernels.triton.simulation import assert_nothing_beside_is_touched, run
 
 CASES = {
     # name: (arch, shape [batch, heads, queries, keys, head_dim], columns, dtype of q and k, layout)
@@ -21,6 +21,11 @@ CASES = {
     "more-heads-than-warps": (90, (2, 10, 5, 33, 16), 17, torch.float16, "projection"),
     "more-columns-than-a-program-takes": (80, (1, 2, 17, 40, 72), 150, torch.bfloat16, "sliced"),
     "fp32": (90, (1, 2, 17, 63, 80), 77, torch.float32, "projection"),
+    "fp32-batch-3": (80, (3, 2, 17, 63, 80), 63, torch.float32, "sliced"),
+    "300-columns": (80, (1, 2, 17, 40, 72), 300, torch.float16, "contiguous"),
+    "head-96": (90, (3, 2, 17, 78, 96), 78, torch.bfloat16, "projection"),
+    "head-128": (90, (1, 2, 17, 63, 128), 77, torch.float16, "projection"),
+    "sd15-32x32-of-two-heads": (80, (1, 2, 64, 1024, 80), 77, torch.float16, "projection"),
     "head-160": (80, (1, 3, 9, 40, 160), 77, torch.float16, "contiguous"),
 }
 
@@ -72,6 +77,14 @@ def test_result_does_not_depend_on_the_order_of_warps(rng):
         with simulated(80, order=order, check_races=order == "lockstep"):
             results.append(propagate(q, k, x, backend="triton"))
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_nothing_beside_a_tensor_is_touched(rng):
+    """37 rows in a block of 64, and 21 columns in 32. Idle rows of a sample would write to the next one's."""
+    q, k, _ = random_qkv(rng, (2, 2, 37, 37, 40), torch.float16)
+    x = random_maps(rng, 2, 37, 21)
+    call = lambda: (propagate(q, k, x, backend="triton"),)  # noqa: E731
+    assert_nothing_beside_is_touched(80, call, "out of bounds|different values|race")
 
 
 def test_nothing_to_do_launches_nothing(rng):
