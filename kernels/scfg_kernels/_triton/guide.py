@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import GuideConfig, device_guard, guide_config, resident_programs
+from .._launch import GuideConfig, device_guard, guide_config, refuse, resident_programs
 from ..segment import kernel_weights
 from ._device import current_limits, per_sample
 from ._order import counters, leave_meeting, meet
@@ -517,6 +517,9 @@ def launch(
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
     cell = min(cell, max(height, width))  # which covers the image as well
+    if config is not None:
+        h, w = token_index.shape[1:]
+        refuse("guide", config, config.reasons(h, w, channels, cell, shared=True))
     with device_guard(cond.device):
         config = config or guide_config(
             channels, height, width, cell, cond.element_size(), resident_programs(batch, current_limits())

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import PixelConfig, device_guard, pixel_config, resident_programs
+from .._launch import PixelConfig, device_guard, pixel_config, refuse, resident_programs
 from ._device import current_limits, per_sample
 from ._order import leave_meeting, meet
 from .guide import (
@@ -146,6 +146,8 @@ def launch(
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
+    if config is not None:
+        refuse("guide_pixels", config, config.reasons(channels))
     with device_guard(cond.device):
         config = config or pixel_config(
             channels, height * width, cond.element_size(), resident_programs(batch, current_limits())
