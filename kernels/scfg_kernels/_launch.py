@@ -209,10 +209,38 @@ class DeviceLimits:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Warps and pipeline stages, common to all kernels."""
+    """Warps and pipeline stages, common to all kernels. Every kind has `reasons`: why it cannot serve some sizes."""
 
     num_warps: int
     num_stages: int
+
+    def _unlike_a_launch(self, **blocks: int) -> list[str]:
+        """Why no kernel can be launched so: `blocks` are the lengths of its tiles."""
+        found = [] if self.num_stages > 0 else [f"num_stages={self.num_stages} is not positive"]
+        for name, size in {"num_warps": self.num_warps, **blocks}.items():
+            if size != next_power_of_2(size):
+                found.append(f"{name}={size} is no power of two")
+        return found
+
+    def _unlike_products(self, precision: str, widths: tuple[int, int] = (16, 0), **blocks: int) -> list[str]:
+        """The same with matrix products; `widths`: columns as two tiles, of which the second may have none."""
+        blocks |= {"width": widths[0]} | ({"second width": widths[1]} if widths[1] else {})
+        found = self._unlike_a_launch(**blocks)
+        found += [f"{name}={size} is below the 16 of a product" for name, size in blocks.items() if size < 16]
+        return found + ([] if precision in PRECISIONS else [f"precision={precision!r} is unknown"])
+
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+def refuse(op: str, config: LaunchConfig, reasons: Sequence[str]) -> None:
+    """What a launcher does with the reasons against a configuration that was forced on it; chosen ones are trusted.
+
+    Raises:
+        BackendError: there are reasons; lists all of them.
+    """
+    if reasons:
+        raise BackendError(f"{op}: the forced {type(config).__name__} cannot run: {'; '.join(reasons)}.")
 
 
 @dataclass(frozen=True)
@@ -232,6 +260,14 @@ class AttentionConfig(LaunchConfig):
     block_n: tuple[int, int]
     block_d: int
     precision: str
+
+    def reasons(self, keys: int) -> list[str]:
+        found = self._unlike_products(self.precision, self.block_n, block_m=self.block_m, block_d=self.block_d)
+        if self.heads != next_power_of_2(self.heads):
+            found.append(f"heads={self.heads} is no power of two")
+        if sum(self.block_n) < keys:
+            found.append(f"block_n={self.block_n} does not cover {keys} keys")
+        return found
 
 
 MAX_ONE_SWEEP = 96
@@ -308,6 +344,9 @@ class FlashConfig(LaunchConfig):
     map_n: int
     precision: str
 
+    def reasons(self) -> list[str]:
+        return self._unlike_products(self.precision, block_m=self.block_m, block_n=self.block_n, map_n=self.map_n)
+
 
 def flash_config(
     batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
@@ -316,16 +355,17 @@ def flash_config(
 
     64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
     are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
-    once per tile of keys. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
+    once per tile of keys. Large heads have neither, for 96 KiB of shared memory. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
     formed by a warp group and the head is small enough for the registers.
 
-    fp32 operands take half the tiles, and no asynchronous copies: those would be read with three-way bank conflicts. On
-    AMD, where a program has 64 KiB, large heads are not copied ahead either.
+    fp32 operands take small tiles, because registers hold a high and a low part of each, and no asynchronous copies:
+    those would be read with three-way bank conflicts. On AMD, where a program has 64 KiB, large heads are not copied
+    ahead either.
     """
     precision = product_precision(limits)
     if dtype == torch.float32:
-        return FlashConfig(num_warps=4, num_stages=1, block_m=32, block_n=32, map_n=32, precision=precision)
-    wide = head_dim <= 128 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
+        return FlashConfig(num_warps=2, num_stages=1, block_m=32, block_n=16, map_n=16, precision=precision)
+    wide = head_dim <= 96 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
     block_m = 128 if wide else 64
     tiles = batch * -(-rows // block_m) * -(-keys // 128)
     return FlashConfig(
@@ -333,7 +373,7 @@ def flash_config(
         num_stages=1 if head_dim > 96 and limits.arch.startswith("gfx") else 2,
         block_m=block_m,
         block_n=64 if head_dim <= 96 and limits.arch in WARP_GROUP_PRODUCTS else 32,
-        map_n=128 if wide and tiles >= limits.multiprocessors else 64,
+        map_n=128 if wide and head_dim <= 64 and tiles >= limits.multiprocessors else 64,
         precision=precision,
     )
 
@@ -376,6 +416,10 @@ class PropagateConfig(LaunchConfig):
     block_t: tuple[int, int]
     precision: str
 
+    def reasons(self) -> list[str]:
+        lengths = {"block_m": self.block_m, "block_n": self.block_n, "map_n": self.map_n}
+        return self._unlike_products(self.precision, self.block_t, **lengths)
+
 
 def propagate_config(
     batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
@@ -384,7 +428,8 @@ def propagate_config(
     warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise.
 
     That product takes the registers, for a high and a low part of X: so 32 keys at a time and, on NVIDIA, no
-    asynchronous copies, with which values are spilled in the loop over the keys. On sm_120 some still are with 64 rows.
+    asynchronous copies, with which values are spilled in the loop over the keys. On sm_120 some still are with 64 rows;
+    32 rows take at most 80 columns.
     """
     tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
     rows_at_once = 32 if limits.arch in (*WARP_GROUP_PRODUCTS, "sm_120") else min(tiles.block_m, 64)
@@ -394,7 +439,7 @@ def propagate_config(
         block_m=rows_at_once,
         block_n=tiles.block_n,
         map_n=min(tiles.map_n, 32),
-        block_t=two_widths(min(columns, 128)),
+        block_t=two_widths(min(columns, 128 if rows_at_once > 32 else 80)),
         precision=tiles.precision,
     )
 
@@ -421,23 +466,41 @@ class CompleteConfig(LaunchConfig):
     precision: str
     swapped: bool = False
 
+    def reasons(self, n: int) -> list[str]:
+        found = self._unlike_products(self.precision, self.block_t, block_m=self.block_m, block_k=self.block_k)
+        if self.swapped and n > self.block_m:
+            found.append(f"only a program with all rows swaps its products, block_m={self.block_m} does not cover {n}")
+        return found
+
+
+def _product_warps(rows: int, block_t: tuple[int, int]) -> int:
+    """The most warps, up to four, that share both products of `complete` without forming a part of one twice: each has
+    8 columns or more, where the wider tile has more of them than rows, else 16 rows."""
+    narrow = min(width for width in block_t if width)
+    return min(4, narrow // 8 if block_t[0] > rows else rows // 16)
+
 
 def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
     """Tiles of `complete`. Up to 64 rows are one program, which reads everything once. Beyond, the most rows, which
-    read C least often, that leave half the multiprocessors a program.
+    read C least often, that leave half the multiprocessors a program: at most 32 with 128 columns, for the registers.
 
     A warp group takes the right operand of an fp32 product by rows, and would transpose each Y in shared memory with
-    bank conflicts: there the products are swapped. Elsewhere S^T on the right takes too many registers.
+    bank conflicts. There the products of a program with all rows are swapped, and others have at most 32 rows, whose
+    products are a warp's. Elsewhere S^T on the right takes too many registers.
     """
-    rows = [m for m in (64, 32) if n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors]
+    block_t = two_widths(min(tokens, 80 if n <= 64 else 128))
+    group = limits.arch in WARP_GROUP_PRODUCTS
+    most = 64 if n <= 64 or (block_t[0] <= 64 and not group) else 32
+    rows = [m for m in (64, 32) if m <= most and (n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors)]
+    block_m = rows[0] if rows else 16
     return CompleteConfig(
-        num_warps=4,
+        num_warps=_product_warps(block_m, block_t),
         num_stages=1,
-        block_m=rows[0] if rows else 16,
+        block_m=block_m,
         block_k=32,
-        block_t=two_widths(min(tokens, 128)),
+        block_t=block_t,
         precision=product_precision(limits),
-        swapped=limits.arch in WARP_GROUP_PRODUCTS,
+        swapped=group and n <= block_m,
     )
 
 
@@ -458,6 +521,12 @@ class SegmentConfig(LaunchConfig):
     block_t: int
     block_h: int
     block_w: int
+
+    def reasons(self, h: int, w: int) -> list[str]:
+        found = self._unlike_a_launch(block_t=self.block_t, block_h=self.block_h, block_w=self.block_w)
+        if self.block_h < h or self.block_w < w:
+            found.append(f"{self.block_h} x {self.block_w} cells do not cover {h} x {w}")
+        return found
 
 
 TILE = 8192
@@ -515,6 +584,17 @@ class GuideConfig(SegmentConfig):
     block_c: int
     rows: int
     lines: int
+
+    def reasons(self, h: int, w: int, channels: int = 1, cell: int = 1, shared: bool = False) -> list[str]:
+        """shared: whether programs may share an image, which those that segment do not."""
+        rows = self.block_h if self.held and shared else h
+        found = super().reasons(rows, w) + self._unlike_a_launch(block_c=self.block_c, rows=self.rows, lines=self.lines)
+        if self.held and self.rows != self.block_h:
+            found.append(f"a held tile has all rows of its program, rows={self.rows} of block_h={self.block_h}")
+        if self.held and (self.block_c < channels or self.lines < cell):
+            tile = f"block_c={self.block_c}, lines={self.lines}"
+            found.append(f"a held tile has {channels} channels and {cell} lines of a cell, {tile} do not cover them")
+        return found
 
 
 HELD_VALUES = 16384
@@ -578,6 +658,12 @@ class PixelConfig(LaunchConfig):
     held: bool
     block_c: int
     block_p: int
+
+    def reasons(self, channels: int) -> list[str]:
+        found = self._unlike_a_launch(block_c=self.block_c, block_p=self.block_p)
+        if self.block_c < channels:
+            found.append(f"block_c={self.block_c} does not cover {channels} channels")
+        return found
 
 
 MAX_CHANNELS = 256

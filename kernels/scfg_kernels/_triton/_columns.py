@@ -35,6 +35,18 @@ def store_matrix(base, row, column, values, row_stride, column_stride, rows, col
 
 
 @triton.jit
+def row_sums(x):
+    """Sums of neighbours, of their sums, and so on: bits that do not depend on how the compiler lays x out."""
+    width: tl.constexpr = x.shape[1]
+    if width == 1:
+        result = tl.reshape(x, [x.shape[0]])
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], width // 2, 2]))
+        result = row_sums(even + odd)
+    return result
+
+
+@triton.jit
 def column_tiles(first, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr):
     """Columns `first` .. as two tiles side by side; the second has one if it has no width."""
     return first + tl.arange(0, BLOCK_T1), first + BLOCK_T1 + tl.arange(0, BLOCK_T2 if BLOCK_T2 > 0 else 1)

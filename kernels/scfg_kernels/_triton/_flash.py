@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._columns import column_tiles, load_operand
+from ._columns import column_tiles, load_operand, row_sums
 
 
 @triton.jit
@@ -55,18 +55,6 @@ def _scores(
 
 
 @triton.jit
-def _row_sums(x):
-    """Sums of neighbours, of their sums, and so on: bits that do not depend on how the compiler lays x out."""
-    width: tl.constexpr = x.shape[1]
-    if width == 1:
-        result = tl.reshape(x, [x.shape[0]])
-    else:
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], width // 2, 2]))
-        result = _row_sums(even + odd)
-    return result
-
-
-@triton.jit
 def attend_rows(
     q, k, v, row, rows, keys, scale, q_stride, k_stride, v_stride,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,7 +86,7 @@ def attend_rows(
             if VALUES_2 > 0:
                 v2 = load_columns(v, key, keys, v_stride, VALUES_1, VALUES_2, VALUE_DIM, ALIGN)
                 out2 = tl.dot(weights, v2, out2 * shrink[:, None], input_precision=PRECISION)
-    return top, 1.0 / _row_sums(parts), out1, out2
+    return top, 1.0 / row_sums(parts), out1, out2
 
 
 @triton.jit

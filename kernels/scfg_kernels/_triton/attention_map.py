@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._launch import MAX_ONE_SWEEP, AttentionConfig, FlashConfig, attention_config, device_guard, flash_config
+from .._launch import MAX_ONE_SWEEP, AttentionConfig, FlashConfig, attention_config, device_guard, flash_config, refuse
 from ..attention_map import empty_output_and_map
 from ._device import current_limits
 from .cross_attention_map import run_one_sweep
@@ -22,6 +22,9 @@ def _attend(
 ) -> None:
     if mean.numel() == 0:
         return
+    if config is not None:
+        reasons = config.reasons(k.shape[2]) if isinstance(config, AttentionConfig) else config.reasons()
+        refuse("attention_map", config, reasons)
     with device_guard(q.device):
         if config is None:
             batch, heads, rows, _ = q.shape

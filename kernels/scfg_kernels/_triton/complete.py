@@ -8,10 +8,11 @@ unconditional sample, its start column alone. A product needs all rows of the on
 one launch: tickets (`_order`) of a later product are higher, and wait for the row blocks of their sample. Where one
 program has all rows (N <= 64), nobody waits and S stays in registers.
 
-Products are three TF32 products each, as accurate as fp32: the argmax reads the last bits. Loads are one tile ahead, in
-registers: an asynchronous copy of fp32 is read from shared memory with three-way bank conflicts. One rounding, to the
-dtype of S, at the end. Results between products are fp32 [N, T], rows padded to whole sectors. Bytes: S once per
-product and 128 columns, C and each Y once per block of rows, X once.
+Products are three TF32 products each, as accurate as fp32: the argmax reads the last bits; those of the start column
+alone are sums in fp32. Loads are one tile ahead, in registers: an asynchronous copy of fp32 is read from shared memory
+with three-way bank conflicts. One rounding, to the dtype of S, at the end. Results between products are fp32, [N, T]
+with rows padded to whole sectors, or [N]. Bytes: S once per product and 128 columns, C and each Y once per block of
+rows, X once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import CompleteConfig, complete_config, device_guard
-from ._columns import column_tiles, load_matrix, load_operand, store_matrix, store_product
+from .._launch import CompleteConfig, complete_config, device_guard, refuse
+from ._columns import column_tiles, load_matrix, load_operand, row_sums, store_matrix, store_product
 from ._device import current_limits
 from ._order import announce, counters, leave, take_ticket, wait
 
@@ -34,27 +35,65 @@ def _product(
     BLOCK_K: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr, PRECISION: tl.constexpr,
     SCALAR: tl.constexpr,
 ):  # fmt: skip
-    """Rows of S times columns first .. of `operand` [n, columns], in two tiles (zeros if the second has no width)."""
+    """Rows of S times columns first .. of `operand` [n, columns], in two tiles (zeros if the second has no width). The
+    wide tile is multiplied last: Triton spreads the warps over the columns if that product has more of them than rows,
+    and over the rows otherwise, and the other product follows. A few rows in every warp would be computed by each."""
     BLOCK_M: tl.constexpr = row.shape[0]
+    AHEAD_2: tl.constexpr = BLOCK_M != 32  # there the registers do not hold another tile
     column1, column2 = column_tiles(first, BLOCK_T1, BLOCK_T2)
     total1 = tl.zeros([BLOCK_M, BLOCK_T1], tl.float32)
     total2 = tl.zeros([BLOCK_M, column2.shape[0]], tl.float32)
     inner = tl.arange(0, BLOCK_K)
     s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
     x1 = load_operand(operand, inner, column1, stride, 1, n, columns, SCALAR)
-    x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
+    if AHEAD_2:
+        x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
     for start in tl.range(BLOCK_K, n + BLOCK_K, BLOCK_K):  # the loads of the next tile are under way meanwhile
         inner = start + tl.arange(0, BLOCK_K)
         next_s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
         next_x1 = load_operand(operand, inner, column1, stride, 1, n, columns, SCALAR)
-        next_x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
-        total1 = tl.dot(s, x1, total1, input_precision=PRECISION)
+        if AHEAD_2:
+            next_x2 = load_operand(operand, inner, column2, stride, 1, n, columns, SCALAR)
         if BLOCK_T2 > 0:
+            if not AHEAD_2:
+                x2 = load_operand(operand, inner - BLOCK_K, column2, stride, 1, n, columns, SCALAR)
             total2 = tl.dot(s, x2, total2, input_precision=PRECISION)
+        total1 = tl.dot(s, x1, total1, input_precision=PRECISION)
         s = next_s
         x1 = next_x1
-        x2 = next_x2
+        if AHEAD_2:
+            x2 = next_x2
     return total1, total2
+
+
+@triton.jit
+def _column_product(self_map, operand, row, n, s_stride, stride, BLOCK_K: tl.constexpr):
+    """Rows of S times one column, [BLOCK_M, 1], in fp32: a tensor core would multiply 15 columns of zeros beside it.
+    BLOCK_K is at least the number of threads, else every warp loads the column."""
+    BLOCK_M: tl.constexpr = row.shape[0]
+    parts = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, n, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        s = load_matrix(self_map, row, inner, s_stride, 1, n, n)
+        x = tl.load(operand + inner * stride, mask=inner < n, other=0.0).to(tl.float32)
+        parts += s * x[None, :]
+    return row_sums(parts)[:, None]
+
+
+@triton.jit
+def _start_stage(
+    self_map, cross_map, previous, current, out, row, product, products, n, own, others, s_stride, c_stride,
+    PAPER: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_stage` of the start column alone, whose Y is a vector."""
+    if product == 0:
+        total = _column_product(self_map, cross_map, row, n, s_stride, c_stride, BLOCK_K)
+    else:
+        total = _column_product(self_map, previous, row, n, s_stride, 1, BLOCK_K)
+    store_product(
+        total, total, cross_map, previous, current, out, row, 0, product, products, n, 1, 1, own, others,
+        c_stride, 1, 1, PAPER, 1, 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -108,10 +147,10 @@ def complete_kernel(
     current = between + (product % 2 * samples + sample) * n * y_stride
     if product > 0:
         wait(counters + 2 + (product - 1) * samples + sample, row_blocks if is_start else row_blocks * token_blocks)
-    if is_start:  # one column
-        _stage(
-            self_map, cross_map, previous, current, start_out + sample * n, row, 0, product, products, n, 1, 1,
-            own, others, s_stride_n, c_stride_n, y_stride, PAPER, BLOCK_K, 16, 0, PRECISION,
+    if is_start:
+        _start_stage(
+            self_map, cross_map, previous, current, start_out + sample * n, row, product, products, n,
+            own, others, s_stride_n, c_stride_n, PAPER, 4 * BLOCK_K,
         )  # fmt: skip
     else:
         _stage(
@@ -152,7 +191,23 @@ def _completed(
     if SWAPPED:
         store_matrix(out, column, row, result, n, 1, columns, n)
     else:
-        store_matrix(out, row, column, result, 1, n, n, columns)
+        # As [columns, n], like the other case: stores share the layout of loads that have their shape and order, and C,
+        # [row, column] in memory, would be loaded with four columns of a row a thread, a sector each.
+        store_matrix(out, column, row, tl.trans(result), n, 1, columns, n)
+
+
+@triton.jit
+def _completed_start(s, cross_map, out, products, n, own, others, c_stride, PAPER: tl.constexpr):
+    """X at all rows of the start column, in fp32 sums. Not by `tl.sum`: with fused multiply-adds, the copies of a sum
+    that lanes hold differ in the last bit."""
+    row = tl.arange(0, s.shape[0])
+    c = tl.load(cross_map + row * c_stride, mask=row < n, other=0.0).to(tl.float32)
+    y = tl.zeros_like(c)
+    total = row_sums(s * c[None, :])
+    for _ in tl.range(1, products):
+        y = total + c if PAPER else total
+        total = row_sums(s * y[None, :])
+    tl.store(out + row, (own * y + others * total).to(out.dtype.element_ty), mask=row < n)
 
 
 @triton.jit
@@ -168,11 +223,8 @@ def complete_whole_kernel(
     s = load_matrix(self_map + sample * s_stride_b, row, row, s_stride_n, 1, n, n)
     cross_map += sample * c_stride_b
     if sample < unconditional:
-        if tl.program_id(1) == 0:  # one column
-            _completed(
-                s, cross_map, start_out + sample * n, 0, products, n, 1, own, others, c_stride_n, PAPER, 16, PRECISION,
-                SWAPPED,
-            )  # fmt: skip
+        if tl.program_id(1) == 0:
+            _completed_start(s, cross_map, start_out + sample * n, products, n, own, others, c_stride_n, PAPER)
     else:
         out = token_out + (sample - unconditional) * tokens * n
         first = tl.program_id(1) * (BLOCK_T1 + BLOCK_T2)
@@ -209,6 +261,8 @@ def launch(
     if batch == 0 or n == 0:
         return token_out, start_out
     products, own, others = factors(fidelity, powers)
+    if config is not None:
+        refuse("complete", config, config.reasons(n))
     with device_guard(self_map.device):
         config = config or complete_config(conditional, n, tokens, current_limits())
         token_blocks = triton.cdiv(tokens, sum(config.block_t))

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
+from .._launch import PropagateConfig, device_guard, head_widths, propagate_config, refuse
 from ..attention_map import map_dtype
 from ._attention import LOG2E, common_strides
 from ._columns import store_product
@@ -136,6 +136,8 @@ def launch(
     if batch == 0 or n == 0:
         return token_out, start_out
     products, own, others = factors(fidelity, powers)
+    if config is not None:
+        refuse("complete_from_qk", config, config.reasons())
     with device_guard(q.device):
         config = config or propagate_config(batch, heads, n, tokens, head_dim, q.dtype, current_limits())
         strides, widths = common_strides(q, k), head_widths(head_dim)

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import GuideConfig, device_guard, guide_config, resident_programs
+from .._launch import GuideConfig, device_guard, guide_config, refuse, resident_programs
 from ..guide import empty_result
 from ..segment import kernel_weights
 from ._device import current_limits, per_sample
@@ -532,11 +532,13 @@ def launch(
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
     cell = min(cell, max(height, width))  # which covers the image as well
+    h, w = token_index.shape[1:]
+    if config is not None:
+        refuse("guide", config, config.reasons(h, w, channels, cell, shared=True))
     with device_guard(cond.device):
         config = config or guide_config(
             channels, height, width, cell, cond.element_size(), resident_programs(batch, current_limits())
         )
-        h, w = token_index.shape[1:]
         parts = triton.cdiv(h, config.block_h)
         scratch = empty_scratch(batch, parts, num_tokens, h * w, cond.device)
         with meeting_counters(parts, batch, cond.device) as meeting:
@@ -544,8 +546,8 @@ def launch(
                 uncond, cond, token_index, foreground, scale, result, rate, scratch, meeting, num_tokens, channels,
                 kernel_weights(blur_sigma)[0], rate_min, rate_max, max_scale, rescale, scale_stride, scratch.stride(0),
                 *token_index.stride(), *foreground.stride(), *uncond.stride(), *cond.stride(), *result.stride(),
-                copy_stride, height,
-                width // alignment(width), h, w // alignment(w), ALIGN=alignment(width), GRID_ALIGN=alignment(w),
+                copy_stride, height, width // alignment(width), h, w // alignment(w),
+                ALIGN=alignment(width), GRID_ALIGN=alignment(w),
                 **prediction_constants(cell, fidelity, rewrite, rescale, benchmark, copies, parts, config),
                 launch_cooperative_grid=parts > 1,
             )  # fmt: skip

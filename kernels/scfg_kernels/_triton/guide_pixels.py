@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import PixelConfig, device_guard, pixel_config, resident_programs
+from .._launch import PixelConfig, device_guard, pixel_config, refuse, resident_programs
 from ._device import current_limits, per_sample
 from ._order import leave_meeting, meet
 from .guide import (
@@ -159,6 +159,8 @@ def launch(
     if rate.numel() == 0:
         return result, rate
     scale, scale_stride = per_sample(guidance_scale)
+    if config is not None:
+        refuse("guide_pixels", config, config.reasons(channels))
     with device_guard(cond.device):
         alone = rate_min == rate_max and rescale == 0.0
         programs = resident_programs(batch, current_limits())

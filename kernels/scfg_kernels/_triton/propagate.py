@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import PropagateConfig, device_guard, head_widths, propagate_config
+from .._launch import PropagateConfig, device_guard, head_widths, propagate_config, refuse
 from ..attention_map import map_dtype
 from ._attention import LOG2E, common_strides
 from ._columns import column_tiles, store_matrix
@@ -76,6 +76,8 @@ def launch(
     out = torch.empty((samples, rows, columns), dtype=map_dtype(q.dtype), device=q.device)
     if out.numel() == 0:
         return out
+    if config is not None:
+        refuse("propagate", config, config.reasons())
     with device_guard(q.device):
         config = config or propagate_config(samples, heads, rows, columns, head_dim, q.dtype, current_limits())
         strides, widths = common_strides(q, k), head_widths(head_dim)

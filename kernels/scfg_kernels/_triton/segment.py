@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import SegmentConfig, device_guard, segment_config
+from .._launch import SegmentConfig, device_guard, refuse, segment_config
 from ..segment import kernel_weights
 from ._order import announce, counters
 
@@ -343,6 +343,8 @@ def launch(
     ids, foreground = empty_regions(batch, h, w, device)
     if batch == 0:
         return ids, foreground
+    if config is not None:
+        refuse("segment", config, config.reasons(h, w))
     config = config or segment_config(h, w)
     groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, device)

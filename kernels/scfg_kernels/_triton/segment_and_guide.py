@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .._checks import cell_grid
-from .._launch import GuideConfig, device_guard, guide_config
+from .._launch import GuideConfig, device_guard, guide_config, refuse
 from ..segment import kernel_weights
 from ._device import per_sample
 from ._order import counters
@@ -95,6 +95,8 @@ def launch(
         return result, rate, ids, foreground
     scale, scale_stride = per_sample(guidance_scale)
     cell = min(cell, max(height, width))  # which covers the image as well
+    if config is not None:
+        refuse("segment_and_guide", config, config.reasons(h, w, channels, cell))
     config = config or guide_config(channels, height, width, cell, cond.element_size())
     groups = grouped(tokens, start, sizes)
     best, winner, parts = empty_parts(batch, count, h * w, config.block_t, cond.device)

@@ -6,9 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from ptxsim import recorded
 from scfg_kernels import BackendError, _launch, attention_map, choose_backend
 from scfg_kernels._launch import (
+    AttentionConfig,
+    CompleteConfig,
     DeviceLimits,
+    FlashConfig,
+    GuideConfig,
+    PixelConfig,
+    PropagateConfig,
+    SegmentConfig,
     attention_config,
     attention_limits,
     complete_config,
@@ -21,28 +29,35 @@ from scfg_kernels._launch import (
     pixel_config,
     pixel_limits,
     propagate_config,
+    resident_programs,
     segment_config,
     segment_limits,
     two_widths,
 )
+from scfg_kernels._triton import KERNELS
+
+from tests.kernels.cases import by_name
 
 CUDA = torch.device("cuda")
 DEVICES = {
     "sm_80": DeviceLimits("sm_80", 108, 166912),
-    "sm_86": DeviceLimits("sm_86", 84, 101376),
+    "sm_86": DeviceLimits("sm_86", 82, 101376),
     "sm_89": DeviceLimits("sm_89", 128, 101376),
     "sm_90": DeviceLimits("sm_90", 132, 232448),
     "sm_100": DeviceLimits("sm_100", 148, 232448),
     "sm_120": DeviceLimits("sm_120", 170, 101376),
     "gfx942": DeviceLimits("gfx942", 304, 65536),
+    "gfx950": DeviceLimits("gfx950", 256, 163840),
 }
+"""Of the cards: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X, MI355X."""
+every_device = pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
 
 
 def config_of(limits=DEVICES["sm_80"], heads=8, keys=77, head_dim=64, dtype=torch.float16):
     return attention_config(heads, keys, head_dim, dtype, limits)
 
 
-@pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
+@every_device
 @pytest.mark.parametrize("heads", [1, 2, 5, 8, 10, 20])
 @pytest.mark.parametrize("keys", [1, 64, 77, 96])
 def test_attention_in_one_sweep(limits, heads, keys):
@@ -52,6 +67,7 @@ def test_attention_in_one_sweep(limits, heads, keys):
         assert keys <= sum(config.block_n)
         assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
         assert config.num_stages == 1, "an asynchronous copy cannot be permuted"
+        assert config.reasons(keys) == []
         if limits.arch == "gfx942":
             assert config.heads <= 4
 
@@ -65,13 +81,13 @@ def flash_of(limits=DEVICES["sm_80"], batch=2, heads=8, rows=256, head_dim=64, d
     return flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
 
 
-@pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
+@every_device
 def test_attention_in_two_parts(limits):
     for head_dim, rows, dtype in ((64, 1024, torch.float16), (160, 256, torch.bfloat16), (80, 256, torch.float32)):
         config = flash_of(limits, rows=rows, head_dim=head_dim, dtype=dtype)
-        assert config.block_m >= 16 * config.num_warps or dtype == torch.float32, "16 rows for a warp"
+        assert config.block_m >= 16 * config.num_warps, "16 rows for a warp"
         assert min(config.block_m, config.block_n, config.map_n) >= 16
-        ahead = dtype != torch.float32 and not (limits.arch == "gfx942" and head_dim > 96)
+        ahead = dtype != torch.float32 and not (limits.arch.startswith("gfx") and head_dim > 96)
         assert (config.num_stages > 1) == ahead
 
 
@@ -87,8 +103,21 @@ def test_rows_are_many_where_programs_are():
 def test_propagate_takes_the_tiles_of_attention():
     config = propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_80"])
     assert (config.block_m, config.block_n, config.num_warps, config.block_t) == (64, 32, 4, (64, 16))
-    assert propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_90"]).num_warps == 2
     assert propagate_config(2, 10, 4096, 200, 64, torch.float16, DEVICES["sm_80"]).block_t == (128, 0)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_propagate_fits_the_registers_of_every_device(limits, dtype):
+    config = propagate_config(2, 10, 4096, 77, 64, dtype, limits)
+    few = limits.arch in ("sm_90", "sm_100", "sm_120") or dtype == torch.float32
+    assert config.block_m == (32 if few else 64), "products of a warp, not of a warp group; registers on sm_120"
+    assert config.num_warps == config.block_m // 16, "16 rows for a warp"
+    assert config.map_n <= 32 and sum(config.block_t) == 80
+    amd = limits.arch.startswith("gfx")
+    assert (config.num_stages > 1) == (amd and dtype != torch.float32), "values copied ahead would be spilled on NVIDIA"
+    assert config.precision == ("ieee" if amd else "tf32x3")
+    assert config.reasons() == []
 
 
 def test_products_of_fp32():
@@ -120,11 +149,31 @@ def test_complete_has_the_most_rows_that_leave_programs_enough(conditional, n, r
     assert (config.block_m, config.block_t) == (rows, (64, 16))
 
 
+@every_device
+@pytest.mark.parametrize("tokens", [9, 20, 40, 64, 77, 90, 154])
+@pytest.mark.parametrize(("conditional", "n"), [(1, 64), (1, 256), (4, 256), (16, 256), (16, 1024)])
+def test_complete_on_every_device(limits, tokens, conditional, n):
+    config = complete_config(conditional, n, tokens, limits)
+    group, amd = limits.arch in ("sm_90", "sm_100"), limits.arch.startswith("gfx")
+    assert config.swapped == (group and n <= 64) and config.precision == ("ieee" if amd else "tf32x3")
+    assert config.reasons(n) == []
+    if n <= 64:
+        assert (config.block_m, config.num_warps) == (64, 4), "all rows in one program"
+        return
+    programs = 2 * conditional * -(-n // config.block_m)
+    assert config.block_m == 16 or programs >= limits.multiprocessors
+    assert config.block_m <= (32 if group or tokens > 96 else 64), "no warp group's products; registers"
+    narrow = min(width for width in config.block_t if width)
+    by_columns = config.block_t[0] > config.block_m
+    assert config.num_warps <= (narrow // 8 if by_columns else config.block_m // 16), "nothing is formed twice"
+
+
 @pytest.mark.parametrize(
     ("h", "w", "tokens"), [(1, 1, 16), (8, 8, 16), (16, 16, 16), (13, 25, 16), (32, 32, 8), (64, 64, 2), (80, 48, 1)]
 )
 def test_segment_holds_all_cells(h, w, tokens):
     config = segment_config(h, w)
+    assert config.reasons(h, w) == []
     assert h <= config.block_h < 2 * h and w <= config.block_w < 2 * w
     assert config.block_t == tokens
     assert config.block_t * config.block_h * config.block_w <= 32 * 32 * config.num_warps, "32 scores per thread"
@@ -176,6 +225,96 @@ def test_pixels_are_held_up_to_64_values_a_thread(channels, pixels, itemsize, he
     assert (config.held, config.num_warps, config.block_c) == (held, warps, channels)
     values = config.block_c * config.block_p
     assert config.block_p >= pixels and max(4, channels) * config.block_p <= 64 * 256 if held else values == 8192
+
+
+@every_device
+@pytest.mark.parametrize(("channels", "side"), [(4, 64), (4, 128), (16, 128), (4, 256)])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_guidance_on_every_device(limits, channels, side, batch, itemsize):
+    """Programs that share an image wait for one another, so all of them must be resident."""
+    programs = resident_programs(batch, limits)
+    assert batch * programs <= max(batch, limits.multiprocessors // 2)
+    config = guide_config(channels, side, side, 4, itemsize, programs)
+    cells = side // 4
+    assert config.reasons(cells, cells, channels, 4, shared=True) == []
+    parts = -(-cells // config.block_h)
+    assert parts <= programs and (config.held or parts == 1)
+    pixels = pixel_config(channels, side * side, itemsize, programs)
+    assert pixels.reasons(channels) == []
+    assert not pixels.held or -(-side * side // pixels.block_p) <= programs
+    for held, tile in ((config, config.rows * config.lines * config.block_w * 4), (pixels, pixels.block_p)):
+        assert held.block_c * tile <= (64 * 256 if held.held else 32 * 256), "values in the registers"
+
+
+IMPOSSIBLE = {
+    # name: (configuration, sizes, parts of every reason)
+    "attention": (
+        AttentionConfig(3, 0, heads=2, block_m=8, block_n=(32, 16), block_d=24, precision="ieee"), (77,),
+        ("num_stages=0", "num_warps=3", "block_m=8 is below", "block_d=24 is no", "does not cover 77 keys"),
+    ),
+    "flash": (
+        FlashConfig(4, 2, block_m=48, block_n=8, map_n=0, precision="tf32x4"), (),
+        ("block_m=48", "block_n=8 is below", "map_n=0 is no power", "map_n=0 is below", "'tf32x4' is unknown"),
+    ),
+    "propagate": (
+        PropagateConfig(2, 1, block_m=32, block_n=32, map_n=24, block_t=(64, 8), precision="ieee"), (),
+        ("map_n=24", "second width=8 is below"),
+    ),
+    "complete": (
+        CompleteConfig(4, 1, block_m=32, block_k=8, block_t=(80, 0), precision="ieee", swapped=True), (64,),
+        ("block_k=8 is below", "width=80 is no power", "block_m=32 does not cover 64"),
+    ),
+    "segment": (SegmentConfig(8, 1, block_t=3, block_h=16, block_w=8), (16, 16), ("block_t=3", "do not cover 16 x 16")),
+    "guide": (
+        GuideConfig(8, 1, 4, 8, 16, held=True, block_c=2, rows=4, lines=2), (16, 16, 4, 4),
+        ("8 x 16 cells", "rows=4 of block_h=8", "4 channels and 4 lines"),
+    ),
+    "guide-in-tiles": (
+        GuideConfig(8, 1, 4, 8, 16, held=False, block_c=3, rows=1, lines=4), (16, 16, 4, 4), ("block_c=3", "8 x 16"),
+    ),
+    "pixels": (PixelConfig(8, 1, True, 4, 100), (5,), ("block_p=100", "does not cover 5 channels")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "sizes", "parts"), **by_name(IMPOSSIBLE))
+def test_every_reason_against_a_configuration_is_listed(config, sizes, parts):
+    reasons = config.reasons(*sizes)
+    assert len(reasons) == len(parts)
+    assert all(any(part in reason for reason in reasons) for part in parts)
+
+
+def test_programs_share_an_image_only_where_they_can():
+    part = GuideConfig(8, 1, 4, 8, 16, held=True, block_c=4, rows=8, lines=4)
+    assert part.reasons(16, 16, 4, 4, shared=True) == [] != part.reasons(16, 16, 4, 4)
+
+
+def _forced(name):
+    """A launcher with the impossible configuration of this name, at small sizes."""
+    config = IMPOSSIBLE[name][0]
+    q, s, p = torch.zeros(1, 2, 80, 16), torch.zeros(1, 80, 80), torch.zeros(1, 5, 64, 64)
+    maps = [torch.zeros(1, 3, 256)], [torch.zeros(1, 256)], [16], 16, 16
+    ids, scale = torch.zeros(1, 16, 16, dtype=torch.int64), torch.tensor(7.5)
+    rates = (0.5, 2.0, 15.0)
+    calls = {
+        "attention": lambda: KERNELS["attention_map"](q, q, 1.0, config),
+        "flash": lambda: KERNELS["self_attention_map"](q, q, q, 1.0, config),
+        "propagate": lambda: KERNELS["propagate"](q, q, s, 1.0, config),
+        "complete": lambda: KERNELS["complete"](s, s, 0, "official", 4, config),
+        "segment": lambda: KERNELS["segment"](*maps, 0.5, None, config),
+        "guide": lambda: KERNELS["guide"](
+            p, p, ids, ids > 0, scale, 3, 4, *rates, 0.5, "official", "conditional", 0.0, "foreground", config
+        ),
+        "pixels": lambda: KERNELS["guide_pixels"](p, p, scale, *rates[:2], "conditional", 0.0, config),
+    }
+    return calls[name]
+
+
+@pytest.mark.parametrize("name", ["attention", "flash", "propagate", "complete", "segment", "guide", "pixels"])
+def test_an_impossible_launch_cannot_be_forced(name):
+    with recorded("sm_80") as launches, pytest.raises(BackendError, match=r"the forced \w+Config cannot run: .*;"):
+        _forced(name)()
+    assert launches == []
 
 
 def test_configurations_are_frozen():
