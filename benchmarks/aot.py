@@ -36,13 +36,14 @@ import scfg_kernels
 import torch
 import triton
 from scfg_kernels._launch import (
-    MAX_ONE_SWEEP,
+    MAX_HEAD_DIM_FP32,
     DeviceLimits,
     LaunchConfig,
     attention_config,
     complete_config,
     flash_config,
     guide_config,
+    in_one_sweep,
     pixel_config,
     propagate_config,
     resident_programs,
@@ -133,8 +134,8 @@ def _attention(
         return getattr(scfg_kernels, op)(*operands, backend="triton")
 
     def variant(limits: DeviceLimits) -> Variant:
-        if keys <= MAX_ONE_SWEEP:
-            one = attention_config(heads, keys, head_dim, dtype, limits)
+        if in_one_sweep(keys, dtype):
+            one = attention_config(heads, keys, head_dim, limits)
             constants = head_dim, with_output, heads <= one.heads
             return Variant("cross_attention_map_kernel", one, dtype, constants)
         config = flash_config(2 * batch, heads, rows, keys, head_dim, dtype, limits)
@@ -324,13 +325,17 @@ def registered(case: grid.Case) -> Case:
     return _attention(case.op, label, layer.heads, layer.rows, keys, layer.head_dim, dtype, batch)
 
 
+WITHOUT_HEADS = ("complete", "segment", "guide", "segment_and_guide", "guide_pixels")
+
+
 def _cases() -> Iterator[Case]:
     """The GPU benchmark's operators in fp16 and fp32, and what it leaves out."""
     yield from _named()
     for case in grid.CASES:
         if case.op != "step" and case.dtype != "bfloat16":
             yield registered(case)
-            yield registered(dataclasses.replace(case, dtype="float32"))
+            if not case.sizes.layers or case.sizes.layers[0].head_dim <= MAX_HEAD_DIM_FP32 or case.op in WITHOUT_HEADS:
+                yield registered(dataclasses.replace(case, dtype="float32"))
 
 
 def limits_of(target: str) -> DeviceLimits:

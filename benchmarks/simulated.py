@@ -23,7 +23,7 @@ from typing import Any
 import scfg_kernels
 import torch
 import triton
-from scfg_kernels._launch import MAX_ONE_SWEEP
+from scfg_kernels._launch import in_one_sweep
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -132,7 +132,7 @@ def _attention(
         return _projections(2, lengths, heads, head_dim, dtype), {}
 
     scores = 2 * 2 * heads * rows * keys * head_dim * (TF32_PRODUCTS if dtype == torch.float32 else 1)
-    sweeps = 1 if keys <= MAX_ONE_SWEEP else 2
+    sweeps = 1 if in_one_sweep(keys, dtype) else 2
     return Case(op, sizes, make, scores, 0 if op == "attention_map" else scores, sweeps)
 
 
@@ -197,11 +197,11 @@ def _pixels(sizes: str, side: int) -> Case:
 
 def _cases() -> Iterator[Case]:
     yield _attention("self_attention_map", "sd15-16x16", 8, 256, 256, 160)
-    yield _attention("self_attention_map", "sd15-16x16-fp32", 8, 256, 256, 160, torch.float32)
+    yield _attention("self_attention_map", "16x16-head64-fp32", 8, 256, 256, 64, torch.float32)
     yield _attention("self_attention_map", "sd15-8x8", 8, 64, 64, 160)
     yield _attention("self_attention_map", "sdxl-32x32", 20, 1024, 1024, 64)
     yield _attention("cross_attention_map", "sd15-16x16", 8, 256, TOKENS, 160)
-    yield _attention("cross_attention_map", "sd15-16x16-fp32", 8, 256, TOKENS, 160, torch.float32)
+    yield _attention("cross_attention_map", "16x16-head64-fp32", 8, 256, TOKENS, 64, torch.float32)
     yield _attention("cross_attention_map", "sd15-8x8", 8, 64, TOKENS, 160)
     yield _attention("cross_attention_map", "sdxl-32x32", 20, 1024, TOKENS, 64)
     yield _attention("attention_map", "sd15-16x16", 8, 256, 256, 160)

@@ -274,6 +274,8 @@ MAX_ONE_SWEEP = 96
 """Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
 MAX_KEYS = 1024
 """Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
+MAX_HEAD_DIM_FP32 = 96
+"""The same of fp32 operands: 32 rows of larger heads spill in the loop over the keys (201 instructions at 160)."""
 MAX_HEAD_DIM = 160
 """The largest head size that was compiled and executed; beyond it the values of eight heads outgrow shared memory."""
 
@@ -302,16 +304,20 @@ def product_precision(limits: DeviceLimits) -> str:
     return "ieee" if limits.arch.startswith("gfx") else "tf32x3"
 
 
-def attention_config(heads: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits) -> AttentionConfig:
-    """Tiles of attention in one sweep, for up to `MAX_ONE_SWEEP` keys; head_dim is the larger one of keys and values.
+def in_one_sweep(keys: int, dtype: torch.dtype) -> bool:
+    """Whether attention keeps a row of scores in registers. Of fp32 operands those hold a high and a low part as well,
+    and a warp's 16 rows of 80 keys spill in every loop: they are two parts, however few the keys."""
+    return keys <= MAX_ONE_SWEEP and dtype != torch.float32
 
-    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads), where the
-    tiles of eight heads do not fit in shared memory, or where operands are fp32 and take twice the space. 16 rows give
-    small layers as many programs as they can have.
+
+def attention_config(heads: int, keys: int, head_dim: int, limits: DeviceLimits) -> AttentionConfig:
+    """Tiles of attention in one sweep (`in_one_sweep`); head_dim is the larger one of keys and values.
+
+    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
+    tiles of eight heads do not fit in shared memory. 16 rows give small layers as many programs as they can have.
     """
-    half = dtype != torch.float32
     at_once = min(8, next_power_of_2(heads))
-    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024 or not half):
+    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024):
         at_once = 4
     return AttentionConfig(
         num_warps=at_once,
@@ -319,7 +325,7 @@ def attention_config(heads: int, keys: int, head_dim: int, dtype: torch.dtype, l
         heads=at_once,
         block_m=16,
         block_n=two_widths(keys),
-        block_d=16 if not half else 64 if head_dim <= 64 and head_dim % 16 else 32,
+        block_d=64 if head_dim <= 64 and head_dim % 16 else 32,
         precision=product_precision(limits),
     )
 
@@ -355,8 +361,9 @@ def flash_config(
 
     64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
     are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
-    once per tile of keys. Large heads have neither, for 96 KiB of shared memory. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a product is
-    formed by a warp group and the head is small enough for the registers.
+    once per tile of keys. Large heads have neither, for 96 KiB of shared memory. 32 keys at a time, so that a row of
+    scores stays within a warp, or 64 where a product is formed by a warp group and the head is small enough for the
+    registers.
 
     fp32 operands take small tiles, because registers hold a high and a low part of each, and no asynchronous copies:
     those would be read with three-way bank conflicts. On AMD, where a program has 64 KiB, large heads are not copied
@@ -388,8 +395,11 @@ def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
 def operand_limits(*operands: torch.Tensor) -> list[str]:
     """Why the kernels cannot take these queries, keys and values, however many they are; empty if they can."""
     reasons = dtype_limits("attention_map", operands[0].dtype)
-    if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
-        reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {[x.shape[3] for x in operands]}")
+    single = operands[0].dtype == torch.float32
+    most = MAX_HEAD_DIM_FP32 if single else MAX_HEAD_DIM
+    if max(x.shape[3] for x in operands) > most:
+        sizes = f"head sizes beyond {most}" + (" in fp32" if single else "")
+        reasons.append(f"{sizes} are not supported, got {[x.shape[3] for x in operands]}")
     if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
         reasons.append("the last dimension of q, k, v must have stride 1")
     if any(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31 for x in operands):

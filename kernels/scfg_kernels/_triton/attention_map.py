@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .._launch import MAX_ONE_SWEEP, AttentionConfig, FlashConfig, attention_config, device_guard, flash_config, refuse
+from .._launch import (
+    AttentionConfig,
+    FlashConfig,
+    attention_config,
+    device_guard,
+    flash_config,
+    in_one_sweep,
+    refuse,
+)
 from ..attention_map import empty_output_and_map
 from ._device import current_limits
 from .cross_attention_map import run_one_sweep
@@ -29,8 +37,8 @@ def _attend(
         if config is None:
             batch, heads, rows, _ = q.shape
             keys, head_dim = k.shape[2], max(x.shape[3] for x in (k, v) if x is not None)
-            if keys <= MAX_ONE_SWEEP:
-                config = attention_config(heads, keys, head_dim, q.dtype, current_limits())
+            if in_one_sweep(keys, q.dtype):
+                config = attention_config(heads, keys, head_dim, current_limits())
             else:
                 config = flash_config(batch, heads, rows, keys, head_dim, q.dtype, current_limits())
         if isinstance(config, AttentionConfig):

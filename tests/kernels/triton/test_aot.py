@@ -16,7 +16,7 @@ import torch
 import triton
 from ptxsim import TARGETS
 from scfg_kernels import _launch
-from scfg_kernels._launch import MAX_ONE_SWEEP, OPS, DeviceLimits
+from scfg_kernels._launch import MAX_HEAD_DIM_FP32, OPS, DeviceLimits
 
 from benchmarks import aot
 from benchmarks.gpu import grid
@@ -81,10 +81,12 @@ def chosen(
     layer = sizes.layers[0] if sizes.layers else grid.Layer(1, 1, 1, 1)
     rows, heads, dim, cells = layer.rows, layer.heads, layer.head_dim, sizes.side // aot.CELL
     programs, latent = _launch.resident_programs(batch, limits), (sizes.channels, sizes.side, sizes.side)
+    if dtype == torch.float32 and dim > MAX_HEAD_DIM_FP32 and op not in aot.WITHOUT_HEADS:
+        return  # torch's
     if op.endswith("attention_map"):
         keys = rows if op == "self_attention_map" else layer.text
-        if keys <= MAX_ONE_SWEEP:
-            yield op, _launch.attention_config(heads, keys, dim, dtype, limits), dim
+        if _launch.in_one_sweep(keys, dtype):
+            yield op, _launch.attention_config(heads, keys, dim, limits), dim
         else:
             yield "two parts", _launch.flash_config(2 * batch, heads, rows, keys, dim, dtype, limits), dim
     elif op in ("propagate", "complete_from_qk"):

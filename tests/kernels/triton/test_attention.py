@@ -37,8 +37,8 @@ MORE_CASES = {
     "two-parts-128": (90, (1, 2, 17, 150, 128), torch.bfloat16, "projection"),
     "two-parts-more-heads-than-warps": (80, (2, 10, 17, 133, 16), torch.bfloat16, "projection"),
     "fp32-40": (80, (1, 5, 17, 77, 40), torch.float32, "projection"),
-    "fp32-two-parts-64": (90, (1, 2, 17, 140, 64), torch.float32, "sliced"),
-    "fp32-two-parts-160": (80, (1, 3, 17, 133, 160), torch.float32, "projection"),
+    "fp32-64": (90, (1, 2, 17, 140, 64), torch.float32, "sliced"),
+    "fp32-96": (80, (1, 3, 17, 133, 96), torch.float32, "projection"),
 }
 
 
@@ -81,7 +81,7 @@ SELF_CASES = {
     # name: (shape [batch, heads, queries, keys, head_dim], dtype, layout)
     "bf16": ((1, 2, 101, 101, 40), torch.bfloat16, "projection"),
     "fp32": ((3, 1, 99, 99, 40), torch.float32, "sliced"),
-    "fp32-one-sweep": ((1, 2, 17, 17, 80), torch.float32, "expanded"),
+    "fp32-few-keys": ((1, 2, 17, 17, 80), torch.float32, "expanded"),
 }
 
 
@@ -114,7 +114,7 @@ MAP_CASES = {
     "expanded": (80, (3, 2, 17, 63, 40), torch.bfloat16, "expanded"),
     "expanded-sm90": (90, (3, 2, 17, 63, 40), torch.bfloat16, "expanded"),
     "sliced": (90, (1, 2, 17, 78, 40), torch.float32, "sliced"),
-    "fp32-two-parts": (80, (1, 2, 17, 300, 40), torch.float32, "projection"),
+    "fp32": (80, (1, 2, 17, 300, 40), torch.float32, "projection"),
     "two-parts": (90, (3, 2, 17, 300, 40), torch.bfloat16, "sliced"),
     "sd15-16x16-64-rows": (80, (1, 8, 64, 256, 160), torch.float16, "projection"),
     "sdxl-32x32-text-64-rows": (90, (1, 20, 64, 77, 64), torch.float16, "projection"),

@@ -53,16 +53,16 @@ DEVICES = {
 every_device = pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
 
 
-def config_of(limits=DEVICES["sm_80"], heads=8, keys=77, head_dim=64, dtype=torch.float16):
-    return attention_config(heads, keys, head_dim, dtype, limits)
+def config_of(limits=DEVICES["sm_80"], heads=8, keys=77, head_dim=64):
+    return attention_config(heads, keys, head_dim, limits)
 
 
 @every_device
 @pytest.mark.parametrize("heads", [1, 2, 5, 8, 10, 20])
 @pytest.mark.parametrize("keys", [1, 64, 77, 96])
 def test_attention_in_one_sweep(limits, heads, keys):
-    for head_dim, dtype in ((40, torch.float16), (64, torch.bfloat16), (160, torch.float32)):
-        config = config_of(limits, heads=heads, keys=keys, head_dim=head_dim, dtype=dtype)
+    for head_dim in (40, 64, 160):
+        config = config_of(limits, heads=heads, keys=keys, head_dim=head_dim)
         assert config.heads == config.num_warps, "one head per warp"
         assert keys <= sum(config.block_n)
         assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
@@ -121,8 +121,8 @@ def test_propagate_fits_the_registers_of_every_device(limits, dtype):
 
 
 def test_products_of_fp32():
-    assert config_of(dtype=torch.float32).precision == "tf32x3"
-    assert config_of(DEVICES["gfx942"], dtype=torch.float32).precision == "ieee", "TF32 three times is NVIDIA's"
+    assert flash_of(dtype=torch.float32).precision == "tf32x3"
+    assert flash_of(DEVICES["gfx942"], dtype=torch.float32).precision == "ieee", "TF32 three times is NVIDIA's"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +332,9 @@ def test_every_limit_of_attention_is_listed():
         assert (
             attention_limits(q[..., :64].to(dtype).contiguous(), k[:, :, :77, :64].to(dtype).contiguous(), None) == []
         )
+    wide = torch.zeros(1, 2, 4, 97)
+    assert attention_limits(wide, wide, None) == ["head sizes beyond 96 in fp32 are not supported, got [97, 97]"]
+    assert attention_limits(wide.half(), wide.half(), None) == []
 
 
 def test_the_public_function_reports_the_limits():
