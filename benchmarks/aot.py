@@ -226,6 +226,8 @@ def _guidance(
     # A tile of predictions is lines of cells, four pixels each; segmentation reads the tokens and the foreground that
     # its parts left, 2 bytes and 1.
     vectors = min(16, CELL * dtype.itemsize) if op == "guide" else 16
+    if side == 32:  # maps of 16 tokens and 8 x 8 cells are two values for each of 512 threads
+        vectors = 8
     return Case(op, _label(sizes, batch), dtype, call, variant, vectors=vectors, wide_loops=op == "guide")
 
 

@@ -206,6 +206,11 @@ class DeviceLimits:
     multiprocessors: int
     shared_memory: int
 
+    @property
+    def family(self) -> str:
+        """Architectures with the same instructions for products: `"sm_10"` of `"sm_100"` and `"sm_103"`."""
+        return self.arch[:-1]
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -274,6 +279,8 @@ MAX_ONE_SWEEP = 96
 """Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
 MAX_KEYS = 1024
 """Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
+MAX_SAMPLES = 65535
+"""Programs along the second axis of a grid."""
 MAX_HEAD_DIM_FP32 = 96
 """The same of fp32 operands: 32 rows of larger heads spill in the loop over the keys (201 instructions at 160)."""
 MAX_HEAD_DIM = 160
@@ -330,8 +337,8 @@ def attention_config(heads: int, keys: int, head_dim: int, limits: DeviceLimits)
     )
 
 
-WARP_GROUP_PRODUCTS = ("sm_90", "sm_100")
-"""Architectures whose products of 64 rows are formed by four warps together, `wgmma` and `tcgen05`."""
+WARP_GROUP_PRODUCTS = ("sm_9", "sm_10")
+"""Families of architectures whose products of 64 rows are formed by four warps together, `wgmma` and `tcgen05`."""
 
 
 @dataclass(frozen=True)
@@ -379,7 +386,7 @@ def flash_config(
         num_warps=block_m // 16,
         num_stages=1 if head_dim > 96 and limits.arch.startswith("gfx") else 2,
         block_m=block_m,
-        block_n=64 if head_dim <= 96 and limits.arch in WARP_GROUP_PRODUCTS else 32,
+        block_n=64 if head_dim <= 96 and limits.family in WARP_GROUP_PRODUCTS else 32,
         map_n=128 if wide and head_dim <= 64 and tiles >= limits.multiprocessors else 64,
         precision=precision,
     )
@@ -412,6 +419,8 @@ def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -
     reasons = operand_limits(q, k) if v is None else operand_limits(q, k, v)
     if k.shape[2] > MAX_KEYS:
         reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
+    if q.shape[0] > MAX_SAMPLES:
+        reasons.append(f"{q.shape[0]} samples exceed {MAX_SAMPLES}")
     return reasons
 
 
@@ -442,7 +451,7 @@ def propagate_config(
     32 rows take at most 80 columns.
     """
     tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
-    rows_at_once = 32 if limits.arch in (*WARP_GROUP_PRODUCTS, "sm_120") else min(tiles.block_m, 64)
+    rows_at_once = 32 if limits.family in (*WARP_GROUP_PRODUCTS, "sm_12") else min(tiles.block_m, 64)
     return PropagateConfig(
         num_warps=rows_at_once // 16,
         num_stages=tiles.num_stages if limits.arch.startswith("gfx") else 1,
@@ -499,7 +508,7 @@ def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits)
     products are a warp's. Elsewhere S^T on the right takes too many registers.
     """
     block_t = two_widths(min(tokens, 80 if n <= 64 else 128))
-    group = limits.arch in WARP_GROUP_PRODUCTS
+    group = limits.family in WARP_GROUP_PRODUCTS
     most = 64 if n <= 64 or (block_t[0] <= 64 and not group) else 32
     rows = [m for m in (64, 32) if m <= most and (n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors)]
     block_m = rows[0] if rows else 16
@@ -574,6 +583,8 @@ def segment_limits(
         reasons.append(f"{len(tokens)} layers exceed {MAX_LAYERS}")
     if len(tokens) > 0 and tokens[0].shape[1] > 2**15 - 1:
         reasons.append(f"{tokens[0].shape[1]} tokens exceed {2**15 - 1}")
+    if len(tokens) > 0 and tokens[0].shape[0] > MAX_SAMPLES:
+        reasons.append(f"{tokens[0].shape[0]} samples exceed {MAX_SAMPLES}")
     if not all(x.is_contiguous() for x in maps) or not (token_mask is None or token_mask.is_contiguous()):
         reasons.append("maps and mask must be contiguous")
     return reasons

@@ -88,7 +88,8 @@ def _source(index, length, target):
 def _between(values, index, length, target, AXIS: tl.constexpr):
     """values [T, H, W], `length` of which count along AXIS, resized to `target`."""
     low, high, upper = _source(index, length, target)
-    return (1.0 - upper) * _taken(values, low, AXIS) + upper * _taken(values, high, AXIS)
+    lower = _taken(values, low, AXIS)
+    return lower + upper * (_taken(values, high, AXIS) - lower)
 
 
 @triton.jit

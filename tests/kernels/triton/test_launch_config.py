@@ -317,6 +317,17 @@ def test_an_impossible_launch_cannot_be_forced(name):
     assert launches == []
 
 
+@pytest.mark.parametrize(("arch", "like"), [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_86")])
+def test_cards_of_one_family_are_alike(arch, like):
+    other = dataclasses.replace(DEVICES[like], arch=arch)
+    for choose in (
+        lambda limits: flash_of(limits),
+        lambda limits: propagate_config(2, 10, 4096, 77, 64, torch.float16, limits),
+        lambda limits: complete_config(1, 256, 77, limits),
+    ):
+        assert choose(other) == choose(DEVICES[like])
+
+
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         segment_config(8, 8).block_t = 1
@@ -332,6 +343,8 @@ def test_every_limit_of_attention_is_listed():
         assert (
             attention_limits(q[..., :64].to(dtype).contiguous(), k[:, :, :77, :64].to(dtype).contiguous(), None) == []
         )
+    many = torch.zeros(1, 1, 1, 8).expand(65536, 1, 4, 8)
+    assert attention_limits(many, many, None) == ["65536 samples exceed 65535"]
     wide = torch.zeros(1, 2, 4, 97)
     assert attention_limits(wide, wide, None) == ["head sizes beyond 96 in fp32 are not supported, got [97, 97]"]
     assert attention_limits(wide.half(), wide.half(), None) == []
