@@ -261,9 +261,8 @@ def guide_plainly(
     config: SCFGConfig, uncond: torch.Tensor, cond: torch.Tensor, weight: float, copies: int = 1
 ) -> torch.Tensor:
     """uncond + weight (cond - uncond), in fp32 and rounded once; the same operator, with one rate for all pixels."""
-    return guide_pixels(
-        uncond, cond, 1.0, rate_min=weight, rate_max=weight, copies=copies, backend=config.backend
-    )[0]  # fmt: skip
+    result, _ = guide_pixels(uncond, cond, 1.0, rate_min=weight, rate_max=weight, copies=copies, backend=config.backend)
+    return result
 
 
 class GuidanceHook:

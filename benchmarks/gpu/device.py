@@ -61,6 +61,7 @@ class Cuda:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def release(self) -> None:
+        torch.cuda.synchronize()  # raises again what the device does not recover from
         torch.cuda.empty_cache()
 
 

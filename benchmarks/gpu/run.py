@@ -151,8 +151,8 @@ def run(
 ) -> list[str]:  # fmt: skip
     """All cases; those that do not fit in the budget get a row that says so. Returns the cases that disagreed.
 
-    Every case is announced before it begins, and its rows are written as soon as it is over or is taken to hang. After
-    an error that the device does not recover from, nothing further is run.
+    Of the first pass, without the compiler, every case is announced before it begins, and its rows are written as soon
+    as it is over or is taken to hang. After an error there that the device does not recover from, nothing more is run.
     """
     failed = []
     kept = FOR_COMPILER * budget.left() if with_compiler else 0.0
@@ -164,7 +164,7 @@ def run(
         share = budget.share(len(cases) - index, kept)
 
         def give_up(case: Case = case, seconds: float = share.left() + patience) -> None:
-            status = f"FAILED: not over after {seconds:.0f} s: a kernel hangs"
+            status = f"FAILED: not over after {seconds:.0f} s: taken to hang"
             record.add(case, "ours", "agreement", status=status)
             write()
             say(f"{case.name}: {status}")

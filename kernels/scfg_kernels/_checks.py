@@ -84,7 +84,7 @@ def check_benchmark(reasons: Reasons, benchmark: str) -> None:
 
 
 def check_copies(reasons: Reasons, copies: int) -> None:
-    reasons.unless(copies >= 1, f"copies must be at least 1, got {copies}")
+    reasons.unless(copies in (1, 2), f"copies must be 1 or 2, got {copies}")
 
 
 def check_cell(reasons: Reasons, cell: int) -> bool:
@@ -161,7 +161,8 @@ def check_predictions(
     plain = rescale == 0.0 or rewrite != "unconditional"
     reasons.unless(plain, "rescale needs rewrite='guided': what it scales is the guided prediction")
     low, high = rate_bounds(rate_min, rate_max)
-    reasons.unless(low <= high, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
+    if not low <= high:
+        reasons.unless(False, f"rate_min must not exceed rate_max, got {rate_min} and {rate_max}")
     reasons.unless(cond.dtype in FLOATING, f"predictions must be floating point, got {cond.dtype}")
     same = uncond.shape == cond.shape and uncond.dtype == cond.dtype
     reasons.unless(
@@ -174,8 +175,8 @@ def check_predictions(
             fits = guidance_scale.numel() in (1, batch)
             reasons.unless(fits, f"guidance_scale must be a number, [] or [{batch}]")
         return shaped
-    reasons.unless(guidance_scale >= 0, f"guidance_scale must not be negative, got {guidance_scale}")
-    if rewrite == "unconditional":
-        needed = f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}"
-        reasons.unless(guidance_scale > 1, needed)
+    if not guidance_scale >= 0:
+        reasons.unless(False, f"guidance_scale must not be negative, got {guidance_scale}")
+    if rewrite == "unconditional" and not guidance_scale > 1:
+        reasons.unless(False, f"rewrite='unconditional' needs a guidance_scale above 1, got {guidance_scale}")
     return shaped

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -63,18 +62,22 @@ AMD_TARGETS = ("gfx942", "gfx950")
 """What the kernels are compiled for in the tests."""
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # of a plain function: Dynamo looks through a cache
 def card_reasons(index: int) -> list[str]:
     """Why no kernel can run on a CUDA or ROCm device: Triton's version, the card, or a driver of Triton's that cannot
     be built (which takes a C compiler and Python's headers). Asked once per device."""
-    reasons = version_reasons(importlib.metadata.version("triton"))
-    if not reasons:
-        from ._triton._device import driver_reasons  # which imports triton
+    return list(_card_reasons(index))
 
+
+@functools.cache
+def _card_reasons(index: int) -> tuple[str, ...]:
+    from ._triton import _device  # which imports triton
+
+    reasons = version_reasons(_device.triton.__version__)
+    if not reasons:
         reasons = target_reasons(torch.version.hip is not None, torch.cuda.get_device_properties(index))
-        reasons += driver_reasons()
-    return reasons
+        reasons += _device.driver_reasons()
+    return tuple(reasons)
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -279,12 +282,12 @@ MAX_ONE_SWEEP = 96
 """Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
 MAX_KEYS = 1024
 """Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
-MAX_SAMPLES = 65535
-"""Programs along the second axis of a grid."""
-MAX_HEAD_DIM_FP32 = 96
-"""The same of fp32 operands: 32 rows of larger heads spill in the loop over the keys (201 instructions at 160)."""
 MAX_HEAD_DIM = 160
 """The largest head size that was compiled and executed; beyond it the values of eight heads outgrow shared memory."""
+MAX_HEAD_DIM_FP32 = 96
+"""The same of fp32 operands: 32 rows of larger heads spill in the loop over the keys (201 instructions at 160)."""
+MAX_SAMPLES = 65535
+"""Programs along the second axis of a grid."""
 
 
 def next_power_of_2(n: int) -> int:

@@ -88,8 +88,10 @@ def empty_result(cond: torch.Tensor, copies: int) -> torch.Tensor:
     if copies == 1:
         return torch.empty_like(cond)
     last = not cond.is_contiguous() and cond.is_contiguous(memory_format=torch.channels_last)
-    shape = (copies * cond.shape[0], *cond.shape[1:])
-    return cond.new_empty(shape).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty(
+        (copies * cond.shape[0], *cond.shape[1:]), dtype=cond.dtype, device=cond.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )  # fmt: skip
 
 
 def combine(
@@ -262,7 +264,7 @@ def guide(
         rewrite: `"guided"` or `"unconditional"`, see the module's formulas.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         benchmark: whose mean norm every region is brought to: `"foreground"`, or `"image"` for the whole image's.
-        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
+        copies: 1, or 2 to write the result twice, one batch after the other: both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:

@@ -119,7 +119,7 @@ def guide_pixels(
         rate_max: rate of the pixel with the least energy; w_max / g of the paper.
         rewrite: `"guided"` or `"unconditional"`, see the formulas of `guide`.
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
-        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
+        copies: 1, or 2 to write the result twice, one batch after the other: both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
@@ -133,8 +133,8 @@ def guide_pixels(
     Source: arXiv 2604.26503 for the rate, 2305.08891 section 3.4 for `rescale`.
     """
     reasons = Reasons("guide_pixels")
-    finite = math.isfinite(rate_min) and math.isfinite(rate_max)
-    reasons.unless(finite, f"rate_min and rate_max must be finite, got {rate_min} and {rate_max}")
+    if not (-math.inf < rate_min < math.inf and -math.inf < rate_max < math.inf):
+        reasons.unless(False, f"rate_min and rate_max must be finite, got {rate_min} and {rate_max}")
     check_copies(reasons, copies)
     if check_predictions(reasons, uncond, cond, guidance_scale, rate_min, rate_max, rewrite, rescale):
         reasons.unless(0 not in cond.shape[1:], f"C, H and W must not be 0, got {tuple(cond.shape)}")

@@ -140,7 +140,7 @@ def segment_and_guide(
         rescale: phi in 0..1, `guidance_rescale` of diffusers; 0 for none, the only one that `"unconditional"` takes.
         benchmark: `"foreground"` or `"image"`, see `guide`.
         token_mask: [B, T] bool, which tokens may own a region; None means all.
-        copies: how often the result is written, one batch after the other: 2 for both halves of a pipeline's batch.
+        copies: 1, or 2 to write the result twice, one batch after the other: both halves of a pipeline's batch.
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:

@@ -198,7 +198,7 @@ run.run(CASES[:2], Cpu(), record, Budget(1.0), "torch", False, write=lambda: rec
     )
     assert done.returncode == HANGS, done.stderr
     (row,) = rows_of(out)
-    assert row["case"] == CASES[0].name and row["status"].endswith("a kernel hangs")
+    assert row["case"] == CASES[0].name and row["status"].endswith("taken to hang")
     assert done.stdout.splitlines()[0].endswith(f"{CASES[0].name} begins")
 
 

@@ -71,23 +71,28 @@ def test_amd_is_taken_only_if_it_is_asked_for(card, monkeypatch):
     assert reasons_for_auto(torch.device("cpu")) == []
 
 
-def test_a_compiled_function_asks_once(monkeypatch):
-    """torch.compile takes the answer for a constant: no break in the graph."""
+def test_a_compiled_function_takes_the_answer_for_a_constant(monkeypatch):
+    """No break in the graph, though a driver is asked that Dynamo cannot trace; and asked once."""
     asked = []
 
-    @torch.compiler.assume_constant_result
-    def ask(index):
+    def properties(index):
+        torch._dynamo.graph_break()  # an error in a full graph
         asked.append(index)
-        return []
+        return SimpleNamespace(major=7, minor=0)
 
-    monkeypatch.setattr(_launch, "card_reasons", ask)
-    assert card_reasons._dynamo_marked_constant and ask._dynamo_marked_constant
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr("scfg_kernels._triton._device.driver_reasons", lambda: ["no compiler"])
+    _launch._card_reasons.cache_clear()
 
     @torch.compile(fullgraph=True, backend="eager")
     def f(x):
-        return x + 1 if _launch.card_reasons(1) == [] else x
+        return x + len(_launch.card_reasons(1))
 
-    assert [f(torch.zeros(1)).item() for _ in range(2)] == [1.0, 1.0] and set(asked) == {1}
+    try:
+        assert [f(torch.zeros(size)).sum().item() for size in (1, 3)] == [2.0, 6.0] and asked == [1]
+        assert card_reasons(1) == ["compute capability 7.0 is below 8.0", "no compiler"]
+    finally:
+        _launch._card_reasons.cache_clear()
 
 
 def test_tensors_are_kept_where_no_graph_can_own_them(monkeypatch):

@@ -7,8 +7,8 @@ r"""Per-pixel rates and the guided prediction, one program per sample, or severa
 The least and the greatest energy are known only after all pixels; both are exact in any order. Up to `HELD_VALUES` u
 and c stay in registers meanwhile. Larger samples are shared by programs that hold BLOCK_P pixels each and meet, as in
 the `guide` kernel; or one program passes over them in tiles of [all channels, BLOCK_P pixels], twice, which form the
-same energies twice; or four times if rescaled. Where both bounds are one, the energies say nothing, and no program
-needs another.
+same energies twice; or four times if rescaled. Where the bounds are equal and nothing is rescaled, no energies are
+formed and no program needs another.
 """
 
 from __future__ import annotations

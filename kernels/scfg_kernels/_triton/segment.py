@@ -238,7 +238,7 @@ def winners(
     return ids, foreground
 
 
-@triton.jit(do_not_specialize=["sizes", "grid_h", "grid_w"])
+@triton.jit(do_not_specialize=["grid_h", "grid_w"])
 def segment_kernel(
     maps, starts, sizes, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, tokens, layers, edge,
     grid_h, grid_w, GROUPS: tl.constexpr, COUNTS: tl.constexpr, SAME: tl.constexpr, FITS: tl.constexpr,

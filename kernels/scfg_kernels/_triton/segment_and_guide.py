@@ -29,7 +29,7 @@ from .segment import (
 )
 
 
-@triton.jit(do_not_specialize=["sizes", "height", "width", "grid_h", "grid_w"])
+@triton.jit(do_not_specialize=["height", "width", "grid_h", "grid_w"])
 def segment_and_guide_kernel(
     maps, starts, sizes, token_mask, best_parts, id_parts, ids_out, foreground_out, counters, uncond, cond,
     guidance_scale, result, rate_out, scratch, tokens, layers, channels, edge,
