@@ -371,9 +371,9 @@ def flash_config(
 
     64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
     are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
-    once per tile of keys. Large heads have neither, for 96 KiB of shared memory. 32 keys at a time, so that a row of
-    scores stays within a warp, or 64 where a product is formed by a warp group and the head is small enough for the
-    registers.
+    once per tile of keys. Large heads, for 96 KiB of shared memory, and AMD, for 64, have neither; nor have heads that
+    no tile fits exactly tiles that wide. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a
+    product is formed by a warp group and the head is small enough for the registers.
 
     fp32 operands take small tiles, because registers hold a high and a low part of each, and no asynchronous copies:
     those would be read with three-way bank conflicts. On AMD, where a program has 64 KiB, large heads are not copied
@@ -382,15 +382,17 @@ def flash_config(
     precision = product_precision(limits)
     if dtype == torch.float32:
         return FlashConfig(num_warps=2, num_stages=1, block_m=32, block_n=16, map_n=16, precision=precision)
-    wide = head_dim <= 96 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
+    amd = limits.arch.startswith("gfx")
+    wide = not amd and head_dim <= 96 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
+    whole = head_dim <= 64 and head_dim % 16 == 0
     block_m = 128 if wide else 64
     tiles = batch * -(-rows // block_m) * -(-keys // 128)
     return FlashConfig(
         num_warps=block_m // 16,
-        num_stages=1 if head_dim > 96 and limits.arch.startswith("gfx") else 2,
+        num_stages=1 if head_dim > 96 and amd else 2,
         block_m=block_m,
         block_n=64 if head_dim <= 96 and limits.family in WARP_GROUP_PRODUCTS else 32,
-        map_n=128 if wide and head_dim <= 64 and tiles >= limits.multiprocessors else 64,
+        map_n=128 if wide and whole and tiles >= limits.multiprocessors else 64,
         precision=precision,
     )
 
