@@ -198,7 +198,7 @@ class TestGuidanceScale:
         """Fake tensors have none: reading one would raise."""
         with FakeTensorMode():
             uncond, cond, scale = torch.empty(2, 4, 8, 8), torch.empty(2, 4, 8, 8), torch.tensor(7.5)
-            result, rate = guide_pixels_torch(uncond, cond, scale, 0.5, 1.5, "guided", rescale)
+            result, rate = guide_pixels_torch(uncond, cond, scale, 0.5, 1.5, "guided", rescale, 1)
         assert result.shape == (2, 4, 8, 8) and rate.shape == (2, 1, 8, 8)
 
 

@@ -139,8 +139,9 @@ def test_rates_per_pixel_add_one(pipe) -> None:
     assert others == {}
 
 
-@pytest.mark.parametrize("prompts", [1, 3])
-@pytest.mark.parametrize("schedule", [WeightSchedule("linear"), CFGPlusPlus(0.6)], ids=["linear", "cfgpp"])
+@pytest.mark.parametrize(
+    ("schedule", "prompts"), [(WeightSchedule("linear"), 3), (CFGPlusPlus(0.6), 1)], ids=["linear", "cfgpp"]
+)
 def test_weights_of_steps_add_one_or_nothing(pipe, schedule, prompts) -> None:
     """Plain guidance of another weight is one launch a step; with regions or rates per pixel it is in theirs."""
     plain = SCFGConfig(rates="none")
