@@ -32,7 +32,7 @@ SOME = {
     "guide/sdxl/float16": "gfx942",
     "segment_and_guide/sd15/float16": "sm_80",
     "guide_pixels/sd15/float16": "sm_90",
-    "propagate/sdxl-64x64/float16": "sm_90",
+    "propagate/sdxl-64x64/bfloat16": "sm_90",
     "complete_from_qk/sdxl-64x64/float16": "sm_80",
 }
 
