@@ -14,7 +14,7 @@ test-twins:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/triton
 
 test-ptx:
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels/triton tests/ptxsim
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels/triton lab/ptxsim
 
 aot:
 	$(PYTHON) -m benchmarks.aot --check
@@ -26,7 +26,7 @@ tables:
 	$(PYTHON) -m benchmarks.aot
 	$(PYTHON) -m benchmarks.simulated
 	$(PYTHON) -m benchmarks.agreement
-	PYTHONPATH=.:kernels:tests $(PYTHON) -m tests.kernels.triton.attention_counters
+	PYTHONPATH=.:kernels $(PYTHON) -m tests.kernels.triton.attention_counters
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu

@@ -16,7 +16,7 @@ TEST = [
     "peft>=0.17",
     "psutil>=5.9",
     "sentencepiece>=0.2",  # diffusers hides Kolors without it
-    "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of tests/ptxsim
+    "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of lab/ptxsim
 ]
 XFORMERS = ["xformers>=0.0.29"]
 BATCH = ["ray[data]>=2.30"]

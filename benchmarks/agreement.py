@@ -5,7 +5,7 @@
 Queries, keys and values of all seven attention layers and the two predictions are taken from runs of the bundled model
 under plain guidance, at an early, a middle and a late step, and rounded to fp16, bf16 and fp32. From there on the chain
 `self_attention_map`, `cross_attention_map`, `complete`, `segment_and_guide` runs in that dtype: by the kernels, in
-`tests.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens, or of 40 over
+`lab.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens, or of 40 over
 8x8, and 24 text tokens.
 
 Writes `benchmarks/results/agreement.md` and `.json`.
@@ -28,11 +28,11 @@ import triton
 from scfg_kernels import complete, cross_attention_map, guide, segment_and_guide, self_attention_map
 from torch.overrides import TorchFunctionMode
 
+from lab.ptxsim import simulated
+from lab.reference.official import foreground_scores, smoothed_normalised
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import grid_size
 from scfg_fast.processors import find_blocks
-from tests.ptxsim import simulated
-from tests.reference.official import foreground_scores, smoothed_normalised
 
 from .guidance import SCALE, open_pipeline, pair
 from .report import RESULTS, environment

@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot [--check] [--targets sm_80 ...] [--filter WORDS] [--processes N]
 
-Every case calls a public operator with `backend="triton"` on CPU tensors while `tests.ptxsim.recorded` stands in for
+Every case calls a public operator with `backend="triton"` on CPU tensors while `lab.ptxsim.recorded` stands in for
 the device, so arguments are specialised and configurations chosen as on the card. Registers and spills come from the
 machine code: cubins are disassembled with the tools in the Triton wheel, AMD's assembly is read as it is.
 
@@ -50,8 +50,8 @@ from scfg_kernels._launch import (
     segment_config,
 )
 
-from tests import ptxsim
-from tests.ptxsim import RecordedLaunch, recorded
+from lab import ptxsim
+from lab.ptxsim import RecordedLaunch, recorded
 
 from .gpu import grid
 from .report import environment

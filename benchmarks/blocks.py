@@ -32,12 +32,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from scfg_kernels import segment_and_guide, self_attention_map
 
+from lab.measure import MIB, Spread, allocated_peak, interleaved
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import choose_layers, holds_map
 from scfg_fast.processors import find_blocks, wrap_block
 
 from . import overhead, registry
-from .measure import MIB, Spread, allocated_peak, interleaved
 from .report import RESULTS, Report
 
 UNETS = {"sdxl": overhead.SDXL_UNET, "sd15": overhead.SD15_UNET}

@@ -36,13 +36,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from scfg_kernels import guide, segment_and_guide
 
+from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import BlockInfo, StepMaps, collect, middles
 from scfg_fast.install import CaptureSet, installed
 
 from . import overhead, registry
 from .guidance import SCALE, open_pipeline, pair
-from .measure import MIB, Spread
 from .report import RESULTS, Report
 
 CONFIG = SCFGConfig()

@@ -44,12 +44,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 
 import scfg_fast
+from lab.measure import MIB, CountOps, Spread, allocated_peak, interleaved, ratios, resident_peak
+from lab.reference.official import LiteralCaptureProcessor, LiteralStore
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
-from tests.pipelines.tiny import tiny_sd_pipeline
-from tests.reference.official import LiteralCaptureProcessor, LiteralStore
 
 from . import registry
-from .measure import MIB, CountOps, Spread, allocated_peak, interleaved, ratios, resident_peak
 from .report import RESULTS, Report
 
 VARIANTS = ("plain", "ours", "literal")

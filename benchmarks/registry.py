@@ -2,7 +2,7 @@
 
 A case is an operator (or a whole step) at one size. Its providers are
 
-    literal    the published way, written out: the oracle of `tests/reference/official.py`, in fp32
+    literal    the published way, written out: the oracle of `lab/reference/official.py`, in fp32
     ours       the operators of `scfg_kernels`, torch implementation, through their public functions
     compiled   `torch.compile` of the same torch implementation
 
@@ -32,7 +32,7 @@ from scfg_kernels.complete import _complete
 from scfg_kernels.guide import _guide
 from scfg_kernels.segment import _segment
 
-from tests.reference import official as oracle
+from lab.reference import official as oracle
 
 TOKENS = 77
 GUIDANCE_SCALE = 7.5

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from .measure import Spread
+from lab.measure import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from lab.measure import MIB, Spread, allocated_peak, fresh_compiler, interleaved, ratios, seconds
+
 from . import registry
-from .measure import MIB, Spread, allocated_peak, fresh_compiler, interleaved, ratios, seconds
 from .report import RESULTS, Report
 
 CONTROL = "ours (again)"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.simulated [--filter WORDS] [--arch 80 90]
 
-Every case calls a public operator with `backend="triton"` on CPU tensors inside `tests.ptxsim.simulated` and is a row
+Every case calls a public operator with `backend="triton"` on CPU tensors inside `lab.ptxsim.simulated` and is a row
 of `benchmarks/results/simulated.md`. Counts are exact and repeat; there are no times. What was counted is compared with
 the torch twin and fp64 as well: if a result is further off than the bounds allow, the command ends with 1 and writes
 nothing.
@@ -27,7 +27,7 @@ from scfg_kernels._launch import in_one_sweep
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.ptxsim import Traffic, simulated
+from lab.ptxsim import Traffic, simulated
 
 from . import registry
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import registry
-from benchmarks.measure import fresh_compiler, seconds
 from benchmarks.report import environment
+from lab.measure import fresh_compiler, seconds
 
 SECONDS_PER_CASE = 1.0
 RUNS = [

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lab.measure import fresh_compiler
+
 from . import registry
-from .measure import fresh_compiler
 
 
 def verify(

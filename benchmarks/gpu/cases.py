@@ -2,7 +2,7 @@
 
 ours        the public operator; Triton on a GPU
 eager       `scaled_dot_product_attention`, with the map from probabilities beside it; elsewhere the torch twin
-published   the published way (`tests/reference/official.py`): the probabilities of every head in memory
+published   the published way (`lab/reference/official.py`): the probabilities of every head in memory
 compiled    `torch.compile` of the torch twin
 """
 

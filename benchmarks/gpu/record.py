@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..measure import Spread
+from lab.measure import Spread
+
 from .grid import Case
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..measure import fresh_compiler
+from lab.measure import fresh_compiler
+
 from . import cases as ways_of
 from .budget import Budget
 from .device import Cpu, Cuda, Device

@@ -10,8 +10,8 @@ import torch
 
 import scfg_fast
 from benchmarks import overhead, plot, registry, report, run, verify
-from benchmarks.measure import CountOps, Spread, allocated_peak, interleaved, ratios
-from tests.reference import official
+from lab.measure import CountOps, Spread, allocated_peak, interleaved, ratios
+from lab.reference import official
 
 EAGER = ("literal", "ours")
 SMALL = [case for case in registry.QUICK_CASES if case.batch == 2]

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import blocks, layers, overhead, report
 from benchmarks.layers import ALL, METRICS, PLAIN, PREVIOUS, Capture, Compared
-from benchmarks.measure import MIB
-from tests.pipelines.tiny import tiny_sdxl_pipeline, tiny_sdxl_unet
+from lab.measure import MIB
+from lab.tiny.unets import tiny_sdxl_pipeline, tiny_sdxl_unet
 
 SIZES = (("plain", 2), ("ours-all", 4), (overhead.CONTROL, 2))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scfg_kernels import complete, guide, segment
 from scfg_kernels.testing import assert_masks_agree
 
-from tests.reference import official
+from lab.reference import official
 
 TOKENS = 77
 

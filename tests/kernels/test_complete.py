@@ -5,8 +5,8 @@ import torch
 from scfg_kernels import complete
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
+from lab.reference import official
 from tests.kernels.cases import BATCH_NOISE, DTYPES, by_name, random_maps
-from tests.reference import official
 
 REFERENCES = {"official": official.official_completion, "paper": official.paper_completion}
 SIZES = {

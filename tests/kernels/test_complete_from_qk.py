@@ -7,8 +7,8 @@ import torch
 from scfg_kernels import attention_map, complete, complete_from_qk
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 
+from lab.reference import official
 from tests.kernels.cases import BATCH_NOISE, DTYPES, by_name, random_maps, random_qkv, reference_map
-from tests.reference import official
 
 MODULE = sys.modules["scfg_kernels.complete_from_qk"]
 REFERENCES = {"official": official.official_completion, "paper": official.paper_completion}

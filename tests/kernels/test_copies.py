@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ptxsim import recorded, simulated
 from scfg_kernels import guide, guide_pixels, segment_and_guide
 from scfg_kernels.testing import as_layout
 
+from lab.ptxsim import recorded, simulated
 from tests.kernels.cases import random_maps
 
 TOKENS = 5

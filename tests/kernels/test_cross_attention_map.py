@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from scfg_kernels import cross_attention_map
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 
+from lab.reference import official
 from tests.kernels.cases import ATTENTION_SHAPES, BATCH_NOISE, DTYPES, by_name, random_qkv, reference_map
-from tests.reference import official
 
 
 @pytest.mark.parametrize("dtype", **by_name(DTYPES))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from scfg_kernels import guide
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 
+from lab.reference import deepfloyd, official
 from tests.kernels.cases import DTYPES, TOKENS, by_name, one_hot, random_step, step_by_operators, step_by_reference
-from tests.reference import deepfloyd, official
 
 RATE_NOISE = 3e-6
 """Relative error of an fp32 rate: two means over up to 4096 pixels and a quotient, each summed in its own order."""

@@ -9,8 +9,8 @@ from scfg_kernels.guide_pixels import guide_pixels_torch
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lab.reference import official
 from tests.kernels.cases import DTYPES, by_name
-from tests.reference import official
 
 LATENTS = {"64x64": (64, 64), "65x97": (65, 97), "one-row": (1, 63), "one-column": (50, 1), "one-pixel": (1, 1)}
 RANGES = {

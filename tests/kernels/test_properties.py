@@ -8,6 +8,7 @@ import pytest
 import torch
 from scfg_kernels import complete, guide, segment, smooth
 
+from lab.reference import official
 from tests.kernels.cases import (
     TOKENS,
     Step,
@@ -20,7 +21,6 @@ from tests.kernels.cases import (
     step_by_operators,
     step_by_reference,
 )
-from tests.reference import official
 
 UNCLAMPED = {"rate_min": None, "rate_max": None, "max_scale": None, "blur_sigma": 0.0}
 

@@ -5,6 +5,7 @@ import torch
 from scfg_kernels import complete, segment, smooth
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
+from lab.reference import deepfloyd, official
 from tests.kernels.cases import (
     TOKENS,
     assert_agrees_with_reference,
@@ -15,7 +16,6 @@ from tests.kernels.cases import (
     random_step,
     segment_by_operators,
 )
-from tests.reference import deepfloyd, official
 
 GRIDS = {
     # name: (layers as (h, w), grid)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from scfg_kernels import self_attention_map
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 
+from lab.reference import official
 from tests.kernels.cases import BATCH_NOISE, DTYPES, SELF_SHAPES, by_name, random_qkv, reference_map, with_same_keys
-from tests.reference import official
 
 
 @pytest.mark.parametrize("dtype", **by_name(DTYPES))

@@ -5,8 +5,8 @@ import torch
 from scfg_kernels import complete, cross_attention_map, guide, segment, self_attention_map
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 
+from lab.reference import official
 from tests.kernels.cases import DTYPES, TOKENS, by_name, one_hot, random_qkv, reference_map, token_margin
-from tests.reference import official
 
 HEADS, DIM = 8, 40
 LATENTS = {"64x64": (64, 64), "65x97": (65, 97)}

@@ -20,10 +20,10 @@ from diffusers.models.attention_processor import Attention, XFormersAttnProcesso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfg_fast
-from benchmarks.measure import IMPLEMENTATIONS
+from lab.measure import IMPLEMENTATIONS
+from lab.reference.replaced import replaced_run
+from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import Regions, SCFGWarning
-from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
-from tests.reference.replaced import replaced_run
 
 STEPS = 4
 TOLERANCE = 5e-6

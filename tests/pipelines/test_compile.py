@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import scfg_fast
+from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast.guidance import WeightSchedule
-from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
 def run(pipe, **kwargs) -> torch.Tensor:

@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor, SlicedAtt
 from torch._dynamo.testing import CompileCounter
 
 import scfg_fast
+from lab.reference.deepfloyd import replaced_run
+from lab.tiny.deepfloyd import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
 from scfg_fast import Regions, SCFGConfig, SCFGWarning, cli
 from scfg_fast.guidance import CharacteristicGuidance, LossGuidance, WeightSchedule
-from tests.pipelines.tiny_if import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
-from tests.reference.deepfloyd import replaced_run
 
 NAMES = STAGE_ONE + STAGE_TWO
 TOLERANCE = 5e-6

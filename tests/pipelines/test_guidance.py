@@ -19,11 +19,11 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
+from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.guidance import CFGPlusPlus, Step, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
-from tests.pipelines.loops import NEGATIVES, PROMPTS, Literal
-from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 5

@@ -10,9 +10,9 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 
 import scfg_fast
+from lab.tiny.unets import tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.guider import SCFGGuidance
-from tests.pipelines.tiny import tiny_sdxl_pipeline
 
 STEPS = 4
 TOLERANCE = 1e-5

@@ -29,14 +29,14 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 import scfg_fast
-from scfg_fast import SCFGConfig
-from scfg_fast.guider import SCFGGuidance
-from tests.pipelines.tiny_transformers import (
+from lab.reference.transformers import reference_run
+from lab.tiny.transformers import (
     TINY,
     Tiny,
     made,
 )
-from tests.reference.transformers import reference_run
+from scfg_fast import SCFGConfig
+from scfg_fast.guider import SCFGGuidance
 
 pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets every guided token back")
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
 
 import scfg_fast
+from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig, bundled_model_path, invert
 from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
-from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 10

@@ -13,10 +13,10 @@ from scfg_kernels import attention_map, self_attention_map
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
 import scfg_fast
+from lab.reference.official import literal_run
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.processors import BatchLayout, CrossAttentionCapture, SelfAttentionCapture, wrap_block
-from tests.pipelines.tiny import tiny_sd_pipeline
-from tests.reference.official import literal_run
 
 TOKENS = 1056
 LAYOUTS = {

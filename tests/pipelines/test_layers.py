@@ -8,10 +8,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import scfg_fast
 from benchmarks.overhead import SD15_UNET, SDXL_UNET
+from lab.tiny.unets import tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import BlockInfo, choose_layers
 from scfg_fast.processors import find_blocks
-from tests.pipelines.tiny import tiny_sdxl_pipeline
 
 ONE = SCFGConfig(layers="one-per-transformer")
 

@@ -22,8 +22,8 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import scfg_fast
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig, UnsupportedPipelineError
-from tests.pipelines.tiny import tiny_sd_pipeline
 
 
 @pytest.fixture()

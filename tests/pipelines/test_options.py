@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import scfg_fast
 import scfg_fast.families
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import Regions, SCFGConfig, SCFGError, SCFGWarning
-from tests.pipelines.tiny import tiny_sd_pipeline
 
 PROMPT = "a red cat on the grass"
 STEPS = 6

@@ -13,9 +13,9 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.reference.official import literal_run
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import Regions, SCFGConfig
-from tests.pipelines.tiny import tiny_sd_pipeline
-from tests.reference.official import literal_run
 
 PROMPTS = ["a red cat on the grass", "a blue boat", "a girl and a dog in a house"]
 NEGATIVES = ["", "a car", "a black bird on a table"]

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 import scfg_fast
+from lab.reference.replaced import replaced_run
+from lab.tiny.unets import sharpen, tiny_sdxl_pipeline
 from scfg_fast.capture import choose_layers
 from scfg_fast.config import SCFGConfig
 from scfg_fast.processors import find_blocks
-from tests.pipelines.tiny import sharpen, tiny_sdxl_pipeline
-from tests.reference.replaced import replaced_run
 
 STEPS = 6
 HANDOVER = 0.5

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import scfg_fast
+from lab.reference.transformers import reference_run
+from lab.tiny.transformers import BATCH, TINY, Tiny, made, sd3
+from lab.tiny.unets import tiny_vae
 from scfg_fast import SCFGConfig, SCFGError, SCFGWarning
 from scfg_fast.capture import BlockInfo, choose_layers
 from scfg_fast.guidance import CFGPlusPlus, CharacteristicGuidance
-from tests.pipelines.tiny import tiny_vae
-from tests.pipelines.tiny_transformers import BATCH, TINY, Tiny, made, sd3
-from tests.reference.transformers import reference_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:scfg_fast. this pipeline sets every guided token back")
 

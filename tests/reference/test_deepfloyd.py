@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.pipelines.tiny_if import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
-from tests.reference import deepfloyd, official
+from lab.reference import deepfloyd, official
+from lab.tiny.deepfloyd import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
 
 
 def test_the_explicit_processor_gives_the_output_of_the_stock_one() -> None:

@@ -6,8 +6,8 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from tests.pipelines.tiny import tiny_sd_pipeline
-from tests.reference import official
+from lab.reference import official
+from lab.tiny.unets import tiny_sd_pipeline
 
 RATE_ONE = {"rate_min": 1.0, "rate_max": 1.0}
 

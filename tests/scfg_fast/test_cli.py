@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 
 import scfg_fast
+from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.cli import main
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.regions import Regions, token_labels
-from tests.pipelines.tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PROMPT = "a red cat on the blue sea"
 ROOT = Path(__file__).parents[2]

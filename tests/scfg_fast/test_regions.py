@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import scfg_fast.regions as regions_module
+from lab.tiny.unets import tiny_tokenizer
 from scfg_fast.regions import (
     RegionRow,
     Regions,
@@ -26,7 +27,6 @@ from scfg_fast.regions import (
     token_color,
     token_labels,
 )
-from tests.pipelines.tiny import tiny_tokenizer
 
 LABELS = ["<start>", "a", "red", "cat", "on", "a", "sea", "<end>", "<pad>", "<pad>"]
 

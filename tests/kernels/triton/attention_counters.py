@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ptxsim import simulated
 from scfg_kernels import cross_attention_map, propagate
 from scfg_kernels.testing import as_layout
 
 from benchmarks.report import environment
+from lab.ptxsim import simulated
 from tests.kernels.cases import random_maps, random_qkv
 
 README = Path(__file__).parents[3] / "kernels" / "README.md"

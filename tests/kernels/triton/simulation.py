@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ptxsim import Launch, SimError, simulated
-from ptxsim.tests.mutations import without_masks
 from scfg_kernels.testing import Guarded, guarded_empty
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lab.ptxsim import Launch, SimError, simulated
+from lab.ptxsim.tests.mutations import without_masks
 
 ARCHITECTURES = (80, 90)
 """mma.sync with cp.async, and the first with wgmma."""

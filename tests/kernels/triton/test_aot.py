@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import triton
-from ptxsim import TARGETS
 from scfg_kernels import _launch
 from scfg_kernels._launch import MAX_HEAD_DIM_FP32, OPS, DeviceLimits
 
 from benchmarks import aot
 from benchmarks.gpu import grid
+from lab.ptxsim import TARGETS
 
 SOME = {
     "self_attention_map/sd15-16x16/float16": "sm_80",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptxsim import DEVICES, simulated
 from scfg_kernels import attention_map, cross_attention_map, self_attention_map
 from scfg_kernels._launch import AttentionConfig, DeviceLimits, FlashConfig, flash_config
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.attention_map import attention_with_map
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
+from lab.ptxsim import DEVICES, simulated
 from tests.kernels.cases import by_name, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside_is_touched, run
 

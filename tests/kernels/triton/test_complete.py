@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from ptxsim import recorded
 from scfg_kernels import complete
 from scfg_kernels._launch import CompleteConfig
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import assert_as_accurate_as
 
+from lab.ptxsim import recorded
 from tests.kernels.cases import by_name, random_maps
 from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside_is_touched, run
 

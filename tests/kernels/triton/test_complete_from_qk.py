@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from ptxsim import simulated
 from scfg_kernels import attention_map, complete, complete_from_qk
 from scfg_kernels._launch import PropagateConfig
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
+from lab.ptxsim import simulated
 from tests.kernels.cases import by_name, random_maps, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside_is_touched, run
 

@@ -10,11 +10,11 @@ import pytest
 import scfg_kernels
 import torch
 import triton
-from ptxsim import Traffic
 from scfg_kernels._launch import OPS
 
 from benchmarks import simulated
 from benchmarks.simulated import Count
+from lab.ptxsim import Traffic
 from tests.kernels.triton import attention_counters
 
 CASES = {case.name: case for case in simulated.CASES}

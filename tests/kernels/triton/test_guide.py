@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from ptxsim import simulated
 from scfg_kernels import guide
 from scfg_kernels._launch import GuideConfig
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
+from lab.ptxsim import simulated
 from tests.kernels.cases import by_name
 from tests.kernels.triton.simulation import ARCHITECTURES, PoisonedMemory, assert_nothing_beside_is_touched, run
 

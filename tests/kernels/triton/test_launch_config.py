@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from ptxsim import recorded
 from scfg_kernels import BackendError, _launch, attention_map, choose_backend
 from scfg_kernels._launch import (
     AttentionConfig,
@@ -36,6 +35,7 @@ from scfg_kernels._launch import (
 )
 from scfg_kernels._triton import KERNELS
 
+from lab.ptxsim import recorded
 from tests.kernels.cases import by_name
 
 CUDA = torch.device("cuda")

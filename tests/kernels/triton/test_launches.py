@@ -16,7 +16,6 @@ import pytest
 import scfg_kernels as ops
 import torch
 from diffusers import StableDiffusionPipeline
-from ptxsim import recorded, simulated
 from scfg_kernels._launch import OPS, GuideConfig, PixelConfig, device_guard
 from scfg_kernels._triton import KERNELS
 from scfg_kernels._triton._order import counters
@@ -25,13 +24,14 @@ from torch.utils._pytree import tree_leaves
 
 import scfg_fast
 from benchmarks import aot
-from benchmarks.measure import CountOps
+from lab.measure import CountOps
+from lab.ptxsim import recorded, simulated
+from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.steps import StepWeight
 from tests.kernels.cases import random_maps, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES
-from tests.pipelines.tiny import tiny_sd_pipeline
 
 BLOCKS = 6
 """Captured blocks of Stable Diffusion 1.5, and of the tiny pipeline: five at latent / 4, one at latent / 8."""

@@ -8,11 +8,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptxsim import DEVICES, SimError, simulated
-from ptxsim.tests.mutations import with_weaker_order, without_synchronisation
 from scfg_kernels._triton import _order
 from scfg_kernels._triton._order import announce, counters, leave, leave_meeting, meet, take_ticket, wait
 
+from lab.ptxsim import DEVICES, SimError, simulated
+from lab.ptxsim.tests.mutations import with_weaker_order, without_synchronisation
 from tests.kernels.triton.simulation import ARCHITECTURES
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptxsim import simulated
-from ptxsim.driver import DEVICES
 from scfg_kernels import attention_map, complete, complete_from_qk, cross_attention_map, propagate
 from scfg_kernels._launch import (
     DeviceLimits,
@@ -21,6 +19,8 @@ from scfg_kernels._launch import (
 )
 from scfg_kernels._triton import KERNELS
 
+from lab.ptxsim import simulated
+from lab.ptxsim.driver import DEVICES
 from tests.kernels.cases import by_name, random_maps, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES
 

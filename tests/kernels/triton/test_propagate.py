@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptxsim import simulated
 from scfg_kernels import propagate
 from scfg_kernels._launch import PropagateConfig
 from scfg_kernels._triton import KERNELS
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
+from lab.ptxsim import simulated
 from tests.kernels.cases import by_name, random_maps, random_qkv
 from tests.kernels.triton.simulation import assert_nothing_beside_is_touched, run
 

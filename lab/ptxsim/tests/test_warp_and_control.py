@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import SimError, machine
-from ptxsim.tests.assembly import evaluate, run_body
+from lab.ptxsim import SimError, machine
+from lab.ptxsim.tests.assembly import evaluate, run_body
 
 LANES = np.arange(32)
 VALUES = (LANES * 7 + 3).astype(np.uint32)
@@ -138,8 +138,8 @@ def test_registers_of_inner_scopes_are_their_own() -> None:
 
 
 def test_launch_coordinates() -> None:
-    from ptxsim import Counters, GlobalMemory, decode, launch
-    from ptxsim.tests.assembly import kernel_text
+    from lab.ptxsim import Counters, GlobalMemory, decode, launch
+    from lab.ptxsim.tests.assembly import kernel_text
 
     out = np.zeros(2 * 3 * 5, np.int64)
     body = """mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z; mov.u32 %r4, %nctaid.x;

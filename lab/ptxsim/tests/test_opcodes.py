@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ptxsim.dtypes import PACKED, TYPES
-from ptxsim.opcodes import integer, memory_access
-from ptxsim.tests import test_arithmetic, test_matrix, test_memory, test_warp_and_control
+from lab.ptxsim.dtypes import PACKED, TYPES
+from lab.ptxsim.opcodes import integer, memory_access
+from lab.ptxsim.tests import test_arithmetic, test_matrix, test_memory, test_warp_and_control
 
-decoding = importlib.import_module("ptxsim.decode")  # the package has a function of this name
+decoding = importlib.import_module("lab.ptxsim.decode")  # the package has a function of this name
 UNIT_TESTS = (test_arithmetic, test_matrix, test_memory, test_warp_and_control)
 # Cache hints, memory order (`test_visibility`), and the types of operands.
 NOT_ASKED_FOR = {*memory_access.HINTS, *TYPES, *PACKED, *integer.PACKED_KINDS}
@@ -47,7 +47,7 @@ def test_every_opcode_and_modifier_has_a_unit_test(monkeypatch: pytest.MonkeyPat
         tested[instruction.base].update(instruction.modifiers)
         return step
 
-    opcodes = importlib.import_module("ptxsim.opcodes")
+    opcodes = importlib.import_module("lab.ptxsim.opcodes")
     for module in (decoding, *vars(opcodes).values()):
         if isinstance(module, ModuleType) and hasattr(module, "modifiers"):
             monkeypatch.setattr(module, "modifiers", noted)

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.reference.transformers import Layout
+from lab.reference.transformers import Layout
 
 BATCH, STEPS = 3, 3
 

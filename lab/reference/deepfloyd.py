@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
-from tests.reference import official
-from tests.reference.replaced import replace_guidance_line
+from lab.reference import official
+from lab.reference.replaced import replace_guidance_line
 
 EPSILON = 1e-8
 

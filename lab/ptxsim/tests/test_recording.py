@@ -7,8 +7,8 @@ import torch
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from ptxsim import TARGETS, SimError, recorded, simulated
-from ptxsim.tests.samples import add_kernel, matmul_kernel, vector_add
+from lab.ptxsim import TARGETS, SimError, recorded, simulated
+from lab.ptxsim.tests.samples import add_kernel, matmul_kernel, vector_add
 
 
 @pytest.mark.parametrize("target", TARGETS)

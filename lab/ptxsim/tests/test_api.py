@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ptxsim import DEVICES, SimError, simulated
-from ptxsim.tests.samples import add_kernel, matmul, matmul_kernel, softmax_kernel, vector_add
+from lab.ptxsim import DEVICES, SimError, simulated
+from lab.ptxsim.tests.samples import add_kernel, matmul, matmul_kernel, softmax_kernel, vector_add
 
 
 def test_the_previous_driver_comes_back() -> None:

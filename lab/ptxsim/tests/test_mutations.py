@@ -12,15 +12,15 @@ import pytest
 import torch
 import triton
 
-from ptxsim import SimError, simulated
-from ptxsim.tests.mutations import (
+from lab.ptxsim import SimError, simulated
+from lab.ptxsim.tests.mutations import (
     Mutant,
     with_weaker_order,
     without_all,
     without_masks,
     without_synchronisation,
 )
-from ptxsim.tests.samples import SAMPLES, Guarded, Sample, last_one_out
+from lab.ptxsim.tests.samples import SAMPLES, Guarded, Sample, last_one_out
 
 DROPPED = {80: (13, 4), 90: (22, 4)}  # by Triton 3.8.0: caught, and shown to be redundant
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from tests.reference import official
+from lab.reference import official
 
 LISTED_LINE = re.compile(r"pos \+ current_guidance_scale \* \(pos - neg\)")
 GUIDANCE_LINE = re.compile(r"(\w+) \+ ((?:self\.)?\w*guidance_scale|true_cfg_scale) \* \((\w+) - \1\)")

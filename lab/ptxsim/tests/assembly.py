@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptxsim import Counters, GlobalMemory, decode, launch
-from ptxsim.dtypes import TYPES, bits_of
+from lab.ptxsim import Counters, GlobalMemory, decode, launch
+from lab.ptxsim.dtypes import TYPES, bits_of
 
 HEADER = ".version 8.8\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim import SimError
-from ptxsim.tests.assembly import evaluate
+from lab.ptxsim import SimError
+from lab.ptxsim.tests.assembly import evaluate
 
 RNG = np.random.default_rng(0)
 S32 = np.concatenate([RNG.integers(-(2**31), 2**31, 24), [0, 1, -1, 2**31 - 1, -(2**31), 7, -7, 31]]).astype(np.int32)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
-from tests.reference.official import LiteralCaptureProcessor, LiteralStore, head_mean, literal_guidance
+from lab.reference.official import LiteralCaptureProcessor, LiteralStore, head_mean, literal_guidance
 
 GUIDANCE_LINE = re.compile(
     r"noise_pred_uncond\s*\+ ((?:self\.)?guidance_scale) \* \(noise_pred_text - noise_pred_uncond\)"

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ptxsim import simulated
-from ptxsim.tests.samples import flash, matmul, softmax
+from lab.ptxsim import simulated
+from lab.ptxsim.tests.samples import flash, matmul, softmax
 
 ARCHS = [80, 90, 120]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim import SimError
-from ptxsim.tests.assembly import execute, kernel_text, run_body
+from lab.ptxsim import SimError
+from lab.ptxsim.tests.assembly import execute, kernel_text, run_body
 
 LANE = np.arange(32)
 GROUP, T = LANE // 4, LANE % 4

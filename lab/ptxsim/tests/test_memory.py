@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import SimError
-from ptxsim.tests.assembly import run_body
+from lab.ptxsim import SimError
+from lab.ptxsim.tests.assembly import run_body
 
 
 def test_vector_load_and_store_with_a_mask() -> None:
@@ -300,7 +300,7 @@ def test_float_and_packed_atomics() -> None:
 
 
 def test_constant_tables_and_local_memory() -> None:
-    from ptxsim.tests.assembly import execute, kernel_text
+    from lab.ptxsim.tests.assembly import execute, kernel_text
 
     out = np.zeros(32, np.int64)
     body = """mov.b64 %rd3, table; ld.global.nc.b32 %r1, [%rd3+4]; mov.b64 %rd4, depot; st.local.b32 [%rd4+4], %t;

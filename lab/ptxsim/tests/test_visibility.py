@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import SimError, machine
-from ptxsim.machine import MAX_POLLS
-from ptxsim.tests.assembly import run_body
+from lab.ptxsim import SimError, machine
+from lab.ptxsim.machine import MAX_POLLS
+from lab.ptxsim.tests.assembly import run_body
 
 FIRST = "setp.eq.u32 %p2, %ctaid.x, 0;"  # of two CTAs; their threads' places in p0 are %rd4, those of the other %rd5
 PLACES = "mul.wide.u32 %rd3, %t, 4; add.s64 %rd4, %rd0, %rd3; xor.b64 %rd5, %rd3, 128; add.s64 %rd5, %rd0, %rd5;"
