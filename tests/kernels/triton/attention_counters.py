@@ -2,7 +2,7 @@
 
 Writes the table of `kernels/README.md`, and the commit beside its command:
 
-    PYTHONPATH=.:kernels:tests python -m tests.kernels.triton.attention_counters
+    PYTHONPATH=.:kernels python -m tests.kernels.triton.attention_counters
 
 Rows are whole programs of the layer; the other programs do the same on other rows.
 """
