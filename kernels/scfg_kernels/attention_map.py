@@ -158,7 +158,7 @@ def _attention_map(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, scale: float, backend: str
 ) -> torch.Tensor:
     if backend == "triton":
-        return KERNELS["attention_map"](q, k, scale)
+        return KERNELS["attention_map"](q, k, lse, scale)
     return head_mean_map(q, k, lse, scale)
 
 
