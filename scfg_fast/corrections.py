@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from .denoisers.install import CapturedBlock
 from .guidance.characteristic import CharacteristicGuidance, Shift, solve
 from .guidance.loss import LossGuidance, loss_gradient, renoise, update
 from .guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
-from .install import CapturedBlock
 from .stepping import Step as SchedulerStep
 from .stepping import rewind, snapshot
 
@@ -239,7 +239,7 @@ class Corrections:
             kwargs = {**kwargs, "sample": moved}
         self._stats.samples += moved.shape[0]
         for block in self._blocks:
-            block.rest()
+            block.deactivate()
         self.inside = True
         try:
             return state.module(*args, **kwargs)[0].chunk(len(latents))

@@ -17,13 +17,14 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .config import SCFGConfig
-from .denoisers import UNet, denoiser_of
+from .denoisers.install import unwrap
+from .denoisers.registry import denoiser_of
+from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.predictions import PREDICTION_TYPES
 from .guidance.steps import StepWeight
 from .hooks import CallContext
-from .install import unwrap
 
 
 def _property_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:

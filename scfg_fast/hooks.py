@@ -30,17 +30,18 @@ from typing import Any, cast
 import torch
 from scfg_kernels import guide, guide_pixels, segment_and_guide
 
-from .capture import BlockInfo, CompletedMaps, StepMaps, collect
+from .capture.layers import BlockInfo
+from .capture.maps import BatchLayout, BlockMaps, StepMaps, collect
 from .config import SCFGConfig
 from .corrections import Convergence, Corrections, StepInputs, argument, copied, second_half
-from .denoisers import Denoiser, UNet
+from .denoisers.base import Denoiser
+from .denoisers.install import IN_USE, CapturedBlock, unwrap
+from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import Step, StepWeight, in_part, step_levels
-from .install import IN_USE, CapturedBlock, unwrap
-from .processors import BatchLayout
+from .layouts import Geometry
 from .regions import Regions
-from .views import Geometry
 
 # Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
 MIN_SCALE_OF_REWRITE = 1.05
@@ -144,20 +145,12 @@ class CallContext:
 
 
 @dataclass(frozen=True)
-class Hooked:
+class HookedDenoiser:
     """A denoiser of the call: how it is read, and what is captured in it."""
 
     module: torch.nn.Module
     denoiser: Denoiser
     blocks: Sequence[CapturedBlock]
-
-
-@dataclass
-class Left:
-    """What a block left behind, taken out of it."""
-
-    tokens: torch.Tensor | None
-    start: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ class FirstPass:
 
     sample: Any
     prediction: torch.Tensor | None
-    maps: list[Left]
+    maps: list[BlockMaps]
 
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
@@ -194,7 +187,7 @@ class RegionFinder:
         self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
 
     def take(
-        self, layers: Sequence[tuple[BlockInfo, CompletedMaps]], latent_size: tuple[int, int]
+        self, layers: Sequence[tuple[BlockInfo, BlockMaps]], latent_size: tuple[int, int]
     ) -> tuple[StepMaps | None, list[str]]:
         """The maps of a step, and the names of layers that were left out for want of one.
 
@@ -271,7 +264,7 @@ class GuidanceHook:
     def __init__(
         self,
         config: SCFGConfig,
-        denoisers: Sequence[Hooked],
+        denoisers: Sequence[HookedDenoiser],
         context: CallContext,
         stats: Stats,
         on_regions: Callable[[int, Regions], None] | None,
@@ -384,7 +377,7 @@ class GuidanceHook:
     def _prepare(self, active: bool, branch: str) -> None:
         """The captured layers for the next run of the denoiser."""
         groups = 1 if self.context.two_pass else self.context.groups()
-        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.turned)
+        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.conditional_first)
         for block in self._now.blocks:
             block.prepare(active, layout, self._geometry)
 
@@ -403,7 +396,7 @@ class GuidanceHook:
                 return "guidance is off"
             return self._complain(f"guidance is off: there is nothing to scale. Pass {self.context.switch}.")
         groups = 1 if self.context.two_pass else self.context.groups()
-        if self._now.denoiser.turned and len(sample) == self.context.samples:
+        if self._now.denoiser.conditional_first and len(sample) == self.context.samples:
             return "guidance is off"  # cut off by the pipeline in a part of the run
         if len(sample) != groups * self.context.samples:
             return self._complain(
@@ -497,7 +490,7 @@ class GuidanceHook:
             return None
         view = self._now.denoiser.view(self._now.module)
         prediction = view.open(output[0], self._geometry)
-        left = [_take(block) for block in self._now.blocks]
+        left = [block.take() for block in self._now.blocks]
         if first_pass:
             self._first = FirstPass(sample, prediction, left)
             return None
@@ -505,7 +498,7 @@ class GuidanceHook:
         if first is not None:
             prediction = torch.cat([prediction, cast(torch.Tensor, first.prediction)])
             there = self.context.foreground == "unconditional"
-            left = [Left(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
+            left = [BlockMaps(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
         del first
         maps = self._collect(left) if self._capturing else None
         del left
@@ -560,7 +553,7 @@ class GuidanceHook:
         plain = self._weight == self._scale_now() and not self._half
         return plain and not self.corrections.needs_levels
 
-    def _collect(self, left: list[Left]) -> StepMaps | None:
+    def _collect(self, left: list[BlockMaps]) -> StepMaps | None:
         """What the layers left in this step."""
         blocks = self._now.blocks
         size = (self._geometry.height, self._geometry.width)
@@ -620,13 +613,6 @@ class GuidanceHook:
         scale = self._scale_now()
         dtype = torch.promote_types(cond.dtype, torch.float32)
         return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
-
-
-def _take(block: CapturedBlock) -> Left:
-    """What a block left; forgotten there."""
-    left = Left(block.maps.tokens, block.maps.start)
-    block.maps.tokens = block.maps.start = None
-    return left
 
 
 def batch_must_not_change(denoiser: torch.nn.Module) -> bool:

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DIFFUSERS_ALLOWED = {
-    "processors",
-    "readers",
+    "capture",
+    "denoisers",
     "families",
     "hooks",
     "patch",

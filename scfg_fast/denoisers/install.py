@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from .capture import BlockInfo, choose_layers
-from .config import SCFGConfig
-from .denoisers import denoiser_of
-from .processors import BatchLayout
-from .views import Geometry
+from ..capture.layers import BlockInfo, choose_layers
+from ..capture.maps import BatchLayout, BlockMaps
+from ..config import SCFGConfig
+from ..layouts import Geometry
+from .registry import denoiser_of
 
 IN_USE = (
     "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one after another."
@@ -43,18 +43,20 @@ class CapturedBlock:
     layers: tuple[str, ...]
     captures: tuple[Any, ...]
 
-    @property
-    def maps(self) -> Any:
-        """`CompletedMaps` after the block has run."""
-        return self.captures[-1]
+    def take(self) -> BlockMaps:
+        """What the block left in its last run; dropped there."""
+        last = self.captures[-1]
+        maps = BlockMaps(last.tokens, last.start)
+        last.tokens = last.start = None
+        return maps
 
     def prepare(self, active: bool, layout: BatchLayout, geometry: Geometry) -> None:
         """For the next run of the denoiser."""
         for capture in self.captures:
             capture.active = active
-        self.maps.layout, self.maps.geometry = layout, geometry
+        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
 
-    def rest(self) -> None:
+    def deactivate(self) -> None:
         """The user's own processors alone, until it is prepared again."""
         for capture in self.captures:
             capture.active = False
@@ -143,4 +145,4 @@ def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterat
                 store.pop("processor", None)
         for block in blocks:
             for capture in block.captures:
-                capture.forget()
+                capture.release()
