@@ -272,7 +272,7 @@ def _read_config(args: argparse.Namespace) -> SCFGConfig:
 
 def _config_for(session: Session, args: argparse.Namespace, config: SCFGConfig) -> SCFGConfig:
     """The configuration as it was read, or the pipeline's own published values where none was asked for."""
-    from .families import default_config
+    from .pipelines.families import default_config
 
     return default_config(session.pipe) if args.config is None and args.fidelity != "paper" else config
 
@@ -532,7 +532,7 @@ def _note(text: str) -> None:
 
 def _note_if_cut(session: Session, prompt: str) -> None:
     """Tell the user what part of a long prompt the model will not read."""
-    from .families import tokenizer_of
+    from .pipelines.call import tokenizer_of
 
     tokenizer = tokenizer_of(session.pipe)
     if tokenizer is None:
@@ -545,7 +545,7 @@ def _note_if_cut(session: Session, prompt: str) -> None:
 
 
 def _labels(session: Session, prompt: str) -> list[str]:
-    from .families import tokenizer_of
+    from .pipelines.call import tokenizer_of
     from .regions import token_labels
 
     tokenizer = tokenizer_of(session.pipe)

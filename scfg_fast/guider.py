@@ -28,15 +28,16 @@ from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
-from .corrections import argument
 from .denoisers.base import Denoiser
 from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
 from .guidance.steps import in_part
-from .hooks import RegionFinder, SCFGWarning, Segments, Stats, guide_by_pixel
 from .layouts import Geometry, Images, View
 from .regions import Regions
+from .step.arguments import argument
+from .step.context import SCFGWarning, Stats
+from .step.finder import RegionFinder, Segments, guide_by_pixel
 
 
 class SCFGGuidance(ClassifierFreeGuidance):

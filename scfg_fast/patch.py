@@ -22,16 +22,18 @@ from scfg_kernels import available_backends
 from .capture.layers import choose_layers
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CaptureSet, claimed, installed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, installed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.unet import UNet
-from .families import cells_of, default_config, denoisers_of, family_of, read_call, why_not, with_benchmark
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
-from .hooks import GuidanceHook, HookedDenoiser, Stats
+from .pipelines.call import read_call
+from .pipelines.families import cells_of, default_config, denoisers_of, family_of, why_not, with_benchmark
 from .regions import Regions
-from .stepping import stepping
+from .step.context import Stats
+from .step.hook import GuidanceHook
+from .step.scheduler import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 

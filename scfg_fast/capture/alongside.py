@@ -134,9 +134,8 @@ class TransformerCapture:
         used, unconditional = last.layout.rows(cross.shape[0])
         column = start_column(compared.bias, cross.shape[2], self.start_token)
         if isinstance(column, torch.Tensor):
-            column = (swapped_halves(column) if last.layout.conditional_first else column).repeat_interleave(
-                geometry.frames, 0
-            )[used]
+            column = swapped_halves(column) if last.layout.conditional_first else column
+            column = column.repeat_interleave(geometry.frames, 0)[used]
         cross = cross[used]
         if own is None:  # linear self-attention has no map: nothing spreads
             last.tokens = cross[unconditional:].transpose(1, 2).contiguous()

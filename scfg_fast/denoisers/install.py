@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..capture.layers import BlockInfo, choose_layers
 from ..capture.maps import BatchLayout, BlockMaps
 from ..config import SCFGConfig
 from ..layouts import Geometry
+from .base import Denoiser
 from .registry import denoiser_of
 
 IN_USE = (
@@ -97,6 +98,15 @@ class CaptureSet:
         return self._blocks
 
 
+@dataclass(frozen=True)
+class HookedDenoiser:
+    """A denoiser of a call: how it is read, and what is captured in it."""
+
+    module: torch.nn.Module
+    denoiser: Denoiser
+    blocks: Sequence[CapturedBlock]
+
+
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module under a `torch.compile` wrapper."""
     return getattr(module, "_orig_mod", module)
@@ -146,3 +156,46 @@ def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterat
         for block in blocks:
             for capture in block.captures:
                 capture.release()
+
+
+@contextlib.contextmanager
+def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """A pre-hook and a hook, with keyword arguments, on an object that a pipeline calls.
+
+    A model that was compiled in place traces its hooks into the graph, so there the compiled call itself is wrapped;
+    `before` cannot change its arguments.
+    """
+    compiled = model.__dict__.get("_compiled_call_impl")
+    with contextlib.ExitStack() as undo:
+        if compiled is None:
+            undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+        else:
+
+            def call(*args, **kwargs):
+                before(model, args, kwargs)
+                output = compiled(*args, **kwargs)
+                rewritten = after(model, args, kwargs, output)
+                return output if rewritten is None else rewritten
+
+            undo.callback(setattr, model, "_compiled_call_impl", compiled)
+            model._compiled_call_impl = call
+        yield
+
+
+def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
+    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
+
+    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
+    """
+    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+    for module in denoiser.modules():
+        state = vars(module)
+        if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
+            return True
+        registry = state.get("_diffusers_hook")
+        if registry is not None and not set(registry.hooks) <= harmless:
+            return True
+        if "forward" in state and registry is None and "_hf_hook" not in state:
+            return True
+    return False

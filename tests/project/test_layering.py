@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[2]
 DIFFUSERS_ALLOWED = {
     "capture",
     "denoisers",
-    "families",
-    "hooks",
+    "pipelines",
     "patch",
     "guider",
     "inversion",
