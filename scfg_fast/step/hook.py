@@ -114,9 +114,8 @@ class GuidanceHook:
             return None
         self._now = self._hooked[id(unwrap(module))]
         sample = argument(args, kwargs, 0, self._now.denoiser.sample)
-        self._other_method_call = (
-            kwargs.get("skip_layers") is not None
-        )  # a third prediction, which the pipeline adds itself
+        # A third prediction, which the pipeline adds itself.
+        self._other_method_call = kwargs.get("skip_layers") is not None
         if self._other_method_call:
             self._prepare(False, "both")
             return None
