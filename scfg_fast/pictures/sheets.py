@@ -113,10 +113,9 @@ class _Header:
     """Title and subtitle of a sheet, wrapped to its width."""
 
     def __init__(self, title: str, subtitle: str, width: int, size: int = 22) -> None:
-        self._lines = [
-            (line, default_font(size), INK, size + 8) for line in wrap_text(title, default_font(size), width)
-        ]
-        self._lines += [(line, default_font(14), MUTED, 22) for line in wrap_text(subtitle, default_font(14), width)]
+        large, small = default_font(size), default_font(14)
+        self._lines = [(line, large, INK, size + 8) for line in wrap_text(title, large, width)]
+        self._lines += [(line, small, MUTED, 22) for line in wrap_text(subtitle, small, width)]
         self.height = sum(height for *_, height in self._lines) + (14 if self._lines else 0)
 
     def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int) -> int:
