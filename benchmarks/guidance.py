@@ -9,7 +9,7 @@ prompt leaves open, and to put one in a corner. `characteristic`: residuals of t
 with the ridge projection and without.
 
 Pictures are scored by a classifier: the bundled one, or with `--judge D` (a folder) one that
-`python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
+`python -m training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
 bundled one, so that only another says whether it drew the noun or an adversarial pattern; both are reported.
 
 Writes `benchmarks/results/guidance-TASK.csv` and `.json`.
@@ -32,6 +32,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import scfg_fast
+from lab.referee import assess, load_judge, summarise
+from lab.scenes import RELATIONS, Scene, SceneObject, with_article
 from scfg_fast import SCFGConfig
 from scfg_fast.guidance import (
     Augment,
@@ -43,8 +45,6 @@ from scfg_fast.guidance import (
 )
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.models.classifier import NOUNS, SceneClassifier, bundled_classifier
-from scfg_fast.models.training.judge import assess, load_judge, summarise
-from scfg_fast.models.training.scenes import RELATIONS, Scene, SceneObject, with_article
 
 from .report import RESULTS, ROOT, Report
 
