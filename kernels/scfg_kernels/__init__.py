@@ -17,13 +17,14 @@ implementation (the reference, the CPU path and the fallback), and is registered
 """
 
 from ._launch import BackendError, available_backends, choose_backend
-from .attention_map import attention_map
+from .attention_map import attention_map, attention_maps
 from .attention_with_lse import attention_with_lse
 from .complete import complete
 from .complete_from_qk import complete_from_qk
 from .cross_attention_map import cross_attention_map
 from .guide import guide
 from .guide_pixels import guide_pixels
+from .joint_attention_maps import joint_attention_maps
 from .propagate import propagate
 from .segment import segment, smooth
 from .segment_and_guide import segment_and_guide
@@ -32,6 +33,7 @@ from .self_attention_map import self_attention_map
 __all__ = [
     "BackendError",
     "attention_map",
+    "attention_maps",
     "attention_with_lse",
     "available_backends",
     "choose_backend",
@@ -40,6 +42,7 @@ __all__ = [
     "cross_attention_map",
     "guide",
     "guide_pixels",
+    "joint_attention_maps",
     "propagate",
     "segment",
     "segment_and_guide",

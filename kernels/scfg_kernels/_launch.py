@@ -25,6 +25,8 @@ OPS = (
     "self_attention_map",
     "cross_attention_map",
     "attention_map",
+    "attention_maps",
+    "joint_attention_maps",
     "propagate",
     "complete",
     "complete_from_qk",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import Reasons, check_attention
-from ._launch import attention_limits, choose_backend, outside_autocast
+from ._launch import choose_backend, outside_autocast
 from ._triton import KERNELS
 
 CPU_BLOCK = 1 << 18
@@ -167,6 +167,41 @@ def _(q: torch.Tensor, k: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[2], k.shape[2]), dtype=map_dtype(q.dtype))
 
 
+@torch.library.custom_op("scfg_kernels::attention_maps", mutates_args=())
+def _attention_maps(
+    q1: torch.Tensor, k1: torch.Tensor, lse1: torch.Tensor | None, scale1: float,
+    q2: torch.Tensor, k2: torch.Tensor, lse2: torch.Tensor | None, scale2: float, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if backend == "triton":
+        return KERNELS["attention_maps"](q1, k1, lse1, scale1, q2, k2, lse2, scale2)
+    return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2).mT.contiguous().mT
+
+
+@_attention_maps.register_fake
+def _(
+    q1: torch.Tensor, k1: torch.Tensor, lse1: torch.Tensor | None, scale1: float,
+    q2: torch.Tensor, k2: torch.Tensor, *_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    own = q1.new_empty((q1.shape[0], q1.shape[2], k1.shape[2]), dtype=map_dtype(q1.dtype))
+    return own, q2.new_empty((q2.shape[0], k2.shape[2], q2.shape[2]), dtype=map_dtype(q2.dtype)).mT
+
+
+MAX_HEAD_DIM = 512
+"""Columns of a head that three tiles of the kernels hold."""
+
+
+def map_limits(*operands: torch.Tensor) -> list[str]:
+    """Every reason why the kernels cannot take these queries and keys; empty if they can."""
+    reasons = []
+    if any(x.dtype == torch.float64 for x in operands):
+        reasons.append("the kernel computes in fp32, fp64 needs the torch implementation")
+    if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
+        reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {operands[0].shape[3]}")
+    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
+        reasons.append("the last dimension of queries and keys must have stride 1")
+    return reasons
+
+
 def _check(op: str, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None) -> None:
     check_attention(op, q, k, None)
     if lse is None or (lse.shape == q.shape[:3] and lse.dtype == map_dtype(q.dtype) and lse.device == q.device):
@@ -203,7 +238,43 @@ def attention_map(
         BackendError: `backend="triton"` cannot run here.
     """
     _check("attention_map", q, k, lse)
-    chosen = choose_backend("attention_map", backend, q.device, attention_limits(q, k, None))
+    chosen = choose_backend("attention_map", backend, q.device, map_limits(q, k))
     if chosen == "torch" and not torch.compiler.is_compiling():
         return head_mean_map(q, k, lse, default_scale(q, scale))
     return _attention_map(q, k, lse, default_scale(q, scale), chosen)
+
+
+def attention_maps(
+    q1: torch.Tensor,
+    k1: torch.Tensor,
+    lse1: torch.Tensor | None,
+    q2: torch.Tensor,
+    k2: torch.Tensor,
+    lse2: torch.Tensor | None,
+    *,
+    scale1: float | None = None,
+    scale2: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps of two layers, for example of a block's self- and cross-attention: one launch of the Triton kernel.
+
+    Args:
+        q1, k1, lse1, scale1: of the first layer, as in `attention_map`.
+        q2, k2, lse2, scale2: of the second.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        both maps [B, N, T], as `attention_map`. The second one may lie in memory as [B, T, N], which `complete` reads.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; every reason is listed.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    _check("attention_maps: first layer", q1, k1, lse1)
+    _check("attention_maps: second layer", q2, k2, lse2)
+    scale1, scale2 = default_scale(q1, scale1), default_scale(q2, scale2)
+    limits = map_limits(q1, k1, q2, k2)
+    chosen = choose_backend("attention_maps", backend, q1.device, limits)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2)
+    return _attention_maps(q1, k1, lse1, scale1, q2, k2, lse2, scale2, chosen)

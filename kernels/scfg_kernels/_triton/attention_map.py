@@ -98,7 +98,7 @@ def _product_by_chunks(
 @triton.jit
 def _store_tile(
     q, k, lse, bias, out, tile, rows, columns, heads, scale, share, q_h, q_n, k_h, k_n, lse_h, bias_t,
-    height, width, across,
+    out_n, out_t, height, width, across,
     DIM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
     LARGE: tl.constexpr, STAGES: tl.constexpr,
@@ -137,7 +137,7 @@ def _store_tile(
         if POOL > 1:
             p = tl.where(inside[None, :], p, 0.0)
         total += p
-    pointers = out + own_row.to(tl.int64)[:, None] * columns + own_column[None, :]
+    pointers = out + own_row.to(tl.int64)[:, None] * out_n + own_column.to(tl.int64)[None, :] * out_t
     tl.store(pointers, total * share, mask=(own_row[:, None] < rows) & (own_column[None, :] < columns))
 
 
@@ -156,7 +156,8 @@ def map_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, LARGE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the first map, which may have pooled keys, and of the second, which may have a bias, of every sample."""
+    """Tiles of the first map [rows, columns], which may have pooled keys, and of the second, [columns, rows] in memory,
+    which may have a bias; of every sample."""
     tiles = first_tiles + second_tiles
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -165,7 +166,7 @@ def map_kernel(
             _store_tile(
                 q1 + sample * q1_b * ALIGN, k1 + sample * k1_b * ALIGN, lse1 + sample * lse1_b, bias,
                 out1 + sample * rows1 * columns1, tile, rows1, columns1, heads, scale1, share,
-                q1_h, q1_n, k1_h, k1_n, lse1_h, 0, height, width, across,
+                q1_h, q1_n, k1_h, k1_n, lse1_h, 0, columns1, 1, height, width, across,
                 DIM, W0, W1, W2, CHUNK, ALIGN, PRECISION, BLOCK_M, BLOCK_N, POOL, False, LARGE, STAGES,
             )  # fmt: skip
     if SECOND:
@@ -173,7 +174,7 @@ def map_kernel(
             _store_tile(
                 q2 + sample * q2_b * ALIGN, k2 + sample * k2_b * ALIGN, lse2 + sample * lse2_b, bias + sample * bias_b,
                 out2 + sample * rows2 * columns2, tile - first_tiles, rows2, columns2, heads, scale2, share,
-                q2_h, q2_n, k2_h, k2_n, lse2_h, bias_t, height, width, across,
+                q2_h, q2_n, k2_h, k2_n, lse2_h, bias_t, 1, rows2, height, width, across,
                 DIM, W0, W1, W2, CHUNK, ALIGN, PRECISION, BLOCK_M, BLOCK_N, 1, BIAS, LARGE, STAGES,
             )  # fmt: skip
 
@@ -346,7 +347,11 @@ def _run(first: Job | None, second: Job | None, config: MapConfig | None) -> lis
     """The maps of one launch, of jobs with the same samples, heads, head size and dtype."""
     jobs = [job for job in (first, second) if job is not None]
     samples, heads, _, dim = jobs[0].q.shape
-    maps = [torch.empty((samples, x.q.shape[2], x.columns), dtype=torch.float32, device=x.q.device) for x in jobs]
+    maps = []
+    if first is not None:
+        maps.append(first.q.new_empty((samples, first.q.shape[2], first.columns), dtype=torch.float32))
+    if second is not None:
+        maps.append(second.q.new_empty((samples, second.columns, second.q.shape[2]), dtype=torch.float32).mT)
     if sum(x.numel() for x in maps) == 0:
         return maps
     one, two = first or jobs[0], second or jobs[0]
@@ -418,7 +423,7 @@ def launch_two(
     """The maps of two layers, in one launch where they have the same samples, heads, head size and dtype."""
     first, second = _job(q1, k1, lse1, scale1), _job(q2, k2, lse2, scale2)
     if (q1.shape[:2], q1.shape[3], q1.dtype) != (q2.shape[:2], q2.shape[3], q2.dtype):
-        return _run(first, None, None)[0], _run(second, None, None)[0]
+        return _run(first, None, None)[0], _run(None, second, None)[0]
     own, cross = _run(first, second, None)
     return own, cross
 
@@ -426,13 +431,14 @@ def launch_two(
 def launch_joint(
     q: torch.Tensor, text: torch.Tensor | None, image: torch.Tensor | None, bias: torch.Tensor | None,
     pool: tuple[int, int, int], scale: float,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Of `joint_attention_maps`: the image's map and the text's, of those that there are, before their rows are divided
-    by their sums."""
-    keys = [x for x in (image, text) if x is not None]
-    lse = row_lse(q, keys[0], scale, *keys[1:], bias=bias) if image is not None else None
-    if lse is None:
-        lse = row_lse(q, keys[0][:, :, :0], scale, keys[0], bias=bias)
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """own and cross of `joint_attention_maps`, not divided by their sums; empty where there are no such keys."""
+    nothing = q[:, :, :0] if image is None else image
+    lse = row_lse(q, nothing, scale, text, bias)
     own = None if image is None else Job(q, image[:, :, : pool[0] * pool[1]], lse, scale, None, pool)
     cross = None if text is None else Job(q, text, lse, scale, bias)
-    return _run(own, cross, None)
+    maps = _run(own, cross, None)
+    if own is not None and cross is not None:
+        return maps[0], maps[1]
+    empty = q.new_empty((q.shape[0], q.shape[2], 0), dtype=torch.float32)
+    return (maps[0], empty) if cross is None else (empty, maps[0])
