@@ -9,6 +9,7 @@ an empty negative prompt becomes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,15 +25,20 @@ from .guidance.predictions import PREDICTION_TYPES
 from .guidance.steps import StepWeight
 from .hooks import CallContext
 from .install import unwrap
+from .interception import ancestry, described
 
 
 def _property_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
-    """The pipeline's property, which callbacks may change."""
-    return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+    """The pipeline's property, which callbacks may change. A subclass with a loop of its own may not set what the
+    property reads: there it is the argument."""
+    try:
+        return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+    except AttributeError:
+        return float(arguments["guidance_scale"])
 
 
 def _argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
-    """The bare argument, which no callback changes; but guidance may be switched off by the property."""
+    """The bare argument, which no callback changes. Guidance may still be switched off by the property."""
     return float(arguments["guidance_scale"]) if getattr(pipe, "do_classifier_free_guidance", True) else 1.0
 
 
@@ -54,6 +60,24 @@ def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) 
     early, late = arguments["guidance_scale"], arguments.get("guidance_scale_2")
     return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
+
+ARGUMENT_SCALE = frozenset({
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionControlNetPAGInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    "StableDiffusionXLControlNetPAGPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+})  # fmt: skip
+"""Classes whose guidance line reads the argument `guidance_scale`, where others of their family read the property. A
+test compares this with the source of the installed diffusers."""
 
 SAME_LENGTH = "sets every guided token back to the length of the conditional prediction"
 TRUE_CFG = "true_cfg_scale > 1 and a negative_prompt; without them the model's own distilled guidance is all there is"
@@ -189,10 +213,17 @@ def why_not(pipe: DiffusionPipeline) -> str:
     return f"{name} is not supported{because}; this version supports {families} pipelines"
 
 
+def stock_class(pipe: DiffusionPipeline) -> type | None:
+    """The class of diffusers that a pipeline is of, or derived from, and that a family has; or None."""
+    names = {name for family in FAMILIES for name in family.pipelines}
+    found = (cls for cls in ancestry(type(pipe)) if cls.__name__ in names and cls.__module__.startswith("diffusers."))
+    return next(found, None)
+
+
 def family_of(pipe: DiffusionPipeline) -> Family | None:
     """The family of a pipeline, or None. A subclass of a pipeline belongs to its family."""
-    names = {cls.__name__ for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")}
-    return next((family for family in FAMILIES if not names.isdisjoint(family.pipelines)), None)
+    stock = stock_class(pipe)
+    return next((family for family in FAMILIES if stock is not None and stock.__name__ in family.pipelines), None)
 
 
 def tokenizer_of(pipe: DiffusionPipeline) -> Any:
@@ -202,6 +233,37 @@ def tokenizer_of(pipe: DiffusionPipeline) -> Any:
     has only the second.
     """
     return getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+
+
+def read_arguments(
+    pipe: DiffusionPipeline, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a call by name, as the pipeline of diffusers would get them.
+
+    What a call takes as `**kwargs` counts as named. What it does not name has the default of the stock class.
+
+    Returns:
+        The arguments, or None if they do not fit the call.
+    """
+    try:
+        bound = inspect.signature(described(call)).bind(*args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    stock = inspect.signature(described(cast(Any, stock_class(pipe)).__call__)).parameters.values()
+    arguments = {p.name: p.default for p in stock if p.default is not p.empty}
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(bound.arguments[name])
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            arguments[name] = bound.arguments[name]
+    return arguments
+
+
+def names_a_prompt(pipe: DiffusionPipeline, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt, or its embeddings, can be read from the arguments of a call."""
+    arguments = read_arguments(pipe, call, args, kwargs) or {}
+    return any(arguments.get(name) is not None for name in ("prompt", "prompt_embeds"))
 
 
 def read_call(
@@ -243,6 +305,7 @@ def read_call(
     if type(pipe.scheduler).__name__ == "DDIMExactInverseScheduler":
         _check_inversion(config, schedule, characteristic, loss)
     family = cast(Family, family_of(pipe))
+    scale = _argument_scale if cast(type, stock_class(pipe)).__name__ in ARGUMENT_SCALE else family.scale
     _check_corrections(pipe, family, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     samples = len(prompts if prompts is not None else embeds) * per_prompt
@@ -261,7 +324,7 @@ def read_call(
         mask = word_mask(tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
     return CallContext(
         samples=samples,
-        guidance_scale=functools.partial(family.scale, pipe, arguments),
+        guidance_scale=functools.partial(scale, pipe, arguments),
         guidance_rescale=lambda: _guidance_rescale(pipe, arguments),
         num_steps=functools.partial(_num_steps, pipe, arguments),
         groups=lambda: 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2,
@@ -449,7 +512,8 @@ def _decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _guidance_rescale(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> float:
     """From the pipeline where it has the property, as callbacks may change it; some keep the bare argument; else 0."""
-    return float(getattr(pipe, "guidance_rescale", None) or arguments.get("guidance_rescale") or 0.0)
+    rescale = getattr(pipe, "guidance_rescale", None)
+    return float((arguments.get("guidance_rescale") if rescale is None else rescale) or 0.0)
 
 
 def _num_steps(pipe: Any, arguments: dict[str, Any]) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -144,3 +144,32 @@ def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterat
         for block in blocks:
             for capture in block.captures:
                 capture.forget()
+
+
+@contextlib.contextmanager
+def evaluations(denoiser: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how many times an object that the pipeline calls was called inside the block."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    compiled = denoiser.__dict__.get("_compiled_call_impl")
+    if compiled is None:
+        hook = denoiser.register_forward_pre_hook(counted)
+        try:
+            yield lambda: count
+        finally:
+            hook.remove()
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # compiled in place: a hook would be traced into the graph
+        counted()
+        return compiled(*args, **kwargs)
+
+    cast(Any, denoiser)._compiled_call_impl = call
+    try:
+        yield lambda: count
+    finally:
+        cast(Any, denoiser)._compiled_call_impl = compiled

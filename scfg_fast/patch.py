@@ -1,18 +1,23 @@
 """enable, disable, disabled, supports: putting S-CFG into a pipeline and taking it out again.
 
-`enable` changes one thing: the pipeline object's class becomes a subclass, with the same name, whose `__call__`
-installs the processors and the hooks, runs the original call, and restores everything in a `finally`. Between calls the
-model is stock: the same processor objects, no hooks. So loading adapters, switching attention backends, compiling,
-saving and `from_pipe` see what they expect.
+`enable` changes one thing: the calls of this pipeline object are intercepted (`interception`). A call installs the
+processors and the hooks, runs the original call, and restores everything in a `finally`. Between calls the model is
+stock: the same processor objects, no hooks. So loading adapters, switching attention backends, compiling, saving and
+`from_pipe` see what they expect.
+
+The arguments are read where the pipeline of diffusers gets them. A subclass of the user's that hands its call on
+through `super()`, changed or twice, is guided as the stock pipeline would be. One with a loop of its own is read by the
+arguments that it names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
+import contextvars
+import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -22,16 +27,32 @@ from scfg_kernels import available_backends
 from .capture import choose_layers
 from .config import SCFGConfig
 from .denoisers import Denoiser, UNet, denoiser_of
-from .families import cells_of, default_config, denoisers_of, family_of, read_call, why_not, with_benchmark
+from .families import (
+    Family,
+    cells_of,
+    default_config,
+    denoisers_of,
+    family_of,
+    names_a_prompt,
+    read_arguments,
+    read_call,
+    stock_class,
+    why_not,
+    with_benchmark,
+)
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
-from .hooks import GuidanceHook, Hooked, Stats
-from .install import CaptureSet, claimed, installed, unwrap
+from .hooks import GuidanceHook, Hooked, SCFGError, SCFGWarning, Stats
+from .install import CaptureSet, claimed, evaluations, installed, unwrap
+from .interception import hands_on, intercept, original_of, release
 from .regions import Regions
 from .stepping import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
+_DISABLED: weakref.WeakKeyDictionary[DiffusionPipeline, int] = weakref.WeakKeyDictionary()
+"""How many blocks of `disabled` are open; a pipeline with none is not in it."""
+_DISABLED_LOCK = threading.Lock()
 
 
 class UnsupportedPipelineError(ValueError):
@@ -74,7 +95,6 @@ class Handle:
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self._pipe = weakref.ref(pipe)
         self._original_class = type(pipe)
-        self._enabled = True
         self._captures = (CaptureSet(), CaptureSet())  # Wan 2.2 has two denoisers
         self._regions: Regions | None = None
         self._config = SCFGConfig()
@@ -123,37 +143,41 @@ class Handle:
         return None if self._regions is None else self._regions.clone()
 
     def disable(self) -> None:
-        """Take S-CFG out of the pipeline; the same as `scfg_fast.disable(pipe)`."""
+        """Take this handle's S-CFG out of the pipeline. Harmless after a later `enable` made another handle."""
         pipe = self._pipe()
-        if pipe is not None:
+        if pipe is not None and _HANDLES.get(pipe) is self:
             disable(pipe)
 
     def __repr__(self) -> str:
         return f"<scfg_fast.Handle on {self._original_class.__name__}: {self.stats.steps_applied} steps applied>"
 
-    def _call(self, pipe: DiffusionPipeline, args: tuple, kwargs: dict, overrides: dict[str, Any] | None) -> Any:
-        """Run the original `__call__` with S-CFG installed."""
-        original = self._original_class.__call__
-        overrides = dict(overrides or {})
-        enabled = overrides.pop("enabled", True)
-        schedule = _checked_schedule(overrides.pop("schedule", self.schedule))
+    def _begin(self, pipe: DiffusionPipeline, overrides: dict[str, Any] | None) -> _Call:
+        """The settings of one call, from the handle's and the call's own; every one is checked."""
+        own = _checked_overrides(overrides)
+        enabled = own.pop("enabled", True)
+        schedule = _checked_schedule(own.pop("schedule", self.schedule))
         characteristic = _checked_settings(
-            "characteristic", overrides.pop("characteristic", self.characteristic), CharacteristicGuidance
+            "characteristic", own.pop("characteristic", self.characteristic), CharacteristicGuidance
         )
-        loss = _checked_settings("loss", overrides.pop("loss", self.loss), LossGuidance)
-        config = self.config.replace(**overrides) if overrides else self.config
-        if not (self._enabled and enabled):
-            self._regions, self.stats = None, Stats()
-            return original(pipe, *args, **kwargs)
-        try:
-            bound = inspect.signature(original).bind(pipe, *args, **kwargs)
-        except TypeError:
-            return original(pipe, *args, **kwargs)  # raises the pipeline's own error about its arguments
-        bound.apply_defaults()
-        context = read_call(pipe, bound.arguments, config, schedule, characteristic, loss)
+        loss = _checked_settings("loss", own.pop("loss", self.loss), LossGuidance)
+        config = self.config.replace(**own) if own else self.config
+        self._regions, self.stats = None, Stats()
+        return _Call(self, config, schedule, characteristic, loss, enabled and pipe not in _DISABLED)
+
+    def _run(self, pipe: DiffusionPipeline, call: _Call, proceed: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run `proceed(*args, **kwargs)`, a call of the pipeline, with S-CFG installed."""
+        arguments = read_arguments(pipe, proceed, args, kwargs)
+        if arguments is None:
+            return proceed(*args, **kwargs)  # raises the pipeline's own error about its arguments
+        reasons, _ = _read_denoisers(pipe, call.config)
+        if reasons:
+            raise UnsupportedPipelineError(f"scfg_fast: {'; '.join(reasons)}. scfg_fast.disable(pipe) makes it stock")
+        config = with_benchmark(pipe, cells_of(pipe, call.config))
+        context = read_call(pipe, arguments, config, call.schedule, call.characteristic, call.loss)
         if context is None:
-            return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        config = with_benchmark(pipe, cells_of(pipe, config))
+            result = proceed(*args, **kwargs)  # the pipeline's own check of its arguments complains
+            self._complain("the call has neither prompt nor prompt_embeds by these names")
+            return result
         called = denoisers_of(pipe)
         models = [unwrap(denoiser) for denoiser in called]
         with contextlib.ExitStack() as undo:
@@ -164,8 +188,8 @@ class Handle:
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]
-            names = tuple(dict.fromkeys(block.info.name for block in blocks))  # two denoisers have the same
-            self._regions, self.stats = None, Stats(names, _backends(pipe, config))
+            self.stats.layers = tuple(dict.fromkeys(block.info.name for block in blocks))  # of two denoisers the same
+            self.stats.backend = _backends(pipe, config)
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
             for each in hooked:
                 undo.enter_context(installed(each.module, each.blocks))
@@ -174,12 +198,97 @@ class Handle:
                 hook.install(denoiser)
             if hook.corrections.around_scheduler:
                 undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
-            return original(pipe, *args, **kwargs)
+            return proceed(*args, **kwargs)
 
     def _publish(self, step: int, regions: Regions) -> None:
         self._regions = regions
         if self.on_regions is not None:
             self.on_regions(step, regions)
+
+    def _complain(self, reason: str) -> None:
+        """Say that a call was not guided.
+
+        Raises:
+            SCFGError: under `strict`.
+        """
+        if self.strict:
+            raise SCFGError(f"scfg_fast (strict): {reason}")
+        warnings.warn(f"scfg_fast: {reason}. Plain guidance is used instead.", SCFGWarning, stacklevel=2)
+
+
+@dataclass
+class _Call:
+    """One call of an enabled pipeline.
+
+    Attributes:
+        handle: of the pipeline.
+        config, schedule, characteristic, loss: the settings of this call.
+        acts: whether S-CFG was not switched off for it.
+        inside: whether S-CFG is installed at this moment; what is called in there passes through.
+        reached: whether it was installed at any time.
+    """
+
+    handle: Handle
+    config: SCFGConfig
+    schedule: StepWeight | None
+    characteristic: CharacteristicGuidance | None
+    loss: LossGuidance | None
+    acts: bool
+    inside: bool = False
+    reached: bool = False
+
+    def run(self, pipe: DiffusionPipeline, proceed: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The call with S-CFG, or as it is where S-CFG does not act or is there already."""
+        if not self.acts or self.inside:
+            return proceed(*args, **kwargs)
+        self.inside = self.reached = True
+        try:
+            return self.handle._run(pipe, self, proceed, args, kwargs)
+        finally:
+            self.inside = False
+
+
+_CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("scfg_call", default=None)
+"""The innermost call of an enabled pipeline that is under way here."""
+
+
+def _outer(pipe: DiffusionPipeline, proceed: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """A call of the pipeline as the user makes it."""
+    overrides = kwargs.pop("scfg_kwargs", None)
+    handle = _HANDLES.get(pipe)
+    if handle is None:
+        return proceed(*args, **kwargs)
+    call = handle._begin(pipe, overrides)
+    before = _CALL.set(call)
+    try:
+        cls, stock = type(pipe), cast(type, stock_class(pipe))
+        own = original_of(cls) or cls
+        if not call.acts or own is stock:
+            return proceed(*args, **kwargs)
+        if not hands_on(own, stock) and names_a_prompt(pipe, proceed, args, kwargs):
+            return call.run(pipe, proceed, args, kwargs)
+        with contextlib.ExitStack() as undo:
+            counts = [undo.enter_context(evaluations(denoiser)) for denoiser in denoisers_of(pipe)]
+            result = proceed(*args, **kwargs)
+        if not call.reached and any(count() for count in counts):
+            handle._complain(
+                f"{own.__name__} ran the denoiser without a call of {stock.__name__} through super(), where S-CFG acts"
+            )
+        return result
+    finally:
+        _CALL.reset(before)
+
+
+def _inner(pipe: DiffusionPipeline, proceed: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """The same call, or a part of it, as the pipeline of diffusers gets it."""
+    overrides = kwargs.pop("scfg_kwargs", None)
+    handle = _HANDLES.get(pipe)
+    if handle is None:
+        return proceed(*args, **kwargs)
+    call = _CALL.get()
+    if call is None or call.handle is not handle:  # from another thread than the outer call, or not through it
+        call = handle._begin(pipe, overrides)
+    return call.run(pipe, proceed, args, kwargs)
 
 
 def _backends(pipe: DiffusionPipeline, config: SCFGConfig) -> dict[str, str]:
@@ -188,37 +297,16 @@ def _backends(pipe: DiffusionPipeline, config: SCFGConfig) -> dict[str, str]:
     return {op: chosen if config.backend == "auto" else config.backend for op, (chosen, _) in table.items()}
 
 
-@functools.cache
-def _intercepted(base: type) -> type:
-    """A subclass of a pipeline class, with its name, whose call goes through the handle."""
-
-    def __call__(self, *args, scfg_kwargs: dict[str, Any] | None = None, **kwargs):
-        handle = _HANDLES.get(self)
-        if handle is None:
-            return base.__call__(self, *args, **kwargs)
-        return handle._call(self, args, kwargs, scfg_kwargs)
-
-    def __reduce_ex__(self, protocol):
-        # Copies and pickles are plain pipelines: S-CFG belongs to the object that enable() was called on, and a pickle
-        # must load where this package is not installed.
-        _, _, *rest = cast(Any, base).__reduce_ex__(self, protocol)
-        return (object.__new__, (base,), *rest)
-
-    signature = inspect.signature(base.__call__)
-    parameters = list(signature.parameters.values())
-    extra = inspect.Parameter("scfg_kwargs", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="dict | None")
-    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
-    parameters.insert(at, extra)
-    __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    __call__.__doc__ = base.__call__.__doc__
-    namespace = {
-        "__call__": __call__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (base,), namespace)
+def _checked_overrides(overrides: Any) -> dict[str, Any]:
+    """`scfg_kwargs` of a call, checked, as a copy."""
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"scfg_fast: scfg_kwargs must be a dictionary or None, got {overrides!r}")
+    enabled = overrides.get("enabled", True)
+    if not isinstance(enabled, bool):
+        raise TypeError(f"scfg_fast: scfg_kwargs['enabled'] must be True or False, got {enabled!r}")
+    return dict(overrides)
 
 
 def _checked(config: Any) -> SCFGConfig:
@@ -238,6 +326,23 @@ def _checked_schedule(schedule: Any) -> StepWeight | None:
     return schedule
 
 
+def _check_pipeline(function: str, pipe: Any) -> None:
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"scfg_fast.{function}: a diffusers pipeline is needed, got a {type(pipe).__name__}")
+
+
+def _checked_callback(on_regions: Any) -> Callable[[int, Regions], None] | None:
+    if on_regions is not None and not callable(on_regions):
+        raise TypeError(f"scfg_fast: on_regions must be a function (step, regions) or None, got {on_regions!r}")
+    return on_regions
+
+
+def _checked_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"scfg_fast: {name} must be True or False, got {value!r}")
+    return value
+
+
 _Settings = TypeVar("_Settings")
 
 
@@ -255,10 +360,22 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         config: the configuration to judge; default as for `enable`.
     """
     config = _checked(default_config(pipe) if config is None else config)
-    family = family_of(pipe)
-    if family is None:
+    if family_of(pipe) is None:
         return Support(False, [why_not(pipe)])
-    reasons = []
+    reasons, layers = _read_denoisers(pipe, config)
+    if config.backend == "triton":
+        ops_of: dict[str, list[str]] = {}
+        for op, (_, why) in available_backends(pipe._execution_device, denoisers_of(pipe)[0].dtype).items():
+            for reason in why:
+                ops_of.setdefault(reason, []).append(op)
+        reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]
+    return Support(not reasons, reasons, layers)
+
+
+def _read_denoisers(pipe: DiffusionPipeline, config: SCFGConfig) -> tuple[list[str], list[str]]:
+    """Why S-CFG cannot run in the denoisers that the pipeline has now, and the layers that it would capture."""
+    family = cast(Family, family_of(pipe))
+    reasons: list[str] = []
     layers: list[str] = []
     for called in denoisers_of(pipe):
         model = unwrap(called)
@@ -273,13 +390,9 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
                 layers += [info.name for info in choose_layers([info for info, _ in denoiser.blocks(model)], config)]
         except ValueError as error:
             reasons.append(str(error))
-    if config.backend == "triton":
-        ops_of: dict[str, list[str]] = {}
-        for op, (_, why) in available_backends(pipe._execution_device, denoisers_of(pipe)[0].dtype).items():
-            for reason in why:
-                ops_of.setdefault(reason, []).append(op)
-        reasons += [f"backend='triton' cannot run: {reason} ({', '.join(ops)})" for reason, ops in ops_of.items()]
-    return Support(not reasons, reasons, list(dict.fromkeys(layers)))
+    if not denoisers_of(pipe):
+        reasons.append(f"the pipeline has no {' or '.join(family.denoisers)}")
+    return reasons, list(dict.fromkeys(layers))
 
 
 def enable(
@@ -321,33 +434,45 @@ def enable(
     support = supports(pipe, config)
     if not support.supported:
         raise UnsupportedPipelineError(f"scfg_fast.enable: {'; '.join(support.reasons)}")
+    on_regions, strict = _checked_callback(on_regions), _checked_flag("strict", strict)
     handle = _HANDLES.get(pipe)
     if handle is None:
         handle = Handle(pipe)
-        original: type = type(pipe)
-        pipe.__class__ = _intercepted(original)
         _HANDLES[pipe] = handle
+    intercept(pipe, cast(type, stock_class(pipe)), _outer, _inner)
     handle.config, handle.schedule, handle.characteristic, handle.loss = config, schedule, characteristic, loss
     handle.on_regions, handle.strict = on_regions, strict
     return handle
 
 
 def disable(pipe: DiffusionPipeline) -> None:
-    """Take S-CFG out of a pipeline. Harmless if it is not in."""
-    handle = _HANDLES.pop(pipe, None)
-    if handle is not None:
-        pipe.__class__ = handle._original_class
+    """Take S-CFG out of a pipeline. Harmless if it is not in.
+
+    Raises:
+        TypeError: not a pipeline.
+    """
+    _check_pipeline("disable", pipe)
+    _HANDLES.pop(pipe, None)
+    release(pipe)
 
 
 @contextlib.contextmanager
 def disabled(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Plain guidance inside the block, bit-identical to a pipeline without S-CFG. Harmless if it is not in."""
-    handle = _HANDLES.get(pipe)
-    before = handle._enabled if handle is not None else False
+    """Plain guidance inside the block, bit-identical to a pipeline without S-CFG. Harmless if it is not in.
+
+    Blocks may nest, and overlap across threads and tasks: S-CFG acts again after the last one, whatever was enabled or
+    disabled meanwhile. It is decided when a call of the pipeline begins.
+
+    Raises:
+        TypeError: not a pipeline.
+    """
+    _check_pipeline("disabled", pipe)
+    with _DISABLED_LOCK:
+        _DISABLED[pipe] = _DISABLED.get(pipe, 0) + 1
     try:
-        if handle is not None:
-            handle._enabled = False
         yield
     finally:
-        if handle is not None:
-            handle._enabled = before
+        with _DISABLED_LOCK:
+            _DISABLED[pipe] -= 1
+            if not _DISABLED[pipe]:
+                del _DISABLED[pipe]
