@@ -24,30 +24,31 @@ from typing import Any, TypeVar, cast
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
-from .capture import choose_layers
+from .capture.layers import choose_layers
 from .config import SCFGConfig
-from .denoisers import Denoiser, UNet, denoiser_of
-from .families import (
+from .denoisers.base import Denoiser
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, evaluations, installed, unwrap
+from .denoisers.registry import denoiser_of
+from .denoisers.unet import UNet
+from .guidance.characteristic import CharacteristicGuidance
+from .guidance.loss import LossGuidance
+from .guidance.steps import StepWeight
+from .pipelines.call import names_a_prompt, read_arguments, read_call
+from .pipelines.families import (
     Family,
     cells_of,
     default_config,
     denoisers_of,
     family_of,
-    names_a_prompt,
-    read_arguments,
-    read_call,
     stock_class,
     why_not,
     with_benchmark,
 )
-from .guidance.characteristic import CharacteristicGuidance
-from .guidance.loss import LossGuidance
-from .guidance.steps import StepWeight
-from .hooks import GuidanceHook, Hooked, SCFGError, SCFGWarning, Stats
-from .install import CaptureSet, claimed, evaluations, installed, unwrap
-from .interception import hands_on, intercept, original_of, release
+from .pipelines.interception import hands_on, intercept, original_of, release
 from .regions import Regions
-from .stepping import stepping
+from .step.context import SCFGError, SCFGWarning, Stats
+from .step.hook import GuidanceHook
+from .step.scheduler import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 _DISABLED: weakref.WeakKeyDictionary[DiffusionPipeline, int] = weakref.WeakKeyDictionary()
@@ -184,7 +185,7 @@ class Handle:
             for model in models:
                 undo.enter_context(claimed(model))
             hooked = [
-                Hooked(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
+                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]

@@ -16,7 +16,8 @@ import scfg_fast
 from lab.reference.official import literal_run
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.processors import BatchLayout, CrossAttentionCapture, SelfAttentionCapture, wrap_block
+from scfg_fast.capture.maps import BatchLayout
+from scfg_fast.capture.processors import CrossAttentionCapture, SelfAttentionCapture, wrap_block
 
 TOKENS = 1056
 LAYOUTS = {

@@ -13,7 +13,7 @@ from lab.reference.replaced import replaced_run
 from lab.tiny.unets import sharpen, tiny_sdxl_pipeline
 from scfg_fast.capture import choose_layers
 from scfg_fast.config import SCFGConfig
-from scfg_fast.processors import find_blocks
+from scfg_fast.denoisers.unet import find_blocks
 
 STEPS = 6
 HANDOVER = 0.5
