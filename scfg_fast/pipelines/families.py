@@ -29,7 +29,7 @@ def _property_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Mod
         return float(arguments["guidance_scale"])
 
 
-def _argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+def argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
     """The bare argument, which no callback changes. Guidance may still be switched off by the property."""
     return float(arguments["guidance_scale"]) if getattr(pipe, "do_classifier_free_guidance", True) else 1.0
 
@@ -149,37 +149,37 @@ FAMILIES = (
     ),
     Family("Kolors", ("KolorsPipeline", "KolorsPAGPipeline")),
     Family(
-        "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=_argument_scale,
+        "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=argument_scale,
         config=SCFGConfig.deepfloyd(), benchmark="image", variance=True,
     ),
     Family(
         "DeepFloyd IF, stage II",
         ("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
-        scale=_argument_scale, config=SCFGConfig.deepfloyd(), variance=True,
+        scale=argument_scale, config=SCFGConfig.deepfloyd(), variance=True,
     ),
     Family(
         "Stable Diffusion 3",
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         ("transformer",),
     ),
-    Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=_argument_scale),
-    Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=_argument_scale),
-    Family("Sana", ("SanaPipeline",), ("transformer",), scale=_argument_scale),
+    Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=argument_scale),
+    Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=argument_scale),
+    Family("Sana", ("SanaPipeline",), ("transformer",), scale=argument_scale),
     Family("LTX-Video", ("LTXPipeline",), ("transformer",)),
     Family(
         "Flux", ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), ("transformer",), True, _true_scale,
         packed=True, switch=TRUE_CFG,
     ),
-    Family("FLUX.2 klein base", ("Flux2KleinPipeline",), ("transformer",), True, _argument_scale, packed=True),
+    Family("FLUX.2 klein base", ("Flux2KleinPipeline",), ("transformer",), True, argument_scale, packed=True),
     Family(
-        "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, _argument_scale, packed=True
+        "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, argument_scale, packed=True
     ),
     Family(
         "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale, switch=TRUE_CFG,
         undone_by=SAME_LENGTH,
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
-    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale),
+    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, argument_scale),
     Family(
         "Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("transformer",), scale=_offset_scale,
     ),
@@ -221,7 +221,7 @@ def family_of(pipe: DiffusionPipeline) -> Family | None:
 def scale_of(pipe: DiffusionPipeline) -> Callable[[Any, dict[str, Any], torch.nn.Module], float]:
     """How the class of this pipeline reads its guidance scale; see `Family.scale`."""
     if cast(type, stock_class(pipe)).__name__ in ARGUMENT_SCALE:
-        return _argument_scale
+        return argument_scale
     return cast(Family, family_of(pipe)).scale
 
 
