@@ -28,6 +28,6 @@ def bundled_model_path() -> Path:
     if missing:
         raise FileNotFoundError(
             f"the bundled model in {_FOLDER} lacks {', '.join(missing)}; reinstall the package, or make the model with "
-            "the commands in scfg_fast/models/training/README.md"
+            "the commands in training/README.md of the repository"
         )
     return _FOLDER

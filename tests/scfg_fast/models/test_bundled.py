@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from scfg_fast import models
-from scfg_fast.models.training.scenes import vocabulary
+from scfg_fast.models.vocabulary import vocabulary
 
 
 @pytest.fixture(scope="module")

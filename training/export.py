@@ -3,7 +3,7 @@
 Averaged weights, float16, safetensors only. The folder is replaced as a whole; the texts beside the weights (``*.md``,
 ``LICENSE*``) are carried over.
 
-    python -m scfg_fast.models.training.export --data DATA --out scfg_fast/models/scenes256
+    python -m training.export --data DATA --out scfg_fast/models/scenes256
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from diffusers.models import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.latents import encode_captions
-from scfg_fast.models.training.network import build_scheduler, build_text_encoder, build_unet
-from scfg_fast.models.training.tokenizer import load_tokenizer
-from scfg_fast.models.training.train import TrainConfig, Trainer, read_state
+from training.files import replacing
+from training.latents import encode_captions
+from training.network import build_scheduler, build_text_encoder, build_unet
+from training.tokenizer import load_tokenizer
+from training.train import TrainConfig, Trainer, read_state
 
 
 def build_pipeline(data: str | Path, state_path: str | Path) -> StableDiffusionPipeline:
@@ -30,7 +30,7 @@ def build_pipeline(data: str | Path, state_path: str | Path) -> StableDiffusionP
 
     Args:
         data: working folder with ``vae`` and ``tokenizer``.
-        state_path: a ``state.pt`` of :mod:`scfg_fast.models.training.train`.
+        state_path: a ``state.pt`` of :mod:`training.train`.
     """
     state = read_state(state_path)
     tokenizer = load_tokenizer(Path(data) / "tokenizer")
@@ -57,7 +57,7 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
 
     Args:
         pipeline: from :func:`build_pipeline`; its parts are converted in place.
-        tokenizer_folder: where :mod:`scfg_fast.models.training.tokenizer` wrote its files.
+        tokenizer_folder: where :mod:`training.tokenizer` wrote its files.
         out: folder to replace.
     """
     out = Path(out)
