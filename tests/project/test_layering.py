@@ -12,6 +12,7 @@ DIFFUSERS_ALLOWED = {
     "capture",
     "denoisers",
     "pipelines",
+    "handle",
     "patch",
     "guider",
     "inversion",
