@@ -21,7 +21,7 @@ denoiser in half precision neither loses a small gradient nor overflows on a lar
 in memory, and the decoder's graph is gone before the denoiser is differentiated.
 
 Other than published: norms are per sample, so that a batch is each sample alone, where the published code takes one
-norm over batch and copies; and a gradient of exactly zero moves nothing, where that code's guard has no effect. Polyak's
+norm over batch and copies; a gradient of exactly zero moves nothing, where that code's guard has no effect. Polyak's
 length grows as the gradient vanishes: use a loss whose slope stays above zero at its minimum, as an unsquared distance.
 
 Source: Shen et al., "Understanding and Improving Training-free Loss-based Diffusion Guidance", NeurIPS 2024 (arXiv
