@@ -7,9 +7,9 @@ The result is that of `complete` with the map S of `attention_map`. S X is atten
     paper      X <- P(C + X), R times, then / R
 
 So torch's own fused attention computes it, on every device, and S never exists. Operands of half precision stay so, as
-they do in the layer itself, and a head's result is rounded to them; on a CPU they are widened. There, two passes over the
-scores of all heads take about twice the time of one, so the map of one sample after another is made after all, up to
-`MAP_TOKENS`. The unconditional samples need their start column alone, and have no other. Bytes that must move: q, k,
+they do in the layer itself, and a head's result is rounded to them; on a CPU they are widened. There, two passes over
+the scores of all heads take about twice the time of one, so the map of one sample after another is made after all, up
+to `MAP_TOKENS`. The unconditional samples need their start column alone, and have no other. Bytes that must move: q, k,
 the used columns of C and X once.
 """
 
@@ -99,11 +99,11 @@ def complete_from_qk(
     scale, dtype = default_scale(q, scale), map_dtype(q.dtype)
     cross_map = cross_map.to(dtype)
     with torch.no_grad(), outside_autocast(q.device):
-        if q.device.type == "cpu" and 0 < batch and n <= MAP_TOKENS:
+        if q.device.type == "cpu" and batch > 0 and n <= MAP_TOKENS:
             completed = [
                 complete(
-                    attention_map(q[one], k[one], scale=scale), cross_map[one], unconditional=int(one.start < unconditional),
-                    fidelity=fidelity, powers=powers, backend="torch",
+                    attention_map(q[one], k[one], scale=scale), cross_map[one],
+                    unconditional=int(one.start < unconditional), fidelity=fidelity, powers=powers, backend="torch",
                 )
                 for one in (slice(sample, sample + 1) for sample in range(batch))
             ]  # fmt: skip

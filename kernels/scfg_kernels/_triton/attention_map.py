@@ -44,11 +44,7 @@ def _load(base, row, stride, FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ALIG
     provably divisible: vector loads depend on it."""
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     pointers = base + row[:, None] * (stride * ALIGN) + column
-    if MASK:
-        tile = tl.load(pointers, mask=column < DIM, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+    return tl.load(pointers, mask=column < DIM, other=0.0) if MASK else tl.load(pointers)
 
 
 @triton.jit
@@ -130,10 +126,7 @@ def _store_tile(
             q0, q1, q2 = _load_head(q_head, row, q_n, DIM, W0, W1, W2, ALIGN)
             p = _product(q0, q1, q2, k_head, key, k_n, DIM, W0, W1, W2, ALIGN, PRECISION)
         own = tl.load(lse + head * lse_h + row) * 1.4426950408889634
-        if BIAS:
-            p = tl.exp2(p * scale + (shift[None, :] - own[:, None]))
-        else:
-            p = tl.exp2(p * scale - own[:, None])
+        p = tl.exp2(p * scale + (shift[None, :] - own[:, None])) if BIAS else tl.exp2(p * scale - own[:, None])
         if POOL > 1:
             p = tl.where(inside[None, :], p, 0.0)
         total += p
@@ -161,7 +154,7 @@ def map_kernel(
     tiles = first_tiles + second_tiles
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    if FIRST:
+    if FIRST:  # noqa: SIM102
         if tile < first_tiles:
             _store_tile(
                 q1 + sample * q1_b * ALIGN, k1 + sample * k1_b * ALIGN, lse1 + sample * lse1_b, bias,
@@ -169,7 +162,7 @@ def map_kernel(
                 q1_h, q1_n, k1_h, k1_n, lse1_h, 0, columns1, 1, height, width, across,
                 DIM, W0, W1, W2, CHUNK, ALIGN, PRECISION, BLOCK_M, BLOCK_N, POOL, False, LARGE, STAGES,
             )  # fmt: skip
-    if SECOND:
+    if SECOND:  # noqa: SIM102
         if tile >= first_tiles:
             _store_tile(
                 q2 + sample * q2_b * ALIGN, k2 + sample * k2_b * ALIGN, lse2 + sample * lse2_b, bias + sample * bias_b,
@@ -264,13 +257,14 @@ class MapConfig:
 def head_widths(size: int) -> tuple[int, int, int]:
     """Columns of a head as up to three tiles. A size like 40 stays whole: heads of 80 bytes begin in the middle of a
     32-byte sector, and two tiles would fetch the sectors between them twice."""
-    widths = []
+    widths: list[int] = []
     while size > 0 and len(widths) < 3:
         whole = max(16, next_power_of_2(size))
         small = (whole <= 64 and (size % 16 or whole == size)) or len(widths) == 2 or whole == size
         widths.append(whole if small else whole // 2)
         size -= widths[-1]
-    return (*widths, 0, 0)[:3]
+    first, second, third, *_ = *widths, 0, 0
+    return first, second, third
 
 
 def map_config(
@@ -285,7 +279,7 @@ def map_config(
     choices = [(64, 64, 4), (32, 32, 4)]
     if dim <= 96:
         choices = [(128, 64, 8), *choices]
-    for block_m, block_n, warps in choices:
+    for block_m, block_n, warps in choices:  # noqa: B007
         programs = samples * sum(-(-rows // block_m) * -(-columns // block_n) for rows, columns in tiled)
         if programs >= limits.multiprocessors:
             break
@@ -358,13 +352,13 @@ def _run(first: Job | None, second: Job | None, config: MapConfig | None) -> lis
     bias = two.lse if two.bias is None else two.bias
     align = _alignment(*(x for job in jobs for x in (job.q, job.k)))
     with device_guard(one.q.device):
-        sizes = [tuple(x.shape[1:]) for x in maps]
+        sizes = [(x.shape[1], x.shape[2]) for x in maps]
         config = config or map_config(samples, sizes, dim, one.q.dtype, current_limits())
         tiles = [-(-n // config.block_m) * -(-t // config.block_n) for n, t in sizes]
         counts = [tiles[0] if first else 0, tiles[-1] if second else 0]
         map_kernel[(samples * sum(counts),)](
-            one.q, one.k, one.lse, maps[0], two.q, two.k, two.lse, maps[-1], bias, *counts, *sizes[0], *sizes[-1], heads,
-            one.scale * LOG2E, two.scale * LOG2E, 1.0 / heads, *_strides(one.q, align), *_strides(one.k, align),
+            one.q, one.k, one.lse, maps[0], two.q, two.k, two.lse, maps[-1], bias, *counts, *sizes[0], *sizes[-1],
+            heads, one.scale * LOG2E, two.scale * LOG2E, 1.0 / heads, *_strides(one.q, align), *_strides(one.k, align),
             *one.lse.stride()[:2], *_strides(two.q, align), *_strides(two.k, align), *two.lse.stride()[:2],
             *bias.stride()[:2], *one.pool[:2], one.across,
             dim, *head_widths(dim), config.chunk, align, config.precision, config.block_m, config.block_n, one.pool[2],
