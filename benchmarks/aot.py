@@ -36,19 +36,15 @@ import scfg_kernels
 import torch
 import triton
 from scfg_kernels._launch import (
-    MAX_HEAD_DIM_FP32,
     DeviceLimits,
     LaunchConfig,
-    attention_config,
     complete_config,
-    flash_config,
     guide_config,
-    in_one_sweep,
     pixel_config,
-    propagate_config,
     resident_programs,
     segment_config,
 )
+from scfg_kernels._triton.attention_map import MapConfig, map_config
 
 from lab import ptxsim
 from lab.ptxsim import FLOAT_ATOMIC, RecordedLaunch, recorded
@@ -79,7 +75,7 @@ class Variant:
     """
 
     kernel: str
-    config: LaunchConfig
+    config: LaunchConfig | MapConfig
     dtype: torch.dtype
     constants: tuple[Any, ...] = ()
 
@@ -123,39 +119,40 @@ def _projected(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.
 
 
 def _attention(
-    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16,
-    batch: int = 1,
+    sizes: str, heads: int, rows: int, head_dim: int, dtype: torch.dtype = torch.float16, batch: int = 1,
+    text: int = TOKENS,
 ) -> Case:  # fmt: skip
-    with_output = op != "attention_map"
+    """Both maps of a block, with the log-sum-exp of its attention."""
 
     def call() -> Any:
-        shapes = (rows, keys, keys) if with_output else (rows, keys)
-        operands = [_projected(2 * batch, tokens, heads, head_dim, dtype) for tokens in shapes]
-        return getattr(scfg_kernels, op)(*operands, backend="triton")
+        q = _projected(2 * batch, rows, heads, head_dim, dtype)
+        keys = [_projected(2 * batch, tokens, heads, head_dim, dtype) for tokens in (rows, text)]
+        lse = torch.empty(2 * batch, heads, rows)
+        return scfg_kernels.attention_maps(q, keys[0], lse, q, keys[1], lse, backend="triton")
 
     def variant(limits: DeviceLimits) -> Variant:
-        if in_one_sweep(keys, dtype):
-            one = attention_config(heads, keys, head_dim, limits)
-            constants = head_dim, with_output, heads <= one.heads
-            return Variant("cross_attention_map_kernel", one, dtype, constants)
-        config = flash_config(2 * batch, heads, rows, keys, head_dim, dtype, limits)
-        return Variant("self_attention_map_kernel", config, dtype, (head_dim, with_output))
+        config = map_config(2 * batch, [(rows, rows), (rows, text)], head_dim, dtype, limits)
+        return Variant("map_kernel", config, dtype, (head_dim, "two"))
 
-    return Case(op, _label(sizes, batch), dtype, call, variant, dot=True)
+    return Case("attention_maps", _label(sizes, batch), dtype, call, variant, dot=True)
 
 
-def _propagate(
-    sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, batch: int = 1, text: int = TOKENS
-) -> Case:
+def _joint(sizes: str, heads: int, side: int, pool: int, text: int, head_dim: int, dtype: torch.dtype) -> Case:
+    """A joint layer of a transformer: the log-sum-exp, and both maps with pooled keys and a bias."""
+
     def call() -> Any:
-        q, k = (_projected(2 * batch, tokens, heads, head_dim, dtype) for _ in range(2))
-        return scfg_kernels.propagate(q, k, torch.empty(2 * batch, tokens, text), backend="triton")
+        q, keys, image = (_projected(2, tokens, heads, head_dim, dtype) for tokens in (side**2, text, side**2))
+        bias = torch.empty(2, text)
+        return scfg_kernels.joint_attention_maps(
+            q, keys, image, grid=(side, side), pool=pool, bias=bias, backend="triton"
+        )  # fmt: skip
 
     def variant(limits: DeviceLimits) -> Variant:
-        config = propagate_config(2 * batch, heads, tokens, text, head_dim, dtype, limits)
-        return Variant("propagate_kernel", config, dtype, (head_dim,))
+        cells = (-(-side // pool)) ** 2
+        config = map_config(2, [(cells, cells), (cells, text)], head_dim, dtype, limits)
+        return Variant("map_kernel", config, dtype, (head_dim, pool))
 
-    return Case("propagate", _label(sizes, batch), dtype, call, variant, dot=True)
+    return Case("joint_attention_maps", sizes, dtype, call, variant, dot=True)
 
 
 def _complete(sizes: str, rows: int, fidelity: str = "official", batch: int = 1, text: int = TOKENS) -> Case:
@@ -169,24 +166,6 @@ def _complete(sizes: str, rows: int, fidelity: str = "official", batch: int = 1,
         return Variant(kernel, config, torch.float32, (fidelity,))
 
     return Case("complete", _label(sizes, batch), torch.float32, call, variant, dot=True)
-
-
-def _complete_from_qk(
-    sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, batch: int = 1, text: int = TOKENS,
-    fidelity: str = "official",
-) -> Case:  # fmt: skip
-    def call() -> Any:
-        q, k = (_projected(2 * batch, tokens, heads, head_dim, dtype) for _ in range(2))
-        cross = torch.empty(2 * batch, tokens, text)
-        return scfg_kernels.complete_from_qk(
-            q, k, cross, unconditional=batch, fidelity=fidelity, backend="triton"
-        )  # fmt: skip
-
-    def variant(limits: DeviceLimits) -> Variant:
-        config = propagate_config(2 * batch, heads, tokens, text, head_dim, dtype, limits)
-        return Variant("complete_from_qk_kernel", config, dtype, (head_dim, fidelity))
-
-    return Case("complete_from_qk", _label(sizes, batch), dtype, call, variant, dot=True)
 
 
 def _guidance(
@@ -249,37 +228,22 @@ def _pixels(sizes: str, side: int, dtype: torch.dtype, channels: int = 4, batch:
 def _named() -> Iterator[Case]:
     """Sizes and options beside those of the GPU benchmark, and bf16, whose builds are fp16's but for the type."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    own, cross, alone = "self_attention_map", "cross_attention_map", "attention_map"
-    for dtype in (half, brain):
-        yield _attention(own, "sd15-16x16", 8, 256, 256, 160, dtype)
-        yield _attention(own, "sdxl-32x32", 20, 1024, 1024, 64, dtype)
-        yield _attention(cross, "sd15-16x16", 8, 256, TOKENS, 160, dtype)
-        yield _attention(cross, "sdxl-32x32", 20, 1024, TOKENS, 64, dtype)
-    yield _attention(own, "sd21-24x24", 20, 576, 576, 64)
-    yield _attention(own, "sd15-32x32", 8, 1024, 1024, 80)
+    for dtype in (half, brain, single):
+        yield _attention("sd15-16x16", 8, 256, 160, dtype)
+        yield _attention("sdxl-32x32", 20, 1024, 64, dtype)
+        yield _joint("sd3", 24, 64, 2, 333, 64, dtype)
+    yield _attention("sdxl-154tokens", 20, 1024, 64, text=2 * TOKENS)
+    yield _attention("sd15-32x32", 8, 1024, 80)
     for batch in (1, 4):
-        for heads, head_dim in ((8, 40), (16, 72), (8, 96), (8, 128)):
-            yield _attention(own, f"head{head_dim}-32x32", heads, 1024, 1024, head_dim, half, batch)
-    yield _attention(cross, "sd15-64x64", 8, 4096, TOKENS, 40)
-    yield _attention(cross, "sd15-32x32", 8, 1024, TOKENS, 80)
-    yield _attention(cross, "head72-300tokens", 16, 1024, 300, 72)
-    yield _attention(cross, "head96", 8, 1024, TOKENS, 96)
-    yield _attention(cross, "head128-128tokens", 8, 1024, 128, 128)
-    yield _attention(cross, "sdxl-154tokens", 20, 1024, 2 * TOKENS, 64)
-    yield _attention(alone, "sd15-16x16", 8, 256, 256, 160)
-    yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64)
-    yield _propagate("sd15-64x64", 8, 4096, 40, half)
-    yield _propagate("sdxl-64x64", 10, 4096, 64, brain)
-    yield _propagate("sdxl-64x64-154tokens", 10, 4096, 64, half, text=2 * TOKENS)
+        for heads, head_dim in ((8, 40), (16, 72), (8, 96), (8, 128), (8, 256)):
+            yield _attention(f"head{head_dim}-32x32", heads, 1024, head_dim, half, batch)
+    yield _joint("flux", 24, 64, 2, 512, 128, brain)
+    yield _joint("ragged-cells", 16, 33, 2, 300, 72, half)
     yield _complete("sd15-8x8", 64)
     yield _complete("sd15-16x16-paper", 256, "paper")
     for batch in (1, 16):
         for label, rows in (("sd15-8x8", 64), ("sd15-16x16", 256)):
             yield _complete(f"{label}-154tokens", rows, batch=batch, text=2 * TOKENS)
-    yield _complete_from_qk("sd15-64x64", 8, 4096, 40, half)
-    yield _complete_from_qk("sdxl-64x64", 10, 4096, 64, brain)
-    yield _complete_from_qk("sdxl-64x64-paper", 10, 4096, 64, half, fidelity="paper")
-    yield _complete_from_qk("sdxl-64x64-154tokens", 10, 4096, 64, half, text=2 * TOKENS)
     sd15 = [16] * 5 + [8]
     for batch in grid.BATCHES:  # in steps that keep their regions
         for dtype in (half, single):
@@ -318,26 +282,20 @@ def registered(case: grid.Case) -> Case:
     layer = sizes.layers[0]
     if case.op == "complete":
         return _complete(sizes.label, layer.rows, batch=batch)
-    if case.op == "propagate":
-        return _propagate(sizes.label, layer.heads, layer.rows, layer.head_dim, dtype, batch)
-    if case.op == "complete_from_qk":
-        return _complete_from_qk(sizes.label, layer.heads, layer.rows, layer.head_dim, dtype, batch)
-    keys = layer.rows if case.op == "self_attention_map" else layer.text
-    label = f"{sizes.label}-text" if case.op == "attention_map" else sizes.label
-    return _attention(case.op, label, layer.heads, layer.rows, keys, layer.head_dim, dtype, batch)
+    return _attention(sizes.label, layer.heads, layer.rows, layer.head_dim, dtype, batch, layer.text)
 
 
-WITHOUT_HEADS = ("complete", "segment", "guide", "segment_and_guide", "guide_pixels")
+NOT_OURS = ("step", "cross_attention", "attention_map", "complete_from_qk")
+"""Cases of others' kernels, or whose kernel another case compiles."""
 
 
 def _cases() -> Iterator[Case]:
     """The GPU benchmark's operators in fp16 and fp32, and what it leaves out."""
     yield from _named()
     for case in grid.CASES:
-        if case.op != "step" and case.dtype != "bfloat16":
+        if case.op not in NOT_OURS and case.dtype != "bfloat16":
             yield registered(case)
-            if not case.sizes.layers or case.sizes.layers[0].head_dim <= MAX_HEAD_DIM_FP32 or case.op in WITHOUT_HEADS:
-                yield registered(dataclasses.replace(case, dtype="float32"))
+            yield registered(dataclasses.replace(case, dtype="float32"))
 
 
 def limits_of(target: str) -> DeviceLimits:
@@ -623,7 +581,7 @@ def compile_case(case: Case, target: str) -> list[Build]:
     expected = case.variant(limits_of(target))
     with recorded(target) as launches:
         case.call()
-    for launch in launches:
+    for launch in launches[-1:]:
         found, said = (launch.kernel, launch.num_warps), (expected.kernel, expected.config.num_warps)
         if found != said:
             raise CompilationError(f"{case.name} on {target}: launched {found}, the table says {said}")

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from ._checks import Reasons, check_attention
 from ._launch import choose_backend, outside_autocast
@@ -132,27 +131,6 @@ def head_mean_map(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, sc
     return q.new_empty(shape, dtype=map_dtype(q.dtype)) if result is None else result
 
 
-BLOCK_ELEMENTS = CPU_BLOCK
-
-
-def attention_with_map(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch implementation of the two operators that return the output too: ([B, H, N, dv], [B, N, T]).
-
-    The output is laid out as [B, N, H, dv] in memory, which is what the layer's projection reads next.
-    """
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), head_mean_map(q, k, None, scale)
-
-
-def empty_output_and_map(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised results with the shapes, dtypes and strides of `attention_with_map`."""
-    batch, heads, n, _ = q.shape
-    out = q.new_empty((batch, n, heads, v.shape[3])).transpose(1, 2)
-    return out, q.new_empty((batch, n, k.shape[2]), dtype=map_dtype(q.dtype))
-
-
 @torch.library.custom_op("scfg_kernels::attention_map", mutates_args=())
 def _attention_map(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, scale: float, backend: str
@@ -174,7 +152,7 @@ def _attention_maps(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if backend == "triton":
         return KERNELS["attention_maps"](q1, k1, lse1, scale1, q2, k2, lse2, scale2)
-    return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2).mT.contiguous().mT
+    return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2)
 
 
 @_attention_maps.register_fake
@@ -183,7 +161,7 @@ def _(
     q2: torch.Tensor, k2: torch.Tensor, *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     own = q1.new_empty((q1.shape[0], q1.shape[2], k1.shape[2]), dtype=map_dtype(q1.dtype))
-    return own, q2.new_empty((q2.shape[0], k2.shape[2], q2.shape[2]), dtype=map_dtype(q2.dtype)).mT
+    return own, q2.new_empty((q2.shape[0], q2.shape[2], k2.shape[2]), dtype=map_dtype(q2.dtype))
 
 
 MAX_HEAD_DIM = 512
@@ -264,7 +242,7 @@ def attention_maps(
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
-        both maps [B, N, T], as `attention_map`. The second one may lie in memory as [B, T, N], which `complete` reads.
+        both maps [B, N, T], as `attention_map`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; every reason is listed.

@@ -79,11 +79,11 @@ def _maps(
 def _empty(
     q: torch.Tensor, text: torch.Tensor | None, image: torch.Tensor | None, height: int, width: int, pool: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised results. cross lies in memory as [B, T, n]."""
+    """Uninitialised results."""
     cells = -(-height // pool) * -(-width // pool)
     own = q.new_empty((q.shape[0], cells, 0 if image is None else cells), dtype=map_dtype(q.dtype))
     tokens = 0 if text is None else text.shape[2]
-    return own, q.new_empty((q.shape[0], tokens, cells), dtype=map_dtype(q.dtype)).mT
+    return own, q.new_empty((q.shape[0], cells, tokens), dtype=map_dtype(q.dtype))
 
 
 @torch.library.custom_op("scfg_kernels::joint_attention_maps", mutates_args=())
@@ -129,7 +129,7 @@ def joint_attention_maps(
 
     Returns:
         own [B, n, n] and cross [B, n, T] for n cells, fp32 (fp64 for fp64 inputs), or None where there are no such
-        keys. cross may lie in memory as [B, T, n].
+        keys.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; every reason is listed.

@@ -138,19 +138,19 @@ def _store_tile(
     do_not_specialize=[
         "first_tiles", "second_tiles", "rows1", "columns1", "rows2", "columns2", "heads", "q1_b", "q1_h", "q1_n",
         "k1_b", "k1_h", "k1_n", "lse1_b", "lse1_h", "q2_b", "q2_h", "q2_n", "k2_b", "k2_h", "k2_n", "lse2_b", "lse2_h",
-        "bias_b", "bias_t", "height", "width", "across",
+        "bias_b", "bias_t", "out_n", "out_t", "height", "width", "across",
     ]
 )  # fmt: skip
 def map_kernel(
     q1, k1, lse1, out1, q2, k2, lse2, out2, bias, first_tiles, second_tiles, rows1, columns1, rows2, columns2, heads,
     scale1, scale2, share, q1_b, q1_h, q1_n, k1_b, k1_h, k1_n, lse1_b, lse1_h,
-    q2_b, q2_h, q2_n, k2_b, k2_h, k2_n, lse2_b, lse2_h, bias_b, bias_t, height, width, across,
+    q2_b, q2_h, q2_n, k2_b, k2_h, k2_n, lse2_b, lse2_h, bias_b, bias_t, out_n, out_t, height, width, across,
     DIM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, LARGE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the first map [rows, columns], which may have pooled keys, and of the second, [columns, rows] in memory,
-    which may have a bias; of every sample."""
+    """Tiles of the first map, which may have pooled keys, and of the second, which may have a bias and whose rows and
+    columns may lie in memory in either order; of every sample."""
     tiles = first_tiles + second_tiles
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -167,7 +167,7 @@ def map_kernel(
             _store_tile(
                 q2 + sample * q2_b * ALIGN, k2 + sample * k2_b * ALIGN, lse2 + sample * lse2_b, bias + sample * bias_b,
                 out2 + sample * rows2 * columns2, tile - first_tiles, rows2, columns2, heads, scale2, share,
-                q2_h, q2_n, k2_h, k2_n, lse2_h, bias_t, 1, rows2, height, width, across,
+                q2_h, q2_n, k2_h, k2_n, lse2_h, bias_t, out_n, out_t, height, width, across,
                 DIM, W0, W1, W2, CHUNK, ALIGN, PRECISION, BLOCK_M, BLOCK_N, 1, BIAS, LARGE, STAGES,
             )  # fmt: skip
 
@@ -298,7 +298,7 @@ def lse_config(dim: int, dtype: torch.dtype, limits: DeviceLimits) -> MapConfig:
 def _stages(block_m: int, block_n: int, dim: int, dtype: torch.dtype, limits: DeviceLimits) -> int:
     """2 where two pairs of tiles fit in shared memory: 96 KiB, on AMD 64."""
     room = min(limits.shared_memory, 96 * 1024)
-    return copy_stages(2 if 2 * (block_m + block_n) * sum(head_widths(dim)) * dtype.itemsize <= room else 1)
+    return 2 if 2 * (block_m + block_n) * sum(head_widths(dim)) * dtype.itemsize <= room else 1
 
 
 class Job(NamedTuple):
@@ -341,11 +341,7 @@ def _run(first: Job | None, second: Job | None, config: MapConfig | None) -> lis
     """The maps of one launch, of jobs with the same samples, heads, head size and dtype."""
     jobs = [job for job in (first, second) if job is not None]
     samples, heads, _, dim = jobs[0].q.shape
-    maps = []
-    if first is not None:
-        maps.append(first.q.new_empty((samples, first.q.shape[2], first.columns), dtype=torch.float32))
-    if second is not None:
-        maps.append(second.q.new_empty((samples, second.columns, second.q.shape[2]), dtype=torch.float32).mT)
+    maps = [x.q.new_empty((samples, x.q.shape[2], x.columns), dtype=torch.float32) for x in jobs]
     if sum(x.numel() for x in maps) == 0:
         return maps
     one, two = first or jobs[0], second or jobs[0]
@@ -354,17 +350,18 @@ def _run(first: Job | None, second: Job | None, config: MapConfig | None) -> lis
     with device_guard(one.q.device):
         sizes = [(x.shape[1], x.shape[2]) for x in maps]
         config = config or map_config(samples, sizes, dim, one.q.dtype, current_limits())
+        stages = copy_stages(config.num_stages)
         tiles = [-(-n // config.block_m) * -(-t // config.block_n) for n, t in sizes]
         counts = [tiles[0] if first else 0, tiles[-1] if second else 0]
         map_kernel[(samples * sum(counts),)](
             one.q, one.k, one.lse, maps[0], two.q, two.k, two.lse, maps[-1], bias, *counts, *sizes[0], *sizes[-1],
             heads, one.scale * LOG2E, two.scale * LOG2E, 1.0 / heads, *_strides(one.q, align), *_strides(one.k, align),
             *one.lse.stride()[:2], *_strides(two.q, align), *_strides(two.k, align), *two.lse.stride()[:2],
-            *bias.stride()[:2], *one.pool[:2], one.across,
+            *bias.stride()[:2], *maps[-1].stride()[1:], *one.pool[:2], one.across,
             dim, *head_widths(dim), config.chunk, align, config.precision, config.block_m, config.block_n, one.pool[2],
             two.bias is not None, first is not None, second is not None,
-            _spans(*(x for job in jobs for x in (job.q, job.k))), config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            _spans(*(x for job in jobs for x in (job.q, job.k))), stages,
+            num_warps=config.num_warps, num_stages=stages,
         )  # fmt: skip
     return maps
 
@@ -387,13 +384,13 @@ def row_lse(
     align = _alignment(q, k, other)
     with device_guard(q.device):
         config = config or lse_config(dim, q.dtype, current_limits())
-        blocks = -(-rows // config.block_m)
+        blocks, stages = -(-rows // config.block_m), copy_stages(config.num_stages)
         lse_kernel[(samples * heads * blocks,)](
             q, k, other, added, lse, rows, k.shape[2], other.shape[2], heads, blocks, scale * LOG2E,
             *_strides(q, align), *_strides(k, align), *_strides(other, align), *added.stride()[:2],
             dim, *head_widths(dim), config.chunk, align, config.precision, config.block_m, config.block_n,
-            bias is not None, more is not None, _spans(q, k, other), config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            bias is not None, more is not None, _spans(q, k, other), stages,
+            num_warps=config.num_warps, num_stages=stages,
         )  # fmt: skip
     return lse
 
