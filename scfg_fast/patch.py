@@ -29,7 +29,7 @@ from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
 from .pipelines.call import read_call
-from .pipelines.families import cells_of, default_config, denoisers_of, family_of, why_not, with_benchmark
+from .pipelines.families import cells_of, default_config, denoisers_of, family_of, why_not, with_reference
 from .regions import Regions
 from .step.context import Stats
 from .step.hook import GuidanceHook
@@ -157,7 +157,7 @@ class Handle:
         context = read_call(pipe, bound.arguments, config, schedule, characteristic, loss)
         if context is None:
             return original(pipe, *args, **kwargs)  # no usable prompt: the pipeline's own check says so
-        config = with_benchmark(pipe, cells_of(pipe, config))
+        config = with_reference(pipe, cells_of(pipe, config))
         called = denoisers_of(pipe)
         models = [unwrap(denoiser) for denoiser in called]
         with contextlib.ExitStack() as undo:
