@@ -22,6 +22,7 @@ LEFT_TO_RIGHT = (
     {"denoisers"},
     {"step"},
     {"pipelines"},
+    {"handle"},
     {"patch", "inversion", "guider"},
     {"__init__"},
     {"batch"},
@@ -51,9 +52,9 @@ NEVER = {
 }
 
 PACKAGES = {
-    "diffusers": {"capture", "denoisers", "pipelines", "patch", "inversion", "guider", "batch", "cli"},
+    "diffusers": {"capture", "denoisers", "pipelines", "handle", "patch", "inversion", "guider", "batch", "cli"},
     "transformers": {"cli"},
-    "scfg_kernels": {"capture", "denoisers", "step", "patch", "env"},
+    "scfg_kernels": {"capture", "denoisers", "step", "handle", "patch", "env"},
     "ray": {"batch"},
     "pyarrow": {"batch"},
     "triton": set(),
