@@ -32,7 +32,7 @@ from .pipelines.families import (
     cells_of,
     denoisers_of,
     family_of,
-    with_benchmark,
+    with_reference,
 )
 from .pipelines.interception import release
 from .regions import Regions
@@ -164,7 +164,7 @@ class Handle:
         reasons, _ = read_denoisers(pipe, call.config)
         if reasons:
             raise UnsupportedPipelineError(f"scfg_fast: {'; '.join(reasons)}. scfg_fast.disable(pipe) makes it stock")
-        config = with_benchmark(pipe, cells_of(pipe, call.config))
+        config = with_reference(pipe, cells_of(pipe, call.config))
         context = read_call(pipe, arguments, config, call.schedule, call.characteristic, call.loss)
         if context is None:
             result = proceed(*args, **kwargs)  # the pipeline's own check of its arguments complains
