@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bundled_model_path"]
+__all__ = ["BUNDLED_CALL", "bundled_model_path"]
+
+BUNDLED_CALL = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
+"""Keyword arguments of a pipeline call that suit the bundled model."""
+
 
 _FOLDER = Path(__file__).parent / "scenes256"
 _WEIGHTS = (
