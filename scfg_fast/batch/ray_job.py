@@ -94,9 +94,7 @@ def run_on_ray(
         sizes: dict[str, Any] = {}
         if address is None:
             sizes = {"num_cpus": workers + 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-        ray.init(
-            address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **sizes
-        )
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **sizes)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process without a word
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,21 +69,25 @@ def load_pipeline(settings: Settings) -> Any:
     """
     import diffusers
     import torch
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     from ..env import default_device
-    from ..models import bundled_model_path
+    from ..models import bundled_pipeline
+    from ..models.loading import load_pipeline as load_saved
 
     device = settings.device or default_device()
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[settings.dtype or ("fp32" if device == "cpu" else "fp16")]
     argument = "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
-    source = str(bundled_model_path()) if settings.model == "bundled" else settings.model
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **{argument: dtype})
-        return pipe.to(device)
+        if settings.model == "bundled":
+            return bundled_pipeline(**{argument: dtype}).to(device)
+        local = os.path.isdir(settings.model)
+        folder = settings.model if local else DiffusionPipeline.download(settings.model, use_safetensors=True)
+        return load_saved(folder, **{argument: dtype}).to(device)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"the model {settings.model!r} cannot be loaded on {device}: {text}") from error

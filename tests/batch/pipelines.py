@@ -1,6 +1,6 @@
-"""Pipelines that fail as their prompts say, for jobs in processes of their own; and the driver of such a job.
+"""Pipelines that fail as their prompts say, for jobs in processes of their own.
 
-    python -m tests.batch.pipelines PROMPTS OUT '{"load": "fake", "batch_size": 2}'
+`python -m tests.batch.pipelines PROMPTS OUT '{"load": "fake", "batch_size": 2}'` is the driver of such a job.
 """
 
 from __future__ import annotations

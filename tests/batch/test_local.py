@@ -17,8 +17,18 @@ import scfg_fast
 from scfg_fast.batch import FolderError, InputError, MissingPackageError, generate, read_status
 from scfg_fast.batch.folder import Folder
 from tests.batch.jobs import (
-    FAKE, ROOT, SMALL, assert_equal_images, assert_nothing_half_written, committed, finish, job, pixels_of, rows_of,
-    wait_until, write_rows,
+    FAKE,
+    ROOT,
+    SMALL,
+    assert_equal_images,
+    assert_nothing_half_written,
+    committed,
+    finish,
+    job,
+    pixels_of,
+    rows_of,
+    wait_until,
+    write_rows,
 )  # fmt: skip
 from tests.batch.pipelines import fake
 
