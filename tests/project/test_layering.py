@@ -53,8 +53,19 @@ NEVER = {
 }
 
 PACKAGES = {
-    "diffusers": {"capture", "denoisers", "pipelines", "handle", "patch", "inversion", "guider", "batch", "cli"},
-    "transformers": {"cli"},
+    "diffusers": {
+        "models",
+        "capture",
+        "denoisers",
+        "pipelines",
+        "handle",
+        "patch",
+        "inversion",
+        "guider",
+        "batch",
+        "cli",
+    },
+    "transformers": {"models", "cli"},
     "scfg_kernels": {"capture", "denoisers", "step", "handle", "patch", "env"},
     "ray": {"batch"},
     "pyarrow": {"batch"},
