@@ -21,7 +21,7 @@ TEST = [
 XFORMERS = ["xformers>=0.0.29"]
 BATCH = ["ray[data]>=2.60"]  # whose checkpoints commit the images; more than one worker
 TEST += BATCH
-DEV = [*TEST, "ruff>=0.6", "mypy>=1.10"]
+DEV = [*TEST, "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
 
 setup(
     name="scfg_fast",
