@@ -79,15 +79,15 @@ def load_pipeline(settings: Settings) -> Any:
     device = settings.device or default_device()
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[settings.dtype or ("fp32" if device == "cpu" else "fp16")]
-    argument = "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
+    options: dict[str, Any] = {"torch_dtype" if diffusers.__version__.startswith("0.") else "dtype": dtype}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         if settings.model == "bundled":
-            return bundled_pipeline(**{argument: dtype}).to(device)
+            return bundled_pipeline(**options).to(device)
         local = os.path.isdir(settings.model)
         folder = settings.model if local else DiffusionPipeline.download(settings.model, use_safetensors=True)
-        return load_saved(folder, **{argument: dtype}).to(device)
+        return load_saved(folder, **options).to(device)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"the model {settings.model!r} cannot be loaded on {device}: {text}") from error

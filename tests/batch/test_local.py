@@ -82,6 +82,7 @@ def test_the_images_are_what_the_library_makes(undisturbed: Path) -> None:
         assert (row["mean_weight"], row["attempt"], row["together"], row["error"]) == (5.0, 1, 2, "")
 
 
+@pytest.mark.slow
 def test_killed_driver(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
     """T2: what is durable is not made again, and the rest has equal pixels."""
     out = tmp_path / "out"
@@ -117,6 +118,7 @@ def test_finished_job(prompts: Path, copy: Path) -> None:
     assert {name for name in before if before[name] != after[name]} <= {"summary.json"} and set(before) == set(after)
 
 
+@pytest.mark.slow
 def test_rows_that_kill_and_rows_that_raise(tmp_path: Path) -> None:
     """T4: each killed process is an attempt; then rows run alone; the row that dies again is an error row."""
     prompts = write_rows(tmp_path / "p.jsonl", ["a", "it dies", "b", "it fails", "c", "nan d"])
@@ -213,6 +215,7 @@ def test_a_partial_micro_batch_keeps_its_rows_when_the_input_grows(tmp_path: Pat
         generate(prompts, tmp_path / "out", **FAKE_HERE)
 
 
+@pytest.mark.slow
 def test_two_drivers_and_a_stale_lock(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """T10: the second driver is refused and names the first; the lock of one that was killed is taken over."""
     prompts = write_rows(tmp_path / "p.jsonl", [f"slow {i}" for i in range(12)])
@@ -257,6 +260,7 @@ def test_full_disk(prompts: Path, tmp_path: Path) -> None:
     assert_nothing_half_written(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupts(tmp_path: Path, number: int, status: int) -> None:
     """T12: nobody is blamed, the line says how to go on, and the same command does."""
