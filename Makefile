@@ -1,11 +1,17 @@
 PYTHON ?= python
 
-.PHONY: lint test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+.PHONY: lint package test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
 
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The source distribution, the wheel made from it, and what PyPI would say of both.
+package:
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 test:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
