@@ -15,15 +15,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .files import replacing
-
-if TYPE_CHECKING:
-    pass
 
 _DRAWN = {
     "contact_sheet": "sheets",

@@ -21,9 +21,8 @@ denoiser in half precision neither loses a small gradient nor overflows on a lar
 in memory, and the decoder's graph is gone before the denoiser is differentiated.
 
 Other than published: norms are per sample, so that a batch is each sample alone, where the published code takes one
-norm over batch and copies; and a gradient of exactly zero moves nothing, where that code's guard has no effect.
-Polyak's length grows as the gradient vanishes: use a loss whose slope does not vanish at its minimum, such as an
-unsquared distance.
+norm over batch and copies; a gradient of exactly zero moves nothing, where that code's guard has no effect. Polyak's
+length grows as the gradient vanishes: use a loss whose slope stays above zero at its minimum, as an unsquared distance.
 
 Source: Shen et al., "Understanding and Improving Training-free Loss-based Diffusion Guidance", NeurIPS 2024 (arXiv
 2403.12404); freedom is the step length of Yu et al., "FreeDoM", ICCV 2023 (arXiv 2303.09833), as the former's code has
@@ -50,8 +49,7 @@ PUBLISHED_SCALES = {"gradient": 1.0, "polyak": 0.001, "normalized": 1.0, "freedo
 """rho of the published commands: motion (gradient, normalized), faces by text (polyak), ImageNet by text (freedom).
 
 That code multiplies 0.02 with `--rho_scale` for freedom: 2 with augmentation and time travel (0.04, here), 0.1 without,
-its baseline (0.002). The scales of gradient and polyak go with the units of the loss and have to be found for another
-one."""
+its baseline (0.002). The scales of gradient and polyak go with the units of the loss: find them for another loss."""
 
 
 @dataclass(frozen=True)
