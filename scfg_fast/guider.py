@@ -32,13 +32,14 @@ from .denoisers.base import Denoiser
 from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
-from .guidance.mixing import norm, rescaled
+from .guidance.mixing import distances
 from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
 from .step.context import SCFGWarning, Stats
-from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of
+from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of, zero_step
+from .step.rewrite import rewritten
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -192,9 +193,11 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self.stats.distances.append(None)
         self.stats.images = pred_cond.shape[0]
         config = self.scfg_config
-        if config.combine == "cfg-zero" and cast(int, self._step) < config.zero_init_steps:
+        if zero_step(config, cast(int, self._step)):
             if pred_uncond is not None:
-                self.stats.distances[-1] = tuple(norm(x, len(x)) for x in (pred_uncond, pred_cond - pred_uncond))
+                self.stats.distances[-1] = distances(
+                    pred_uncond, pred_cond, 0.0, None, -pred_uncond, 0.0, len(pred_cond)
+                )
             return GuiderOutput(pred=torch.zeros_like(pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
         if pred_uncond is None or not (self._acts() or config.combine != "cfg"):
             return super().forward(pred_cond, pred_uncond)
@@ -212,20 +215,15 @@ class SCFGGuidance(ClassifierFreeGuidance):
             if step_maps is None and self._finder.segments is None:
                 raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
             guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
-        dtype = torch.promote_types(cond.dtype, torch.float32)
-        difference = cond.to(dtype) - uncond.to(dtype)
+        moved: torch.Tensor | None = None
         if self._mixer is not None:
             mixed = self._mixer(uncond, cond, weight, rate, samples)
             rate, moved = mixed.rate, mixed.moved
-            guided = (uncond.to(dtype) + moved).to(cond.dtype)
-        else:
-            moved = weight * cast(torch.Tensor, rate) * difference
+            guided = rewritten(uncond, cond, moved, None)
         if self._acts() and config.rates == "regions":
             token_index, foreground, _ = cast(Segments, self._finder.segments)
             self.regions = Regions(cast(int, self._step), token_index, foreground, cast(torch.Tensor, rate))
-        if self.guidance_rescale > 0.0:
-            moved = rescaled(moved, uncond, cond, self.guidance_rescale, samples)
-        self.stats.distances[-1] = norm(moved, samples), norm(difference, samples)
+        self.stats.distances[-1] = distances(uncond, cond, weight, rate, moved, self.guidance_rescale, samples)
         others = pred_cond
         if cond.numel() < pred_cond.numel():
             others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)

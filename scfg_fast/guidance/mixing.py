@@ -130,6 +130,27 @@ def _matching_factor(applied: Tensor, offset: Tensor | None, weight: float, diff
     return torch.where((root >= 0.0) & (size > 0.0) & (factor > 0.0), factor, 1.0)
 
 
+def distances(
+    uncond: Tensor, cond: Tensor, weight: float, rate: Tensor | None, moved: Tensor | None, rescale: float, samples: int
+) -> tuple[Tensor, Tensor]:
+    """(||g - u||, ||t - u||), [samples] each, whose ratio is the effective weight.
+
+    Args:
+        uncond, cond: u and t, [G, C, H, W].
+        weight, rate: w and r of f = u + w r d; a rate of None is 1 everywhere.
+        moved: f - u where it is something else, or None.
+        rescale: phi of guidance_rescale, which makes g of f.
+        samples: how many samples the G images belong to.
+    """
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    difference = cond.to(dtype) - uncond.to(dtype)
+    if moved is None:
+        moved = weight * (difference if rate is None else rate * difference)
+    if rescale > 0.0:
+        moved = rescaled(moved, uncond, cond, rescale, samples)
+    return norm(moved.to(dtype), samples), norm(difference, samples)
+
+
 def rescaled(moved: Tensor, uncond: Tensor, cond: Tensor, rescale: float, samples: int) -> Tensor:
     """g - u after `guidance_rescale`, f (phi std(t) / std(f) + 1 - phi) with f = u + moved; [G, C, H, W]."""
     f = uncond.to(moved.dtype) + moved

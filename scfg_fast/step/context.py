@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..capture.maps import BlockMaps
 from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
@@ -36,6 +37,21 @@ class Convergence:
     iterations: torch.Tensor
     residuals: torch.Tensor
     converged: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The conditional pass of a step, kept until the unconditional one.
+
+    Attributes:
+        sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
+        prediction: [B, C, H, W], or None where the step is left to the pipeline.
+        maps: what each captured block left.
+    """
+
+    sample: Any
+    prediction: torch.Tensor | None
+    maps: list[BlockMaps]
 
 
 @dataclass

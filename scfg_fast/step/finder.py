@@ -24,6 +24,11 @@ def mixer_of(config: SCFGConfig) -> Mixer | None:
     )  # fmt: skip
 
 
+def zero_step(config: SCFGConfig, index: int) -> bool:
+    """Whether the prediction of step `index` is zero: the first of CFG-Zero*."""
+    return config.combine == "cfg-zero" and index < config.zero_init_steps
+
+
 Segments = tuple[torch.Tensor, torch.Tensor, int]
 
 

@@ -17,7 +17,6 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,33 +25,18 @@ from ..capture.maps import BatchLayout, BlockMaps, StepMaps
 from ..config import SCFGConfig
 from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
 from ..denoisers.unet import UNet
-from ..guidance.mixing import Mixer, norm, rescaled
+from ..guidance.mixing import Mixer, distances
 from ..guidance.steps import Step, in_part, step_levels
 from ..layouts import Geometry
 from ..regions import Regions
 from .arguments import argument, copied, second_half
-from .context import CallContext, SCFGError, SCFGWarning, Stats
+from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly, mixer_of
+from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly, mixer_of, zero_step
 from .plan import regions_skip_reason, step_weight
-from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
+from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, rewritten, with_prediction
 
 ONE_PASS = "the denoiser ran once: no guidance"
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """The conditional pass of a step, kept until the unconditional one.
-
-    Attributes:
-        sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
-        prediction: [B, C, H, W], or None where the step is left to the pipeline.
-        maps: what each captured block left.
-    """
-
-    sample: Any
-    prediction: torch.Tensor | None
-    maps: list[BlockMaps]
 
 
 class GuidanceHook:
@@ -285,21 +269,19 @@ class GuidanceHook:
                 self._measure(prediction)
                 return None
         if self._half:
-            rewritten = torch.cat([prediction, prediction])
-            if self._begins_with_zero():
-                rewritten = torch.zeros_like(rewritten)
+            both = torch.cat([prediction, prediction])
+            result = torch.zeros_like(both) if self._begins_with_zero() else both
         else:
-            rewritten = self._rewrite(prediction, maps, shifted)
+            result = self._rewrite(prediction, maps, shifted)
         if self._second:
-            rewritten = rewritten.chunk(2)[0]
+            result = result.chunk(2)[0]
         if self._skip is None:
             self._guided_steps += 1
             self.stats.steps_applied += 1
             if self.on_regions is not None and self.regions is not None:
                 self.on_regions(self._step, self.regions)
         whole = torch.cat([output[0], output[0]]) if self._half else output[0]
-        rewritten = view.close(rewritten, whole, self._geometry)
-        return with_prediction(output, rewritten)
+        return with_prediction(output, view.close(result, whole, self._geometry))
 
     def _describe(self, module: torch.nn.Module, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
@@ -330,38 +312,26 @@ class GuidanceHook:
         return plain and not self.corrections.needs_levels and not self.context.guidance_rescale() > 0.0
 
     def _combines(self) -> bool:
-        """Whether this step has a rule of its own for mixing the predictions; of weight 1 is the conditional one."""
+        """Whether this step mixes the predictions by a rule; one of weight 1 is the conditional prediction."""
         ruled = self._blocked is None and self.config.combine != "cfg"
         return ruled and (self._weight != 1.0 or self._begins_with_zero())
 
     def _begins_with_zero(self) -> bool:
-        """Whether the step is one of the first of CFG-Zero*."""
-        zero = self.config.combine == "cfg-zero" and self._step < self.config.zero_init_steps
-        return self._blocked is None and zero
+        """Whether this is one of the first steps of CFG-Zero*."""
+        return self._blocked is None and zero_step(self.config, self._step)
 
     def _measure(self, prediction: torch.Tensor, guided: torch.Tensor | None = None) -> None:
-        """Note the dose of the step, where it is not the weight itself.
-
-        Args:
-            prediction: [u; t] or [u; t; perturbed].
-            guided: f, where it was solved for; None where it follows from weight and rates, or `_moved`.
-        """
-        rescale = self.context.guidance_rescale()
-        own = self._rate is None and self._moved is None and guided is None
-        if self._blocked or (own and not rescale > 0.0):
+        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
+        solved for or mixed here, or with weight and rates."""
+        rescale, moved = self.context.guidance_rescale(), self._moved
+        if self._blocked or (self._rate is moved is guided is None and not rescale > 0.0):
             return
         uncond, cond, *_ = prediction.chunk(self.context.groups())
-        samples, dtype = self.context.samples, torch.promote_types(cond.dtype, torch.float32)
-        difference = cond.to(dtype) - uncond.to(dtype)
         if guided is not None:
-            moved = guided.to(dtype) - uncond.to(dtype)
-        elif self._moved is not None:
-            moved = self._moved
-        else:
-            moved = self._weight * (difference if self._rate is None else self._rate * difference)
-        if rescale > 0.0:
-            moved = rescaled(moved, uncond, cond, rescale, samples)
-        self.stats.distances[-1] = norm(moved, samples), norm(difference, samples)
+            moved = guided - uncond
+        self.stats.distances[-1] = distances(
+            uncond, cond, self._weight, self._rate, moved, rescale, self.context.samples
+        )
 
     def _collect(self, left: list[BlockMaps]) -> StepMaps | None:
         """What the layers left in this step."""
@@ -423,16 +393,8 @@ class GuidanceHook:
             self._rate, self._moved = mixed.rate, mixed.moved
             if self._begins_with_zero():
                 self._moved = -uncond.to(mixed.moved.dtype)
-            result = self._mixed(uncond, cond, self._moved, rewrite)
+            result = rewritten(uncond, cond, self._moved, None if rewrite == "guided" else self._scale_now())
         if self._skip is None and config.rates == "regions":
             token_index, foreground, _ = cast(Segments, self._finder.segments)
             self.regions = Regions(self._step, token_index, foreground, cast(torch.Tensor, self._rate))
         return result
-
-    def _mixed(self, uncond: torch.Tensor, cond: torch.Tensor, moved: torch.Tensor, rewrite: str) -> torch.Tensor:
-        """f = u + moved, or the u' of which the pipeline makes it, u + (s d - moved) / (s - 1)."""
-        u = uncond.to(moved.dtype)
-        if rewrite == "guided":
-            return (u + moved).to(cond.dtype)
-        scale = self._scale_now()
-        return (u + (scale * (cond.to(moved.dtype) - u) - moved) / (scale - 1.0)).to(cond.dtype)
