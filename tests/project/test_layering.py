@@ -22,6 +22,7 @@ LEFT_TO_RIGHT = (
     {"denoisers"},
     {"step"},
     {"pipelines"},
+    {"handle"},
     {"patch", "inversion", "guider"},
     {"__init__"},
     {"batch"},
@@ -51,9 +52,20 @@ NEVER = {
 }
 
 PACKAGES = {
-    "diffusers": {"capture", "denoisers", "pipelines", "patch", "inversion", "guider", "batch", "cli"},
-    "transformers": {"cli"},
-    "scfg_kernels": {"capture", "denoisers", "step", "patch", "env"},
+    "diffusers": {
+        "models",
+        "capture",
+        "denoisers",
+        "pipelines",
+        "handle",
+        "patch",
+        "inversion",
+        "guider",
+        "batch",
+        "cli",
+    },
+    "transformers": {"models", "cli"},
+    "scfg_kernels": {"capture", "denoisers", "step", "handle", "patch", "env"},
     "ray": {"batch"},
     "pyarrow": {"batch"},
     "triton": set(),
