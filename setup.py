@@ -20,7 +20,7 @@ TEST = [
 ]
 XFORMERS = ["xformers>=0.0.29"]
 BATCH = ["ray[data]>=2.30"]
-DEV = [*TEST, "ruff>=0.6", "mypy>=1.10"]
+DEV = [*TEST, "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
 
 setup(
     name="scfg_fast",
