@@ -1,6 +1,16 @@
 PYTHON ?= python
 
+<<<<<<< HEAD
 .PHONY: lint package test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+=======
+.PHONY: check lint test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+
+# Under a minute on 2 cores: style, who imports whom, the torch implementations, every unit; nothing that compiles.
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n0 -q -m "not slow" tests/project tests/scfg_fast tests/kernels
+>>>>>>> main
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -15,6 +25,10 @@ package:
 
 test:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
+
+# Also the simulator's own tests, for changes of lab/ptxsim and new versions of Triton.
+test-all:
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests training lab
 
 test-twins:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/triton
