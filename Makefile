@@ -1,16 +1,12 @@
 PYTHON ?= python
 
-<<<<<<< HEAD
-.PHONY: lint package test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
-=======
-.PHONY: check lint test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+.PHONY: check lint package test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
 
 # Under a minute on 2 cores: style, who imports whom, the torch implementations, every unit; nothing that compiles.
 check:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n0 -q -m "not slow" tests/project tests/scfg_fast tests/kernels
->>>>>>> main
 
 lint:
 	$(PYTHON) -m ruff check .

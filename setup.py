@@ -34,11 +34,7 @@ TEST = [
 ]
 XFORMERS = ["xformers>=0.0.29"]
 BATCH = ["ray[data]>=2.30"]
-<<<<<<< HEAD
-DEV = [*TEST, "ruff>=0.6", "build>=1.0", "twine>=5.0"]
-=======
-DEV = [*TEST, "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5"]
->>>>>>> main
+DEV = [*TEST, "ruff>=0.6", "pre-commit>=3.5", "build>=1.0", "twine>=5.0"]
 
 setup(
     name="scfg_fast",

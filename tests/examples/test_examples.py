@@ -22,6 +22,8 @@ import scfg_fast
 from lab.tiny.unets import tiny_sdxl_pipeline
 from scfg_fast.models import bundled_pipeline
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "examples"
 PROMPT = "a panda on a beach"
 
