@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,6 +25,7 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
@@ -50,20 +50,11 @@ def nothing(x0: torch.Tensor) -> torch.Tensor:
 LATENT_LOSS = LossGuidance(to_dark, scale=0.05, space="latents")
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
-
-
 def run(pipe, samples: tuple[int, ...] = (0, 1), **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in samples]
     prompts, negatives = ([texts[i] for i in samples] for texts in (PROMPTS, NEGATIVES))
     return pipe(prompts, negative_prompt=negatives, generator=generators, **options).images
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 # Loss guidance -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -19,6 +18,7 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
@@ -30,19 +30,10 @@ STEPS = 5
 SCALE = 6.0
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
-
-
 def run(pipe, **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     return pipe(PROMPTS, negative_prompt=NEGATIVES, generator=generators, **options).images
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def run_with_scales(pipe, scales: list[float], **kwargs: Any) -> torch.Tensor:
