@@ -35,7 +35,8 @@ from scfg_kernels import segment_and_guide, self_attention_map
 from lab.measure import MIB, Spread, allocated_peak, interleaved
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import choose_layers, holds_map
-from scfg_fast.processors import find_blocks, wrap_block
+from scfg_fast.capture.processors import wrap_block
+from scfg_fast.denoisers.unet import find_blocks
 
 from . import overhead, registry
 from .report import RESULTS, Report

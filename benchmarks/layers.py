@@ -38,8 +38,9 @@ from scfg_kernels import guide, segment_and_guide
 
 from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import BlockInfo, StepMaps, collect, middles
-from scfg_fast.install import CaptureSet, installed
+from scfg_fast.capture.layers import BlockInfo, middles
+from scfg_fast.capture.maps import StepMaps, collect
+from scfg_fast.denoisers.install import CaptureSet, installed
 
 from . import overhead, registry
 from .guidance import SCALE, open_pipeline, pair
@@ -133,7 +134,7 @@ class Capture:
 
     def maps(self, height: int, width: int) -> StepMaps:
         """The maps of the pass that has just run, for a latent of this size."""
-        return collect([(block.info, block.maps) for block in self._blocks], height, width, CONFIG.cell)
+        return collect([(block.info, block.take()) for block in self._blocks], height, width, CONFIG.cell)
 
 
 def subsets(blocks: Sequence[BlockInfo]) -> dict[str, Sequence[int]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -27,16 +26,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
-from .capture import StepMaps
+from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
-from .corrections import argument
-from .denoisers import TRANSFORMERS, Denoiser, denoiser_of
+from .denoisers.base import Denoiser
+from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
+from .denoisers.registry import denoiser_of
+from .denoisers.transformers import TRANSFORMERS
 from .guidance.steps import in_part
-from .hooks import RegionFinder, SCFGWarning, Segments, Stats, guide_by_pixel
-from .install import CapturedBlock, CaptureSet, claimed, installed, unwrap
-from .processors import BatchLayout
+from .layouts import Geometry, Images, View
 from .regions import Regions
-from .views import Geometry, Images, View
+from .step.arguments import argument
+from .step.context import SCFGWarning, Stats
+from .step.finder import RegionFinder, Segments, guide_by_pixel
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -89,7 +90,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         """Forget the run before."""
         self.regions: Regions | None = None
         self.stats = Stats()
-        self._maps: dict[str, list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
+        self._maps: dict[str, list[BlockMaps]] = {}
         self._finder = RegionFinder(self.scfg_config)
         self._guided_steps = 0
         self._negative: list[torch.Tensor] = []
@@ -119,13 +120,13 @@ class SCFGGuidance(ClassifierFreeGuidance):
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
-        if known is None or known.turned:  # which takes both groups in one list, where a guider has one
+        if known is None or known.conditional_first:  # which takes both groups in one list, where a guider has one
             if self.scfg_config.rates == "pixels":
                 return  # needs no attention, and takes predictions as images
+            readable = ", ".join(name for name, one in TRANSFORMERS.items() if not one.conditional_first)
             raise ValueError(
                 f"SCFGGuidance: the denoiser is a {type(model).__name__}, whose attention is not known here; known are "
-                f"UNet2DConditionModel, {', '.join(name for name, one in TRANSFORMERS.items() if not one.turned)}. Use "
-                "ClassifierFreeGuidance there"
+                f"UNet2DConditionModel, {readable}. Use ClassifierFreeGuidance there"
             )
         branch = "conditional" if self.is_conditional else "unconditional"
         self._view = known.view(model)
@@ -160,7 +161,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
                     for block in blocks:
                         block.prepare(True, layout, self._geometry)
                     output = forward(*args, **kwargs)
-                    self._maps[branch] = [(block.maps.tokens, block.maps.start) for block in blocks]
+                    self._maps[branch] = [block.take() for block in blocks]
                     return output
             finally:
                 self._close()
@@ -235,13 +236,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
         zeroed = any(not bool(embeddings.any()) for embeddings in negative)
         return "conditional" if zeroed else "unconditional"
 
-    def _take_maps(self, maps: dict[str, list], geometry: Geometry) -> StepMaps | None:
-        tokens = [tokens for tokens, _ in maps["conditional"]]
-        starts = [start for _, start in maps[cast(str, self._foreground)]]
-        layers = [
-            (block.info, SimpleNamespace(tokens=t, start=s))
-            for block, t, s in zip(self._blocks, tokens, starts, strict=True)
-        ]
+    def _take_maps(self, maps: dict[str, list[BlockMaps]], geometry: Geometry) -> StepMaps | None:
+        halves = zip(self._blocks, maps["conditional"], maps[cast(str, self._foreground)], strict=True)
+        layers = [(block.info, BlockMaps(cond.tokens, deciding.start)) for block, cond, deciding in halves]
         step_maps, missing = self._finder.take(layers, (geometry.height, geometry.width))
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         if missing and not self._warned:

@@ -19,17 +19,21 @@ from typing import Any, TypeVar, cast
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
-from .capture import choose_layers
+from .capture.layers import choose_layers
 from .config import SCFGConfig
-from .denoisers import Denoiser, UNet, denoiser_of
-from .families import cells_of, default_config, denoisers_of, family_of, read_call, why_not, with_benchmark
+from .denoisers.base import Denoiser
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, installed, unwrap
+from .denoisers.registry import denoiser_of
+from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
 from .guidance.loss import LossGuidance
 from .guidance.steps import StepWeight
-from .hooks import GuidanceHook, Hooked, Stats
-from .install import CaptureSet, claimed, installed, unwrap
+from .pipelines.call import read_call
+from .pipelines.families import cells_of, default_config, denoisers_of, family_of, why_not, with_benchmark
 from .regions import Regions
-from .stepping import stepping
+from .step.context import Stats
+from .step.hook import GuidanceHook
+from .step.scheduler import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 
@@ -160,7 +164,7 @@ class Handle:
             for model in models:
                 undo.enter_context(claimed(model))
             hooked = [
-                Hooked(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
+                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]

@@ -413,7 +413,7 @@ def z_image() -> Tiny:
         extra = dict(height=144, width=208, guidance_scale=3.0)
         return arguments(picks, {}, **lists | extra | others)
 
-    return Tiny(pipeline, call, Layout((1, 9, 13), 2, text_first=False, turned=True), ("attention",), 32)
+    return Tiny(pipeline, call, Layout((1, 9, 13), 2, text_first=False, conditional_first=True), ("attention",), 32)
 
 
 def flux2() -> Tiny:

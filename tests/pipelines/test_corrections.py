@@ -29,8 +29,8 @@ from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.families import LOSS_SCHEDULERS, overflows
 from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from scfg_fast.pipelines.checks import LOSS_SCHEDULERS, overflows
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 4

@@ -16,7 +16,9 @@ import scfg_fast
 from lab.reference.deepfloyd import replaced_run
 from lab.rounding import otherwise_rounded, relative
 from lab.tiny.deepfloyd import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
-from scfg_fast import Regions, SCFGConfig, SCFGWarning, cli
+from scfg_fast import Regions, SCFGConfig, SCFGWarning
+from scfg_fast.cli.commands import _config_for, _read_config
+from scfg_fast.cli.session import Session
 from scfg_fast.guidance import CharacteristicGuidance, LossGuidance, WeightSchedule
 
 NAMES = STAGE_ONE + STAGE_TWO
@@ -309,5 +311,5 @@ def test_the_command_line_takes_the_published_values_of_the_pipeline(
     (tmp_path / "mine.json").write_text(SCFGConfig(rate_max=2.0).to_json(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     args = argparse.Namespace(**{"config": None, "fidelity": None} | asked)
-    session = cli.Session(tiny_if_pipeline(), "IF", "fp32")
-    assert cli._config_for(session, args, cli._read_config(args)) == expected
+    session = Session(tiny_if_pipeline(), "IF", "fp32")
+    assert _config_for(session, args, _read_config(args)) == expected

@@ -16,8 +16,8 @@ from lab.rounding import otherwise_rounded, relative
 from lab.tiny.deepfloyd import STAGE_ONE, STAGE_TWO
 from lab.tiny.unets import silent, tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.families import FAMILIES
 from scfg_fast.guidance import Step, WeightSchedule
+from scfg_fast.pipelines.families import FAMILIES
 
 PROMPTS = ["a red cat on the grass", "a blue boat", "a girl and a dog in a house"]
 NEGATIVES = ["a car", "a black bird on a table", "the sky"]

@@ -17,7 +17,8 @@ from lab.reference.official import literal_run
 from lab.rounding import otherwise_rounded, relative
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.processors import BatchLayout, CrossAttentionCapture, SelfAttentionCapture, wrap_block
+from scfg_fast.capture.maps import BatchLayout
+from scfg_fast.capture.processors import CrossAttentionCapture, SelfAttentionCapture, wrap_block
 
 TOKENS = 1056
 LAYOUTS = {

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 import scfg_fast
-import scfg_fast.families
+import scfg_fast.pipelines.call
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import Regions, SCFGConfig, SCFGError, SCFGWarning
 
@@ -116,13 +116,13 @@ def test_words_of_textual_inversion(pipe) -> None:
     vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     pipe.load_textual_inversion({"<thing>": vectors})
     masks = []
-    original = scfg_fast.families.word_mask
-    scfg_fast.families.word_mask = lambda *args: masks.append(original(*args)) or masks[-1]
+    original = scfg_fast.pipelines.call.word_mask
+    scfg_fast.pipelines.call.word_mask = lambda *args: masks.append(original(*args)) or masks[-1]
     try:
         scfg_fast.enable(pipe, SCFGConfig(tokens="words"))
         run(pipe, "a <thing> dog", num_inference_steps=1)
     finally:
-        scfg_fast.families.word_mask = original
+        scfg_fast.pipelines.call.word_mask = original
     assert masks[0].nonzero()[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
 
 

@@ -14,7 +14,7 @@ from lab.rounding import otherwise_rounded, relative
 from lab.tiny.unets import sharpen, silent, tiny_sdxl_pipeline
 from scfg_fast.capture import choose_layers
 from scfg_fast.config import SCFGConfig
-from scfg_fast.processors import find_blocks
+from scfg_fast.denoisers.unet import find_blocks
 
 STEPS = 6
 HANDOVER = 0.5

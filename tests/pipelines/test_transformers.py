@@ -441,8 +441,8 @@ def test_maps_are_gone_when_the_scheduler_steps(tiny: Tiny) -> None:
 
     def watch(module, args, output) -> None:
         for block in taken._blocks:
-            if block.maps.tokens is not None:
-                maps.append(weakref.ref(block.maps.tokens))
+            if block.captures[-1].tokens is not None:
+                maps.append(weakref.ref(block.captures[-1].tokens))
 
     def counted(self, *args, **kwargs):
         alive.append(sum(reference() is not None for reference in maps))

@@ -9,10 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DIFFUSERS_ALLOWED = {
-    "processors",
-    "readers",
-    "families",
-    "hooks",
+    "capture",
+    "denoisers",
+    "pipelines",
     "patch",
     "guider",
     "inversion",

@@ -1,25 +1,11 @@
-"""What one denoising step captures: which layers, at which size, and the completed maps they leave behind.
-
-Knows names, sizes and tensors; how a layer computes attention is in `processors`.
-"""
+"""Which attention layers a step captures: their names and sizes, and the choice among them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
-
-from .config import SCFGConfig
-
-
-class CompletedMaps(Protocol):
-    """What a captured block leaves behind for the step: see `processors.CrossAttentionCapture`."""
-
-    tokens: torch.Tensor | None  # [B, T, N] completed maps of the conditional samples
-    start: torch.Tensor | None  # [B, N] completed start-token map of the unconditional samples; or [B, 2, N], with the
-    # sum of the other tokens' where rows do not sum to 1
+from ..config import SCFGConfig
 
 
 @dataclass(frozen=True)
@@ -37,31 +23,6 @@ class BlockInfo:
     level: int
     depth: float | None = None
     joint: bool = False
-
-
-FUSED_MAP_TOKENS = 1024
-"""Image tokens up to which a layer holds its self-attention map whatever it takes: up to here one kernel makes the map
-beside the layer's output."""
-QUERY_KEY_WORTH = 2
-"""How many bytes of queries and keys may be held to save one of a larger map. At the layer's peak, in self-attention,
-they are there anyway."""
-
-
-def holds_map(tokens: int, heads: int, head_dim: int, itemsize: int) -> bool:
-    """Whether a layer of a UNet holds its self-attention map until its cross-attention, or its queries and keys.
-
-    Per sample, the map takes 4 N^2 bytes (8 in fp64), queries and keys 2 e N H d: the same at N = e H d / 2. Held are
-    queries and keys above `FUSED_MAP_TOKENS`, where they take at most `QUERY_KEY_WORTH` times the map. So up to 1024
-    tokens it is the map, because completion without it forms the scores again; in half precision above it never is in
-    Stable Diffusion 1.5, 2.x and XL, whose H d is at most 1280.
-
-    Args:
-        tokens: N, image tokens.
-        heads, head_dim: H and d.
-        itemsize: e, bytes of an element of the layer's activations.
-    """
-    map_bytes = max(4, itemsize) * tokens * tokens
-    return tokens <= FUSED_MAP_TOKENS or 2 * itemsize * tokens * heads * head_dim > QUERY_KEY_WORTH * map_bytes
 
 
 JOINT_LAYERS = 3
@@ -146,49 +107,3 @@ def central(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
     wanted = [0.25 + 0.5 * place / (CENTRAL_BLOCKS - 1) for place in range(CENTRAL_BLOCKS)]
     nearest = {min(blocks, key=lambda block: abs((block.depth or 0.0) - depth)).name for depth in wanted}
     return [block for block in blocks if block.name in nearest]
-
-
-@dataclass(frozen=True)
-class StepMaps:
-    """The maps of one step, ready for `scfg_kernels.segment`.
-
-    Attributes:
-        tokens: per layer [B, T, N_l].
-        start: per layer [B, N_l] or [B, 2, N_l].
-        sizes: per layer (h_l, w_l).
-        size: (h, w) of the grid of cells.
-        missing: names of chosen layers that left nothing usable in this step.
-    """
-
-    tokens: list[torch.Tensor]
-    start: list[torch.Tensor]
-    sizes: list[tuple[int, int]]
-    size: tuple[int, int]
-    missing: list[str]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that stay allocated from the layers to the end of the step."""
-        return sum(t.numel() * t.element_size() for t in (*self.tokens, *self.start))
-
-
-def collect(layers: Sequence[tuple[BlockInfo, CompletedMaps]], height: int, width: int, cell: int) -> StepMaps:
-    """Take the completed maps out of the layers (they are forgotten there) and pair them with their sizes.
-
-    Args:
-        layers: the captured blocks and their maps.
-        height, width: of the latent, in latent pixels.
-        cell: latent pixels per side of a cell.
-    """
-    tokens, start, sizes, missing = [], [], [], []
-    for block, maps in layers:
-        size = grid_size(height, width, block.level)
-        found, maps.tokens = maps.tokens, None
-        found_start, maps.start = maps.start, None
-        if found is None or found_start is None or found.shape[-1] != size[0] * size[1]:
-            missing.append(block.name)
-            continue
-        tokens.append(found)
-        start.append(found_start)
-        sizes.append(size)
-    return StepMaps(tokens, start, sizes, grid_size(height, width, cell), missing)

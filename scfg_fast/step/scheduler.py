@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+SchedulerStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(prediction, sample) -> previous sample: the scheduler's own step at the present timestep."""
 
-Around = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
+Around = Callable[[SchedulerStep, torch.Tensor, torch.Tensor], torch.Tensor]
 """(step, prediction, sample) -> previous sample."""
 
 

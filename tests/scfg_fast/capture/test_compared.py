@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scfg_fast.readers import MASKED, Compared, capture_maps, key_bias, start_column
-from scfg_fast.views import Geometry
+from scfg_fast.capture.compared import MASKED, QueriesAndKeys, capture_maps, key_bias, start_column
+from scfg_fast.layouts import Geometry
 
 
-def compared(tokens: int, text: int, bias: torch.Tensor | None = None) -> Compared:
+def compared(tokens: int, text: int, bias: torch.Tensor | None = None) -> QueriesAndKeys:
     generator = torch.Generator().manual_seed(0)
     query, image = (torch.randn(2, 2, tokens, 8, generator=generator) for _ in range(2))
-    return Compared(query, torch.randn(2, 2, text, 8, generator=generator), image, bias)
+    return QueriesAndKeys(query, torch.randn(2, 2, text, 8, generator=generator), image, bias)
 
 
 def test_a_picture_of_1024_pixels_has_maps_of_1024_rows() -> None:
@@ -31,7 +31,7 @@ def test_equal_tokens_in_a_cell_are_as_one() -> None:
     def spread(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (2, 3)).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2, 3)
 
-    fine = Compared(spread(coarse.query), coarse.text, spread(coarse.image))
+    fine = QueriesAndKeys(spread(coarse.query), coarse.text, spread(coarse.image))
     own, cross = capture_maps(fine, Geometry(1, 8, 12), level=2, cell=4, backend="auto")
     scores = torch.cat([coarse.query @ key.transpose(2, 3) for key in (coarse.text, coarse.image)], 3) * 8**-0.5
     weights = scores.exp() * torch.tensor([1.0] * 5 + [4.0] * 6)
@@ -44,7 +44,7 @@ def test_equal_tokens_in_a_cell_are_as_one() -> None:
 def test_masked_text_gets_nothing(dtype: torch.dtype) -> None:
     mask = torch.tensor([[True, True, False, False, False], [True, True, True, True, False]])
     plain = compared(24, 5, key_bias(mask, 5))
-    half = Compared(*(x.to(dtype) for x in (plain.query, plain.text, plain.image)), plain.bias)
+    half = QueriesAndKeys(*(x.to(dtype) for x in (plain.query, plain.text, plain.image)), plain.bias)
     _, cross = capture_maps(half, Geometry(1, 8, 12), level=2, cell=4, backend="auto")
     assert not cross[~mask[:, None].expand_as(cross)].any() and cross.isfinite().all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scfg_fast.views import Geometry, Images, Lists, Packed, Videos, turned
+from scfg_fast.layouts import Geometry, Images, Lists, Packed, Videos, swapped_halves
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -49,6 +49,6 @@ def test_frames_of_a_sample_lie_side_by_side() -> None:
 def test_lists_come_conditional_first() -> None:
     prediction = list(numbered(4, 4, 1, 6, 8).unbind())
     images = Lists().open(prediction, Geometry(1, 6, 8))
-    assert torch.equal(images[0], prediction[2][:, 0]) and torch.equal(turned(images)[0], prediction[0][:, 0])
+    assert torch.equal(images[0], prediction[2][:, 0]) and torch.equal(swapped_halves(images)[0], prediction[0][:, 0])
     closed = Lists().close(images, prediction, Geometry(1, 6, 8))
     assert all(torch.equal(a, b) for a, b in zip(closed, prediction, strict=True))

@@ -1,22 +1,22 @@
-"""The denoisers that S-CFG reads: where their attention is, what they are called with, what they predict.
+"""Diffusion transformers: one size of layers, that of their patches; called with images, packed patches or videos.
 
-A UNet has layers at several sizes and `hidden_states` that are images. A transformer has one size, that of its patches,
-and is called with images, packed patches or videos. Each class of transformers has an entry in `TRANSFORMERS`.
+Each class of transformers has an entry in `TRANSFORMERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 
-from .capture import BlockInfo
-from .config import SCFGConfig
-from .processors import find_blocks, find_joint_layers, wrap_block, wrap_joint, wrap_layers
+from ..capture.alongside import wrap_layers
+from ..capture.compared import Reader
+from ..capture.layers import BlockInfo
+from ..config import SCFGConfig
+from ..layouts import Geometry, Images, Lists, Packed, Videos, View
 from .readers import (
-    Reader,
     read_cogview4,
     read_cross,
     read_flux,
@@ -30,85 +30,6 @@ from .readers import (
     read_wan,
     read_z_image,
 )
-from .views import Geometry, Images, Lists, Packed, Videos, View
-
-
-class Denoiser(Protocol):
-    """How a class of denoisers is read.
-
-    Attributes:
-        sample: name of the first argument, the latents.
-        foreground: half that the foreground is read from by default; None where the pipeline decides.
-        turned: whether the conditional samples of a batch come first.
-    """
-
-    @property
-    def sample(self) -> str: ...
-
-    @property
-    def foreground(self) -> str | None: ...
-
-    @property
-    def turned(self) -> bool: ...
-
-    def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
-        """The blocks that can be captured, in the order of the model."""
-
-    def layers(self) -> tuple[str, ...]:
-        """Names of the attention modules of a block that get a processor; "" for the block itself."""
-
-    def wrap(self, info: BlockInfo, block: torch.nn.Module, config: SCFGConfig) -> tuple[BlockInfo, tuple[Any, ...]]:
-        """The block as it will be captured, and a processor for each of its `layers`."""
-
-    def geometry(self, model: torch.nn.Module, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None):
-        """Size of the latents of one call, a `Geometry`. `size` is the pipeline's (H, W), for packed latents."""
-
-    def view(self, model: torch.nn.Module) -> View:
-        """How predictions are opened."""
-
-
-@dataclass(frozen=True)
-class UNet:
-    """`UNet2DConditionModel`."""
-
-    sample: str = "sample"
-    foreground: str | None = None
-    turned: bool = False
-
-    def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
-        return find_blocks(model)
-
-    def layers(self) -> tuple[str, ...]:
-        return "attn1", "attn2"
-
-    def wrap(self, info: BlockInfo, block: torch.nn.Module, config: SCFGConfig) -> tuple[BlockInfo, tuple[Any, ...]]:
-        return info, wrap_block(cast(Any, block), config)
-
-    def geometry(
-        self, model: torch.nn.Module, sample: Any, arguments: dict[str, Any], size: tuple[int, int] | None
-    ) -> Geometry:
-        return Geometry(1, sample.shape[-2], sample.shape[-1])
-
-    def view(self, model: torch.nn.Module) -> View:
-        return Images()
-
-
-@dataclass(frozen=True)
-class JointUNet(UNet):
-    """`UNet2DConditionModel` with the blocks of DeepFloyd IF: joint attention, and a learned variance."""
-
-    def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
-        return find_joint_layers(model)
-
-    def layers(self) -> tuple[str, ...]:
-        return ("",)
-
-    def wrap(self, info: BlockInfo, block: torch.nn.Module, config: SCFGConfig) -> tuple[BlockInfo, tuple[Any, ...]]:
-        return info, (wrap_joint(cast(Any, block), config),)
-
-    def view(self, model: Any) -> View:
-        """IF's pipelines take the second half of the channels for the variance, always."""
-        return Images(model.config.out_channels // 2)
 
 
 def _patch_size(model: Any) -> int:
@@ -172,7 +93,7 @@ class Transformer:
         start_token: which attended text token stands for the start token; see `readers.start_column`.
         foreground: half of the batch whose start token decides the foreground.
         sample: name of the first argument.
-        turned: whether the conditional samples of a batch come first.
+        conditional_first: whether the conditional samples of a batch come first.
     """
 
     readers: dict[str, Reader]
@@ -183,7 +104,7 @@ class Transformer:
     start_token: str = "first"
     foreground: str | None = "unconditional"
     sample: str = "hidden_states"
-    turned: bool = False
+    conditional_first: bool = False
 
     def blocks(self, model: torch.nn.Module) -> Iterator[tuple[BlockInfo, torch.nn.Module]]:
         stack = getattr(model, self.stack)
@@ -254,17 +175,7 @@ TRANSFORMERS: dict[str, Transformer] = {
     # The chat template's first token comes first, in both halves.
     "ZImageTransformer2DModel": Transformer(
         dict(attention=read_z_image), stack="layers", patch=lambda model: 2, size=_of_lists,
-        opened=lambda model: Lists(), sample="x", turned=True,
+        opened=lambda model: Lists(), sample="x", conditional_first=True,
     ),
 }  # fmt: skip
 """Class name in diffusers -> how it is read. Names, because importing ten models to ask about one takes seconds."""
-
-
-def denoiser_of(model: torch.nn.Module) -> Denoiser | None:
-    """How a model is read, or None for one that S-CFG does not know. A subclass is read as its base."""
-    for cls in type(model).__mro__:
-        if cls.__name__ == "UNet2DConditionModel":
-            return JointUNet() if "SimpleCrossAttn" in str(cast(Any, model.config).mid_block_type) else UNet()
-        if cls.__name__ in TRANSFORMERS and cls.__module__.startswith("diffusers."):
-            return TRANSFORMERS[cls.__name__]
-    return None

@@ -94,13 +94,13 @@ class Lists:
     """A list of [C, 1, H, W], one per sample, the conditional ones first."""
 
     def open(self, prediction: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-        return turned(torch.stack(prediction).squeeze(2))
+        return swapped_halves(torch.stack(prediction).squeeze(2))
 
     def close(self, result: torch.Tensor, prediction: list[torch.Tensor], geometry: Geometry) -> list[torch.Tensor]:
-        return list(turned(result).unsqueeze(2).unbind())
+        return list(swapped_halves(result).unsqueeze(2).unbind())
 
 
-def turned(batch: torch.Tensor) -> torch.Tensor:
+def swapped_halves(batch: torch.Tensor) -> torch.Tensor:
     """The halves of a batch exchanged."""
     first, second = batch.chunk(2)
     return torch.cat([second, first])

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .capture import BlockInfo, choose_layers
-from .config import SCFGConfig
-from .denoisers import denoiser_of
-from .processors import BatchLayout
-from .views import Geometry
+from ..capture.layers import BlockInfo, choose_layers
+from ..capture.maps import BatchLayout, BlockMaps
+from ..config import SCFGConfig
+from ..layouts import Geometry
+from .base import Denoiser
+from .registry import denoiser_of
 
 IN_USE = (
     "scfg_fast: this denoiser is inside another S-CFG call. Pipelines that share a denoiser must run one after another."
@@ -43,18 +44,20 @@ class CapturedBlock:
     layers: tuple[str, ...]
     captures: tuple[Any, ...]
 
-    @property
-    def maps(self) -> Any:
-        """`CompletedMaps` after the block has run."""
-        return self.captures[-1]
+    def take(self) -> BlockMaps:
+        """What the block left in its last run; dropped there."""
+        last = self.captures[-1]
+        maps = BlockMaps(last.tokens, last.start)
+        last.tokens = last.start = None
+        return maps
 
     def prepare(self, active: bool, layout: BatchLayout, geometry: Geometry) -> None:
         """For the next run of the denoiser."""
         for capture in self.captures:
             capture.active = active
-        self.maps.layout, self.maps.geometry = layout, geometry
+        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
 
-    def rest(self) -> None:
+    def deactivate(self) -> None:
         """The user's own processors alone, until it is prepared again."""
         for capture in self.captures:
             capture.active = False
@@ -93,6 +96,15 @@ class CaptureSet:
         for capture, processor in zip(captures, inner, strict=True):
             capture.inner = processor
         return self._blocks
+
+
+@dataclass(frozen=True)
+class HookedDenoiser:
+    """A denoiser of a call: how it is read, and what is captured in it."""
+
+    module: torch.nn.Module
+    denoiser: Denoiser
+    blocks: Sequence[CapturedBlock]
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -143,4 +155,47 @@ def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterat
                 store.pop("processor", None)
         for block in blocks:
             for capture in block.captures:
-                capture.forget()
+                capture.release()
+
+
+@contextlib.contextmanager
+def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """A pre-hook and a hook, with keyword arguments, on an object that a pipeline calls.
+
+    A model that was compiled in place traces its hooks into the graph, so there the compiled call itself is wrapped;
+    `before` cannot change its arguments.
+    """
+    compiled = model.__dict__.get("_compiled_call_impl")
+    with contextlib.ExitStack() as undo:
+        if compiled is None:
+            undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+        else:
+
+            def call(*args, **kwargs):
+                before(model, args, kwargs)
+                output = compiled(*args, **kwargs)
+                rewritten = after(model, args, kwargs, output)
+                return output if rewritten is None else rewritten
+
+            undo.callback(setattr, model, "_compiled_call_impl", compiled)
+            model._compiled_call_impl = call
+        yield
+
+
+def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
+    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
+
+    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
+    """
+    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+    for module in denoiser.modules():
+        state = vars(module)
+        if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
+            return True
+        registry = state.get("_diffusers_hook")
+        if registry is not None and not set(registry.hooks) <= harmless:
+            return True
+        if "forward" in state and registry is None and "_hf_hook" not in state:
+            return True
+    return False

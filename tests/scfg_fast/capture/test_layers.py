@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from lab.tiny.unets import tiny_unet
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import BlockInfo, choose_layers, collect, grid_size, holds_map
-from scfg_fast.processors import find_blocks
+from scfg_fast.denoisers.unet import find_blocks
 
 SD15 = dict(
     sample_size=64, block_out_channels=(32, 64, 64, 64), layers_per_block=2, cross_attention_dim=32,

@@ -1,18 +1,11 @@
 """The guidance of one pipeline call: a pre-hook and a hook on the denoiser, alive for that call only.
 
-From the two halves [u; t] that the denoiser returns, the pipeline computes  u + s (t - u). S-CFG wants a rate map r in
-it,  f = u + s r (t - u),  and reaches that by changing what the denoiser returns:
-
-    both halves   (f, f)                              f + s (f - f) = f: one rounding, exact
-    u alone       (u - s/(s-1) (r-1) (t-u), t)        where t is read again: guidance_rescale, perturbed attention
-
-The first is taken unless somebody reads t; in transformers, where nothing is published, the second always, which for
-r = 1 is u to the bit. Pipelines that run the denoiser twice per step, t first, have used t when u
-arrives: there u is rewritten. A schedule (`scfg_fast.guidance`) puts a weight w of the step in the place
-of s: f = u + w r d, d = t - u, and u' = (s t - f) / (s - 1) where t is read again. A step whose weight is exactly 1
-needs t alone: the unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own
-output object, untouched. No value is read back from the device in a step: all decisions rest on shapes and Python
-numbers. (A schedule that needs noise levels has the scheduler's tables read once, before the first step.)
+`rewrite` has the algebra. The hook returns (f, f), unless the pipeline also uses t; in transformers, where nothing is
+published, it rewrites u always, which for r = 1 is u bit for bit. Pipelines that run the denoiser twice per step, t
+first, have used t when u arrives: there u is rewritten. A step whose weight is exactly 1 needs t alone: the
+unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own output object,
+untouched. No value is read back from the device in a step. (A schedule that needs noise levels has the scheduler's
+tables read once, before the first step.)
 
 Characteristic Guidance solves for its prediction here, by further calls of the denoiser. What must see the sample too,
 loss guidance and CFG++ in a multistep solver, happens around the scheduler's step (`around_step`).
@@ -24,140 +17,26 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from scfg_kernels import guide, guide_pixels, segment_and_guide
 
-from .capture import BlockInfo, CompletedMaps, StepMaps, collect
-from .config import SCFGConfig
-from .corrections import Convergence, Corrections, StepInputs, argument, copied, second_half
-from .denoisers import Denoiser, UNet
-from .guidance.characteristic import CharacteristicGuidance
-from .guidance.loss import LossGuidance
-from .guidance.steps import Step, StepWeight, in_part, step_levels
-from .install import IN_USE, CapturedBlock, unwrap
-from .processors import BatchLayout
-from .regions import Regions
-from .views import Geometry
-
-# Below this scale the factor s/(s-1) of the second form exceeds 21 and magnifies rounding.
-MIN_SCALE_OF_REWRITE = 1.05
+from ..capture.maps import BatchLayout, BlockMaps, StepMaps
+from ..config import SCFGConfig
+from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
+from ..denoisers.unet import UNet
+from ..guidance.steps import Step, in_part, step_levels
+from ..layouts import Geometry
+from ..regions import Regions
+from .arguments import argument, copied, second_half
+from .context import CallContext, SCFGError, SCFGWarning, Stats
+from .corrections import Corrections, StepInputs
+from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly
+from .plan import regions_skip_reason, step_weight
+from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
 
 ONE_PASS = "the denoiser ran once: no guidance"
-
-
-class SCFGWarning(UserWarning):
-    """S-CFG left a step or a layer to plain guidance; the message says why and what to do."""
-
-
-class SCFGError(RuntimeError):
-    """Under `strict=True`: what would have been an `SCFGWarning`."""
-
-
-@dataclass
-class Stats:
-    """What the last pipeline call did.
-
-    Attributes:
-        layers: names of the captured transformer blocks.
-        backend: operator -> `"torch"` or `"triton"` for this pipeline's device and dtype; empty before the first call.
-            Operands beyond a kernel's limits (see `SCFGConfig.backend`) are computed by torch all the same.
-        bytes: bytes of maps kept from the layers to the end of a step (the largest step).
-        steps_applied: denoising steps guided by S-CFG.
-        steps_skipped: reason -> number of steps that were left to plain guidance.
-        weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
-        samples: samples that the denoiser computed; a step whose weight is 1 needs half, Characteristic and loss
-            guidance need more. A backward pass is not counted.
-        characteristic: one entry per step that Characteristic Guidance was solved in.
-        losses: [B] tensors, the loss at every evaluation of loss guidance in order; see `loss_curve`.
-    """
-
-    layers: tuple[str, ...] = ()
-    backend: dict[str, str] = field(default_factory=dict)
-    bytes: int = 0
-    steps_applied: int = 0
-    steps_skipped: dict[str, int] = field(default_factory=dict)
-    weights: list[float] = field(default_factory=list)
-    samples: int = 0
-    characteristic: list[Convergence] = field(default_factory=list)
-    losses: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def loss_curve(self) -> list[list[float]]:
-        """`losses` on the host: one list per evaluation with a number per image."""
-        return [loss.tolist() for loss in self.losses]
-
-    @property
-    def mean_weight(self) -> float:
-        """Mean of `weights`, the dose to match when methods are compared; nan before the first step."""
-        return sum(self.weights) / len(self.weights) if self.weights else float("nan")
-
-
-@dataclass(frozen=True)
-class CallContext:
-    """What the hooks must know about the pipeline call; callables are read at every step, because callbacks may change
-    them.
-
-    Attributes:
-        samples: images in this call (prompts times images per prompt).
-        guidance_scale: s as the pipeline will use it in this step for this denoiser; at most 1 means that guidance is
-            off.
-        guidance_rescale: phi of the pipeline; above 0 it reads the conditional half again.
-        num_steps: denoising steps of this call.
-        groups: samples per image that the denoiser gets: 2, [unconditional; conditional], or 3 with a perturbed one
-            after them, which the pipeline compares with the conditional one.
-        foreground: "unconditional" or "conditional", the half whose start token decides the foreground.
-        token_mask: [samples, T] bool, which tokens may own regions, or None.
-        schedule: rule for the weight of each step, or None for guidance_scale.
-        scheduler: the pipeline's, whose noise levels the schedule may ask for.
-        characteristic: settings of Characteristic Guidance, or None.
-        loss: settings of loss guidance, or None.
-        decode: x0 [B, C, H, W] fp32 in latents -> pictures [B, 3, 8H, 8W] in about [0, 1]; for a loss in pixels.
-        two_pass: whether the denoiser is called twice per step on the same latents, conditional first.
-        rereads: whether the conditional prediction must be left alone, because the pipeline uses it for more than the
-            guidance, or so that rates of 1 are stock to the bit (transformers); `guidance_rescale` and a third group
-            need not be said.
-        size: (H, W) of the latents, where they are packed and the denoiser is not told.
-        switch: the arguments that turn guidance on, for messages.
-        undone_by: what the pipeline does to the guided prediction that cancels rates, or "".
-    """
-
-    samples: int
-    guidance_scale: Callable[[torch.nn.Module], float]
-    guidance_rescale: Callable[[], float]
-    num_steps: Callable[[], int]
-    groups: Callable[[], int] = lambda: 2
-    foreground: str = "unconditional"
-    token_mask: torch.Tensor | None = None
-    schedule: StepWeight | None = None
-    scheduler: Any = None
-    characteristic: CharacteristicGuidance | None = None
-    loss: LossGuidance | None = None
-    decode: Callable[[torch.Tensor], torch.Tensor] | None = None
-    two_pass: bool = False
-    rereads: bool = False
-    size: tuple[int, int] | None = None
-    switch: str = "guidance_scale > 1"
-    undone_by: str = ""
-
-
-@dataclass(frozen=True)
-class Hooked:
-    """A denoiser of the call: how it is read, and what is captured in it."""
-
-    module: torch.nn.Module
-    denoiser: Denoiser
-    blocks: Sequence[CapturedBlock]
-
-
-@dataclass
-class Left:
-    """What a block left behind, taken out of it."""
-
-    tokens: torch.Tensor | None
-    start: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -172,97 +51,7 @@ class FirstPass:
 
     sample: Any
     prediction: torch.Tensor | None
-    maps: list[Left]
-
-
-Segments = tuple[torch.Tensor, torch.Tensor, int]
-
-
-class RegionFinder:
-    """Regions of one run: found from the maps of a step, kept while layers are skipped.
-
-    Attributes:
-        segments: token_index [B, h, w], foreground [B, h, w] and the number of tokens, or None before the first.
-        nbytes: bytes of the maps of the largest step.
-    """
-
-    def __init__(self, config: SCFGConfig, token_mask: torch.Tensor | None = None) -> None:
-        self.segments: Segments | None = None
-        self.nbytes = 0
-        self._config = config
-        self._token_mask = token_mask
-        self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
-
-    def take(
-        self, layers: Sequence[tuple[BlockInfo, CompletedMaps]], latent_size: tuple[int, int]
-    ) -> tuple[StepMaps | None, list[str]]:
-        """The maps of a step, and the names of layers that were left out for want of one.
-
-        No maps if none are there, or if layers are missing that were there before (block caching): the regions before
-        are then kept.
-
-        Args:
-            layers: the captured blocks and what they left; taken out of them.
-            latent_size: (H, W).
-        """
-        maps = collect(layers, *latent_size, self._config.cell)
-        if not maps.tokens or (self.segments is not None and set(maps.missing) - self._never_there):
-            return None, []
-        self._never_there = set(maps.missing)
-        self.nbytes = max(self.nbytes, maps.nbytes)
-        return maps, maps.missing
-
-    def guide(
-        self,
-        maps: StepMaps | None,
-        uncond: torch.Tensor,
-        cond: torch.Tensor,
-        weight: float,
-        rewrite: str,
-        rescale: float = 0.0,
-        copies: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(result, rate) of `scfg_kernels.guide`, with regions from these maps or, without any, the regions before."""
-        config = self._config
-        options: dict[str, Any] = dict(
-            cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
-            blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, rescale=rescale,
-            benchmark="foreground" if config.benchmark == "auto" else config.benchmark, copies=copies,
-            backend=config.backend,
-        )  # fmt: skip
-        if maps is not None:
-            result, rate, token_index, foreground = segment_and_guide(
-                maps.tokens, maps.start, maps.sizes, maps.size, uncond, cond, weight, token_mask=self._token_mask,
-                **options,
-            )  # fmt: skip
-            self.segments = (token_index, foreground, maps.tokens[0].shape[1])
-            return result, rate
-        token_index, foreground, num_tokens = cast(Segments, self.segments)
-        return guide(uncond, cond, token_index, foreground, weight, num_tokens=num_tokens, **options)
-
-
-def guide_by_pixel(
-    config: SCFGConfig,
-    uncond: torch.Tensor,
-    cond: torch.Tensor,
-    weight: float,
-    rewrite: str = "guided",
-    rescale: float = 0.0,
-    copies: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(result, rate) of `scfg_kernels.guide_pixels` for `rates="pixels"`."""
-    return guide_pixels(
-        uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
-        rewrite=rewrite, rescale=rescale, copies=copies, backend=config.backend,
-    )  # fmt: skip
-
-
-def guide_plainly(
-    config: SCFGConfig, uncond: torch.Tensor, cond: torch.Tensor, weight: float, copies: int = 1
-) -> torch.Tensor:
-    """uncond + weight (cond - uncond), in fp32 and rounded once; the same operator, with one rate for all pixels."""
-    result, _ = guide_pixels(uncond, cond, 1.0, rate_min=weight, rate_max=weight, copies=copies, backend=config.backend)
-    return result
+    maps: list[BlockMaps]
 
 
 class GuidanceHook:
@@ -271,7 +60,7 @@ class GuidanceHook:
     def __init__(
         self,
         config: SCFGConfig,
-        denoisers: Sequence[Hooked],
+        denoisers: Sequence[HookedDenoiser],
         context: CallContext,
         stats: Stats,
         on_regions: Callable[[int, Regions], None] | None,
@@ -300,7 +89,7 @@ class GuidanceHook:
         self._geometry = Geometry(1, 0, 0)
         self._first: FirstPass | None = None
         self._second = False  # whether this is the unconditional pass of two
-        self._aside = False  # whether this run of the denoiser is for another method of the pipeline's
+        self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
         self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
         self._finder = RegionFinder(config, context.token_mask)
         self._warned: set[str] = set()
@@ -309,24 +98,10 @@ class GuidanceHook:
         self._undo = contextlib.ExitStack()
 
     def install(self, denoiser: torch.nn.Module) -> None:
-        """Hook an object that the pipeline calls. One that was compiled in place traces its hooks into the graph, so
-        there the compiled call itself is wrapped."""
+        """Hook an object that the pipeline calls."""
         self._fixed_batch = self._fixed_batch or batch_must_not_change(denoiser)
         self.corrections.fixed_batch = self._fixed_batch
-        compiled = denoiser.__dict__.get("_compiled_call_impl")
-        if compiled is None:
-            self._undo.callback(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            self._undo.callback(denoiser.register_forward_hook(self._after, with_kwargs=True).remove)
-            return
-
-        def call(*args, **kwargs):
-            self._before(denoiser, args, kwargs)  # never another batch: this denoiser is compiled
-            output = compiled(*args, **kwargs)
-            rewritten = self._after(denoiser, args, kwargs, output)
-            return output if rewritten is None else rewritten
-
-        self._undo.callback(setattr, denoiser, "_compiled_call_impl", compiled)
-        denoiser._compiled_call_impl = call
+        self._undo.enter_context(hooked(denoiser, self._before, self._after))
 
     def remove(self) -> None:
         self._undo.close()
@@ -339,8 +114,9 @@ class GuidanceHook:
             return None
         self._now = self._hooked[id(unwrap(module))]
         sample = argument(args, kwargs, 0, self._now.denoiser.sample)
-        self._aside = kwargs.get("skip_layers") is not None  # a third prediction, which the pipeline adds itself
-        if self._aside:
+        # A third prediction, which the pipeline adds itself.
+        self._other_method_call = kwargs.get("skip_layers") is not None
+        if self._other_method_call:
             self._prepare(False, "both")
             return None
         self._second = self._first is not None and self._first.sample is sample
@@ -355,10 +131,12 @@ class GuidanceHook:
         self._step += 1
         self._read_levels(argument(args, kwargs, 1, "timestep"))
         self._geometry = self._now.denoiser.geometry(self._now.module, sample, kwargs, self.context.size)
-        self._blocked = self._reason_to_stay_out(sample)
+        self._blocked = self._skip_reason(sample)
         scale = self._scale_now()
         self._weight = scale if self._blocked else self._step_weight(scale)
-        self._skip = self._blocked or self._reason_to_skip_regions()
+        self._skip = self._blocked or regions_skip_reason(
+            self.config, self._step, self.context.num_steps(), self._weight
+        )
         due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due and self.config.rates == "regions"
         self._prepare(self._capturing, "conditional" if self.context.two_pass else "both")
@@ -384,7 +162,7 @@ class GuidanceHook:
     def _prepare(self, active: bool, branch: str) -> None:
         """The captured layers for the next run of the denoiser."""
         groups = 1 if self.context.two_pass else self.context.groups()
-        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.turned)
+        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.conditional_first)
         for block in self._now.blocks:
             block.prepare(active, layout, self._geometry)
 
@@ -392,7 +170,7 @@ class GuidanceHook:
         """The pipeline's own guidance scale in this step."""
         return self.context.guidance_scale(self._now.module)
 
-    def _reason_to_stay_out(self, sample: Any) -> str | None:
+    def _skip_reason(self, sample: Any) -> str | None:
         """Why this step is the pipeline's own affair, or None.
 
         A callback that turns guidance off for a part of the run is no reason to warn; a whole run without it is.
@@ -403,7 +181,7 @@ class GuidanceHook:
                 return "guidance is off"
             return self._complain(f"guidance is off: there is nothing to scale. Pass {self.context.switch}.")
         groups = 1 if self.context.two_pass else self.context.groups()
-        if self._now.denoiser.turned and len(sample) == self.context.samples:
+        if self._now.denoiser.conditional_first and len(sample) == self.context.samples:
             return "guidance is off"  # cut off by the pipeline in a part of the run
         if len(sample) != groups * self.context.samples:
             return self._complain(
@@ -420,17 +198,6 @@ class GuidanceHook:
             self._complain(f"this pipeline {self.context.undone_by}.", "Rates change directions there, not lengths.")
         return None
 
-    def _reason_to_skip_regions(self) -> str | None:
-        """Why this step has one weight for the whole image, or None. All of these are the user's choice."""
-        config = self.config
-        if config.rates == "none":
-            return "rates='none'"
-        if not in_part(self._step, self.context.num_steps(), config.start, config.stop):
-            return f"outside start={config.start:g}, stop={config.stop:g}"
-        if self._weight == 1.0:
-            return "the schedule's weight is 1, the conditional prediction"
-        return None
-
     def _read_levels(self, timestep: Any) -> None:
         """Noise levels of this step, if anything needs them; the scheduler's tables are read at the first."""
         context = self.context
@@ -443,21 +210,13 @@ class GuidanceHook:
 
     def _step_weight(self, scale: float) -> float:
         """The weight of this step, from the schedule if there is one."""
-        schedule, context = self.context.schedule, self.context
-        if schedule is None:
-            return scale
         sigma, next_sigma = self._sigmas or (None, None)
-        weight = float(schedule.weight(Step(self._step, context.num_steps(), scale, sigma, next_sigma, self._flow)))
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(
-                f"scfg_fast: the schedule gives step {self._step} of {context.num_steps()} the weight {weight:g}; "
-                "weights must be finite and at least 0"
-            )
-        return weight
+        step = Step(self._step, self.context.num_steps(), scale, sigma, next_sigma, self._flow)
+        return step_weight(self.context.schedule, step)
 
     def _conditional_half_will_do(self, kwargs: dict) -> bool:
         """Whether the unconditional half can be left out: not where the size of the batch must stay what it is, and not
-        with attention arguments, whose batch dimension is their own affair."""
+        with attention arguments, whose batch dimension is unknown."""
         return (
             self._blocked is None
             and self._weight == 1.0
@@ -485,7 +244,7 @@ class GuidanceHook:
 
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
         corrections = self.corrections
-        if corrections.inside or self._aside:
+        if corrections.inside or self._other_method_call:
             return None
         first_pass = self.context.two_pass and not self._second
         sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
@@ -497,7 +256,7 @@ class GuidanceHook:
             return None
         view = self._now.denoiser.view(self._now.module)
         prediction = view.open(output[0], self._geometry)
-        left = [_take(block) for block in self._now.blocks]
+        left = [block.take() for block in self._now.blocks]
         if first_pass:
             self._first = FirstPass(sample, prediction, left)
             return None
@@ -505,7 +264,7 @@ class GuidanceHook:
         if first is not None:
             prediction = torch.cat([prediction, cast(torch.Tensor, first.prediction)])
             there = self.context.foreground == "unconditional"
-            left = [Left(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
+            left = [BlockMaps(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
         del first
         maps = self._collect(left) if self._capturing else None
         del left
@@ -528,9 +287,7 @@ class GuidanceHook:
                 self.on_regions(self._step, self.regions)
         whole = torch.cat([output[0], output[0]]) if self._half else output[0]
         rewritten = view.close(rewritten, whole, self._geometry)
-        if isinstance(output, tuple):
-            return (rewritten, *output[1:])
-        return type(output)(**{**output, next(iter(output)): rewritten})
+        return with_prediction(output, rewritten)
 
     def _describe(self, module: torch.nn.Module, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
@@ -560,7 +317,7 @@ class GuidanceHook:
         plain = self._weight == self._scale_now() and not self._half
         return plain and not self.corrections.needs_levels
 
-    def _collect(self, left: list[Left]) -> StepMaps | None:
+    def _collect(self, left: list[BlockMaps]) -> StepMaps | None:
         """What the layers left in this step."""
         blocks = self._now.blocks
         size = (self._geometry.height, self._geometry.width)
@@ -577,20 +334,20 @@ class GuidanceHook:
         has_rates = self._skip is None and not shifted
         reread = self._cond_is_read_again()
         own_weight = self._weight == self._scale_now()
-        behind = reread and not (own_weight and has_rates)
+        compensates = reread and not (own_weight and has_rates)
         copies = 2 if not reread and not shifted and len(uncond) > 1 else 1
-        if behind and not has_rates and not shifted:
+        if compensates and not has_rates and not shifted:
             # u' + s (t - u') = u + w (t - u), in one launch
             scale = self._scale_now()
             result = guide_plainly(self.config, uncond, cond, (scale - self._weight) / (scale - 1.0))
             return torch.cat([result, cond, *others])
-        result = self._combine(uncond, cond, maps, "unconditional" if reread and not behind else "guided", copies)
+        result = self._combine(uncond, cond, maps, "unconditional" if reread and not compensates else "guided", copies)
         if self._rate is not None and self.corrections.step is not None:
             self.corrections.step.weight = self._weight * self._rate
         if shifted:
             result = self.corrections.characteristic(result, uncond, cond)
-        if behind:
-            result = self._behind(result, cond)
+        if compensates:
+            result = compensating_uncond(result, cond, self._scale_now())
         if reread:
             return torch.cat([result, cond, *others])
         if len(result) > len(uncond):
@@ -614,34 +371,3 @@ class GuidanceHook:
         token_index, foreground, _ = cast(Segments, self._finder.segments)
         self.regions = Regions(self._step, token_index, foreground, self._rate)
         return result
-
-    def _behind(self, guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """The u' from which the pipeline's own line makes `guided`: u' + s (t - u') = guided."""
-        scale = self._scale_now()
-        dtype = torch.promote_types(cond.dtype, torch.float32)
-        return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
-
-
-def _take(block: CapturedBlock) -> Left:
-    """What a block left; forgotten there."""
-    left = Left(block.maps.tokens, block.maps.start)
-    block.maps.tokens = block.maps.start = None
-    return left
-
-
-def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
-    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
-
-    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
-    """
-    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
-    for module in denoiser.modules():
-        state = vars(module)
-        if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
-            return True
-        registry = state.get("_diffusers_hook")
-        if registry is not None and not set(registry.hooks) <= harmless:
-            return True
-        if "forward" in state and registry is None and "_hf_hook" not in state:
-            return True
-    return False

@@ -12,38 +12,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
-from .guidance.characteristic import CharacteristicGuidance, Shift, solve
-from .guidance.loss import LossGuidance, loss_gradient, renoise, update
-from .guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
-from .install import CapturedBlock
-from .stepping import Step as SchedulerStep
-from .stepping import rewind, snapshot
-
-if TYPE_CHECKING:
-    from .hooks import CallContext, Stats
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """How one step of Characteristic Guidance went; tensors on the denoiser's device.
-
-    Attributes:
-        step: index of the denoising step.
-        iterations: [B] int64, evaluations that each sample used.
-        residuals: [K, B], RMS residual after each evaluation.
-        converged: [B] bool; the others were left to plain guidance.
-    """
-
-    step: int
-    iterations: torch.Tensor
-    residuals: torch.Tensor
-    converged: torch.Tensor
+from ..denoisers.install import CapturedBlock
+from ..guidance.characteristic import CharacteristicGuidance, Shift, solve
+from ..guidance.loss import LossGuidance, loss_gradient, renoise, update
+from ..guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
+from .arguments import argument, copied, second_half
+from .context import CallContext, Convergence, Stats
+from .scheduler import SchedulerStep, rewind, snapshot
 
 
 @dataclass
@@ -239,7 +220,7 @@ class Corrections:
             kwargs = {**kwargs, "sample": moved}
         self._stats.samples += moved.shape[0]
         for block in self._blocks:
-            block.rest()
+            block.deactivate()
         self.inside = True
         try:
             return state.module(*args, **kwargs)[0].chunk(len(latents))
@@ -268,25 +249,3 @@ class Corrections:
 
     def _state(self) -> StepInputs:
         return cast(StepInputs, self.step)
-
-
-def argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
-    """One argument of a denoiser's call, given by position or by name."""
-    return args[position] if len(args) > position else kwargs[name]
-
-
-def copied(value: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> Any:
-    """New tuples, lists and dictionaries with `of_tensor` of every tensor in them. Denoisers take arguments apart: the
-    residuals of a T2I-Adapter are popped from their list."""
-    if isinstance(value, torch.Tensor):
-        return of_tensor(value)
-    if isinstance(value, dict):
-        return {key: copied(item, of_tensor) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(item, of_tensor) for item in value)
-    return value
-
-
-def second_half(value: Any, batch: int) -> Any:
-    """`value` with the last half of every tensor of `batch` rows in it, through tuples, lists and dictionaries."""
-    return copied(value, lambda x: x[batch // 2 :] if x.dim() > 0 and x.shape[0] == batch else x)
