@@ -192,7 +192,8 @@ def test_flux2_is_the_method_written_out(reference_image: bool) -> None:
     if reference_image:
         pixels = torch.randint(0, 256, (64, 256, 3), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
         picture = Image.fromarray(pixels.numpy())
-        encoded = standard._encode_vae_image(standard.image_processor.preprocess(picture, height=64, width=256), None)
+        prepared = standard.image_processor.preprocess(picture, height=64, width=256).double()
+        encoded = standard._encode_vae_image(prepared, None)
         blocks, inputs = Flux2KleinBaseImageConditionedCoreDenoiseStep, dict(image_latents=[encoded])
         call["image"] = picture
     pipe = modular.pipeline(standard, SCFGGuidance, blocks)
