@@ -26,7 +26,7 @@ tables:
 	$(PYTHON) -m benchmarks.aot
 	$(PYTHON) -m benchmarks.simulated
 	$(PYTHON) -m benchmarks.agreement
-	PYTHONPATH=.:kernels $(PYTHON) -m tests.kernels.triton.attention_counters
+	PYTHONPATH=.:kernels $(PYTHON) -m tests.benchmarks.attention_counters
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu

@@ -36,6 +36,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from scfg_kernels import guide, segment_and_guide
 
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
 from scfg_fast.capture.layers import BlockInfo, middles
@@ -188,7 +189,7 @@ def bundled(pictures: int, steps: int) -> Compared:
 
 def random_steps(arch: str, seeds: Sequence[int], size: int | None) -> Compared:
     """A real-size UNet with random weights: one step per seed, other weights, texts and noise each time."""
-    config = {"sd15": overhead.SD15_UNET, "sdxl": overhead.SDXL_UNET}[arch]
+    config = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}[arch]
     compared: Compared | None = None
     side = size // 8 if size else config["sample_size"]
     for seed in seeds:

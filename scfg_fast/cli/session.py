@@ -113,10 +113,13 @@ def _load_pipeline(source: str, name: str, dtype: str) -> Any:
     import diffusers
     import torch
 
+    from ..models.loading import load_pipeline
+
     dtype_argument = "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
-    options = {dtype_argument: getattr(torch, DTYPES[dtype]), "use_safetensors": True}
+    options = {dtype_argument: getattr(torch, DTYPES[dtype])}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(source, **options)
+        folder = source if os.path.isdir(source) else diffusers.DiffusionPipeline.download(source, use_safetensors=True)
+        return load_pipeline(folder, exact=name == BUNDLED, **options)
     except Exception as error:
         raise _load_failure(source, name, error) from error
 

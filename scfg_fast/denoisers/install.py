@@ -183,6 +183,19 @@ def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[.
         yield
 
 
+@contextlib.contextmanager
+def evaluations(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how often an object that a pipeline calls was called inside the block."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    with hooked(model, counted, lambda *_: None):
+        yield lambda: count
+
+
 def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
     """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
 

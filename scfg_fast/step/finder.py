@@ -64,7 +64,7 @@ class RegionFinder:
         options: dict[str, Any] = dict(
             cell=config.cell, rate_min=config.rate_min, rate_max=config.rate_max, max_scale=config.max_scale,
             blur_sigma=config.blur_sigma, fidelity=config.fidelity, rewrite=rewrite, rescale=rescale,
-            benchmark="foreground" if config.benchmark == "auto" else config.benchmark, copies=copies,
+            benchmark="foreground" if config.reference == "auto" else config.reference, copies=copies,
             backend=config.backend,
         )  # fmt: skip
         if maps is not None:

@@ -29,13 +29,20 @@ from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from scfg_fast.guidance import (
+    Augment,
+    CFGPlusPlus,
+    CharacteristicGuidance,
+    CharacteristicSolver,
+    LossGuidance,
+    WeightSchedule,
+)
 from scfg_fast.pipelines.checks import LOSS_SCHEDULERS, overflows
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 4
 SCALE = 6.0
-TIGHT = CharacteristicGuidance(projection="identity", tolerance=1e-5, memory=4)
+TIGHT = CharacteristicGuidance(tolerance=1e-5, solver=CharacteristicSolver("identity", memory=4))
 
 
 def to_dark(x0: torch.Tensor) -> torch.Tensor:
@@ -314,6 +321,27 @@ def test_a_part_of_the_run_is_shifted_and_the_rest_is_stock() -> None:
     assert [step.step for step in handle.stats.characteristic] == [0], "no guidance, no exaggeration of it"
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_regularisation_is_that_of_the_level_wherever_the_run_begins(
+    monkeypatch: pytest.MonkeyPatch, start: float
+) -> None:
+    """As published, anchored at the trained table's last level: a later start changes no other step's."""
+    pipe, seen = tiny_sd_pipeline(), []
+    original = CharacteristicGuidance.regularization_at
+
+    def recorded(settings: CharacteristicGuidance, *levels: float) -> float:
+        seen.append((levels[0], original(settings, *levels)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(CharacteristicGuidance, "regularization_at", recorded)
+    scfg_fast.enable(pipe, PLAIN, characteristic=CharacteristicGuidance(start=start))
+    run(pipe)
+    abar = pipe.scheduler.alphas_cumprod
+    levels = abar[pipe.scheduler.timesteps].tolist()[int(start * STEPS) :]
+    assert [level for level, _ in seen] == pytest.approx(levels, rel=1e-5)
+    assert [reg for _, reg in seen] == pytest.approx([float(abar[-1]) / level for level in levels], rel=1e-5)
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.6])
 def test_characteristic_guidance_through_the_documented_rescale(rescale: float) -> None:
     """With guidance_rescale the pipeline reads the conditional half again, which stays what it was."""
@@ -507,7 +535,7 @@ def test_omega_zero_is_the_conditional_prediction(pipe) -> None:
     handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule([0.0]), characteristic=TIGHT)
     assert torch.equal(run(pipe), expected)
     assert handle.stats.weights == [1.0] * STEPS and not handle.stats.characteristic
-    strong = CharacteristicGuidance(regularization=1e9, regularization_range=1e9)
+    strong = CharacteristicGuidance(regularization=1e9)
     handle = scfg_fast.enable(pipe, PLAIN, characteristic=strong)
     actual = run(pipe)
     assert len(handle.stats.characteristic) == STEPS and all(s.converged.all() for s in handle.stats.characteristic)

@@ -119,7 +119,7 @@ class TestConfiguration:
             assert scfg_fast.enable(tiny_if_pipeline(name)).config == SCFGConfig.deepfloyd()
 
     def test_one_that_is_given_holds(self) -> None:
-        """`SCFGConfig()` has the clamps of Stable Diffusion; the benchmark may be either in both stages."""
+        """`SCFGConfig()` has the clamps of Stable Diffusion; the reference may be either in both stages."""
         pipe = tiny_if_pipeline(STAGE_ONE[0])
         handle = scfg_fast.enable(pipe)
         call(pipe)
@@ -131,9 +131,9 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("name", "config", "as_stage"),
         [
-            (STAGE_ONE[0], SCFGConfig.deepfloyd(benchmark="foreground"), 2),
-            (STAGE_TWO[0], SCFGConfig.deepfloyd(benchmark="image"), 1),
-            (STAGE_ONE[0], SCFGConfig.deepfloyd(foreground="conditional", benchmark="foreground"), 2),
+            (STAGE_ONE[0], SCFGConfig.deepfloyd(reference="foreground"), 2),
+            (STAGE_TWO[0], SCFGConfig.deepfloyd(reference="image"), 1),
+            (STAGE_ONE[0], SCFGConfig.deepfloyd(foreground="conditional", reference="foreground"), 2),
         ],
         ids=["foreground", "image", "conditional"],
     )
@@ -148,9 +148,9 @@ class TestConfiguration:
         pipe = tiny_if_pipeline(STAGE_ONE[0])
         handle = scfg_fast.enable(pipe, SCFGConfig.paper())
         found = call(pipe)
-        handle.config = SCFGConfig.paper(benchmark="foreground")
+        handle.config = SCFGConfig.paper(reference="foreground")
         assert torch.equal(call(pipe), found)
-        handle.config = SCFGConfig.paper(benchmark="image")
+        handle.config = SCFGConfig.paper(reference="image")
         assert not torch.equal(call(pipe), found)
 
     def test_regions_may_be_kept(self) -> None:

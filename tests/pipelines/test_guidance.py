@@ -141,7 +141,7 @@ def test_the_whole_batch_where_features_are_cached() -> None:
 def test_weights_that_are_none_are_refused(shape) -> None:
     pipe = tiny_sd_pipeline()
     before = dict(pipe.unet.attn_processors)
-    scfg_fast.enable(pipe, schedule=WeightSchedule(shape, convention="guidance_scale"))
+    scfg_fast.enable(pipe, schedule=WeightSchedule(shape))
     with pytest.raises(ValueError, match="weights must be finite and at least 0"):
         run(pipe)
     assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
@@ -169,18 +169,6 @@ def test_an_interval_in_noise_levels(pipe) -> None:
     sigmas = pipe.scheduler.sigmas[:-1].tolist()
     assert handle.stats.weights == [SCALE if 0.3 <= sigma <= 5.0 else 1.0 for sigma in sigmas]
     assert 0 < handle.stats.weights.count(1.0) < STEPS
-
-
-def test_a_function_of_the_noise_level(pipe) -> None:
-    handle = scfg_fast.enable(pipe, PLAIN)
-    handle.schedule = WeightSchedule(lambda sigma: sigma / (1.0 + sigma), shape_in="sigma")
-    actual = run(pipe)
-    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
-    sigmas = ((1 - alphas) / alphas).sqrt()
-    expected = (1.0 + (SCALE - 1.0) * sigmas / (1.0 + sigmas)).tolist()
-    assert handle.stats.weights == pytest.approx(expected, rel=1e-5)
-    handle.schedule = None
-    assert relative(run_with_scales(pipe, expected), actual) < 1e-5
 
 
 def cfgpp_run(pipe, lam: float, sampler: str) -> torch.Tensor:

@@ -503,9 +503,9 @@ def add_code(folder: Path) -> None:
     [
         (break_weights, "only .safetensors weights are read"),
         (cut_weights, "Unable to load weights"),
-        (remove_autoencoder, "config.json"),
-        (break_index, "not a valid JSON file"),
-        (add_code, "brings Python code of its own, which this command never runs"),
+        (remove_autoencoder, "the folder vae, which model_index.json names, is missing"),
+        (break_index, "model_index.json is not JSON"),
+        (add_code, "code of other origin is never run"),
     ],
 )
 def test_a_damaged_model_is_one_line_and_status_2(

@@ -3,7 +3,7 @@
 Averaged weights, float16, safetensors only. The folder is replaced as a whole; the texts beside the weights (``*.md``,
 ``LICENSE*``) are carried over.
 
-    python -m scfg_fast.models.training.export --data DATA --out scfg_fast/models/scenes256
+    python -m training.export --data DATA --out scfg_fast/models/scenes256
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, cast
 from diffusers.models import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.latents import encode_captions
-from scfg_fast.models.training.network import build_scheduler, build_text_encoder, build_unet
-from scfg_fast.models.training.tokenizer import load_tokenizer
-from scfg_fast.models.training.train import TrainConfig, Trainer, read_state
+from training.files import replacing
+from training.latents import encode_captions
+from training.network import build_scheduler, build_text_encoder, build_unet
+from training.tokenizer import load_tokenizer
+from training.train import TrainConfig, Trainer, read_state
 
 
 def build_pipeline(data: str | Path, state_path: str | Path) -> StableDiffusionPipeline:
@@ -30,7 +31,7 @@ def build_pipeline(data: str | Path, state_path: str | Path) -> StableDiffusionP
 
     Args:
         data: working folder with ``vae`` and ``tokenizer``.
-        state_path: a ``state.pt`` of :mod:`scfg_fast.models.training.train`.
+        state_path: a ``state.pt`` of :mod:`training.train`.
     """
     state = read_state(state_path)
     tokenizer = load_tokenizer(Path(data) / "tokenizer")
@@ -57,7 +58,7 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
 
     Args:
         pipeline: from :func:`build_pipeline`; its parts are converted in place.
-        tokenizer_folder: where :mod:`scfg_fast.models.training.tokenizer` wrote its files.
+        tokenizer_folder: where :mod:`training.tokenizer` wrote its files.
         out: folder to replace.
     """
     out = Path(out)
@@ -68,6 +69,7 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
         # transformers before version 5 reads these instead of tokenizer.json
         for name in ("vocab.json", "merges.txt"):
             shutil.copy2(Path(tokenizer_folder) / name, folder / "tokenizer" / name)
+        _prefix_weights(folder / "text_encoder" / "model.safetensors", "text_model.")
         # transformers would load the text encoder in the stored dtype, unlike the other parts
         _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
         # how this tokenizer was opened here says nothing about how users open it
@@ -77,6 +79,14 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
         for text in (*out.glob("*.md"), *out.glob("LICENSE*")):
             shutil.copy2(text, folder / text.name)
         return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _prefix_weights(path: Path, prefix: str) -> None:
+    """Put a prefix before the names of weights that lack it: transformers 4 needs it, 5 takes both."""
+    weights = load_file(path)
+    save_file(
+        {name if name.startswith(prefix) else prefix + name: w for name, w in weights.items()}, path, {"format": "pt"}
+    )
 
 
 def _edit_json(path: Path, **changes: str | None) -> None:

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from scfg_fast.models.training import files
-from scfg_fast.models.training.latents import LatentCache, encode_captions, scene_masks, scene_slots
-from scfg_fast.models.training.muon import Muon, orthogonalise
-from scfg_fast.models.training.network import build_text_encoder, build_unet, diffusion_loss, token_loss
-from scfg_fast.models.training.tokenizer import load_tokenizer, write_tokenizer
-from scfg_fast.models.training.train import HELD_OUT, TrainConfig, Trainer, learning_rate_scale
+from training import files
+from training.latents import LatentCache, encode_captions, scene_masks, scene_slots
+from training.muon import Muon, orthogonalise
+from training.network import build_text_encoder, build_unet, diffusion_loss, token_loss
+from training.tokenizer import load_tokenizer, write_tokenizer
+from training.train import HELD_OUT, TrainConfig, Trainer, learning_rate_scale
 
 
 @pytest.fixture(scope="module")

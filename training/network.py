@@ -27,7 +27,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scfg_fast.models.training.tokenizer import MAX_TOKENS
+from training.tokenizer import MAX_TOKENS
 
 TEXT_WIDTH = 128
 

@@ -1,5 +1,5 @@
-from scfg_fast.models.training.scenes import vocabulary
-from scfg_fast.models.training.tokenizer import MAX_TOKENS, load_tokenizer, write_tokenizer
+from scfg_fast.models.vocabulary import vocabulary
+from training.tokenizer import MAX_TOKENS, load_tokenizer, write_tokenizer
 
 
 def test_every_vocabulary_word_is_one_token_and_other_text_still_encodes(tmp_path):

@@ -2,7 +2,7 @@
 
 Writes the table of `kernels/README.md`, and the commit beside its command:
 
-    PYTHONPATH=.:kernels python -m tests.kernels.triton.attention_counters
+    PYTHONPATH=.:kernels python -m tests.benchmarks.attention_counters
 
 Rows are whole programs of the layer; the other programs do the same on other rows.
 """
@@ -21,7 +21,7 @@ from benchmarks.report import environment
 from lab.ptxsim import simulated
 from tests.kernels.cases import random_maps, random_qkv
 
-README = Path(__file__).parents[3] / "kernels" / "README.md"
+README = Path(__file__).parents[2] / "kernels" / "README.md"
 HEADER = "| layer | Q and O | map | K | V or X | wavefronts | of the ideal |\n|---|---|---|---|---|---|---|\n"
 LAYERS = {
     # name: (shape [batch, heads, queries, keys, head_dim], dtype, columns of `propagate` or 0)

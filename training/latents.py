@@ -10,7 +10,7 @@ A cache is a folder ``DATA/latents-<layout>`` with N rows in
 
 Row i is scene ``first_seed + i``, so a cache is reproducible from the sprites, the autoencoder and this code.
 
-    python -m scfg_fast.models.training.latents --sprites package/assets --data DATA --layout close --count 40000
+    python -m training.latents --sprites package/assets --data DATA --layout close --count 40000
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch
 from diffusers.models import AutoencoderTiny
 from transformers import CLIPTokenizer
 
-from scfg_fast.models.training.autoencoder import to_model_range
-from scfg_fast.models.training.distributed import launch
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.scenes import LAYOUTS, Scene, SceneRenderer
-from scfg_fast.models.training.sprites import load_sprites
-from scfg_fast.models.training.tokenizer import MAX_TOKENS, load_tokenizer
+from lab.scenes import Scene, to_model_range
+from training.distributed import launch
+from training.files import replacing
+from training.scenes import LAYOUTS, SceneRenderer
+from training.sprites import load_sprites
+from training.tokenizer import MAX_TOKENS, load_tokenizer
 
 MASK_CELL = 16
 """Pixels per side of a mask cell; one cell is one position of the finest cross-attention map."""
@@ -74,7 +74,7 @@ def open_cache(data: str | Path, layout: str) -> LatentCache:
     """
     folder = Path(data) / f"latents-{layout}"
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"{folder} is missing; make it with python -m scfg_fast.models.training.latents")
+        raise FileNotFoundError(f"{folder} is missing; make it with python -m training.latents")
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "tokens", "masks", "slots")}
     return LatentCache(**arrays, scaling_factor=meta["scaling_factor"])

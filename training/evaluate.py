@@ -4,7 +4,7 @@ Prompts are the captions of held-out scenes that name their background. Pictures
 guidance with the same initial noise at every scale. Two ceilings are measured on the very same scenes: as rendered, and
 after a round trip through the autoencoder, which every generated picture also passes.
 
-    python -m scfg_fast.models.training.evaluate --sprites package/assets --data DATA \
+    python -m training.evaluate --sprites package/assets --data DATA \
         --model scfg_fast/models/scenes256 --prompts 96 --guidance 3 5 7.5 --out scores.json
 """
 
@@ -21,11 +21,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from scfg_fast.models.training.autoencoder import to_model_range, to_pixels
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.judge import assess, load_judge, summarise
-from scfg_fast.models.training.scenes import HELD_OUT_SEED, Scene, SceneRenderer
-from scfg_fast.models.training.sprites import load_sprites
+from lab.referee import assess, load_judge, summarise
+from lab.scenes import Scene, to_model_range
+from training.autoencoder import to_pixels
+from training.files import replacing
+from training.scenes import HELD_OUT_SEED, SceneRenderer
+from training.sprites import load_sprites
 
 _OFFSET = 1000
 """Held-out scenes before this one are used elsewhere (autoencoder figures)."""

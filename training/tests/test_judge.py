@@ -1,9 +1,10 @@
 import numpy as np
 import torch
 
-from scfg_fast.models.training.judge import CELL, IGNORE, Judge, Verdict, _verdict, summarise, targets
-from scfg_fast.models.training.scenes import BACKGROUNDS
-from scfg_fast.models.training.sprites import COLORS, OBJECTS
+from lab.referee import Verdict, _verdict, summarise
+from scfg_fast.models.classifier import CELL, Judge
+from scfg_fast.models.vocabulary import BACKGROUNDS, COLORS, OBJECTS
+from training.judge import IGNORE, targets
 
 NOUNS = list(OBJECTS)
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, ImageDraw
 
-from scfg_fast.models.training.scenes import SceneRenderer
+from training.scenes import SceneRenderer
 
 _PAINT = {"red": (220, 40, 40), "blue": (40, 80, 220)}
 

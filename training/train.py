@@ -2,8 +2,8 @@
 
 Start on close-ups, which cost a quarter, then go on with full scenes from the same state::
 
-    python -m scfg_fast.models.training.train --data DATA --layout close --minutes 40
-    python -m scfg_fast.models.training.train --data DATA --layout full --minutes 45 --decay-minutes 12 --resume
+    python -m training.train --data DATA --layout close --minutes 40
+    python -m training.train --data DATA --layout full --minutes 45 --decay-minutes 12 --resume
 
 ``DATA/runs/<name>/state.pt`` (weights, moving averages, optimizer, counters) is written every few minutes and at the
 end; ``--resume`` continues it exactly. The last ``--decay-minutes`` take the learning rate to zero; the state from just
@@ -27,11 +27,11 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from scfg_fast.models.training.distributed import all_mean, average_gradients, launch
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.latents import LatentCache, encode_captions, open_cache
-from scfg_fast.models.training.muon import Muon
-from scfg_fast.models.training.network import (
+from training.distributed import all_mean, average_gradients, launch
+from training.files import replacing
+from training.latents import LatentCache, encode_captions, open_cache
+from training.muon import Muon
+from training.network import (
     CrossAttentionRecorder,
     build_scheduler,
     build_text_encoder,
@@ -39,7 +39,7 @@ from scfg_fast.models.training.network import (
     diffusion_loss,
     token_loss,
 )
-from scfg_fast.models.training.tokenizer import load_tokenizer
+from training.tokenizer import load_tokenizer
 
 HELD_OUT = 256
 """The last rows of every cache are never trained on."""

@@ -8,7 +8,7 @@ Loss on random crops x with latent z = E(x), reconstruction r = D(z + 0.08 n)::
 
 The last term hands the encoder the local mean colour on day one. Without it chroma needs many times longer to appear.
 
-    python -m scfg_fast.models.training.autoencoder --sprites package/assets --data DATA --minutes 11
+    python -m training.autoencoder --sprites package/assets --data DATA --minutes 11
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from diffusers.models import AutoencoderTiny
 from PIL import Image
 
-from scfg_fast.models.training.distributed import average_gradients, launch
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.scenes import AUTOENCODER_SEED, HELD_OUT_SEED, Scene, SceneRenderer
-from scfg_fast.models.training.sprites import load_sprites
+from lab.scenes import Scene, to_model_range
+from training.distributed import average_gradients, launch
+from training.files import replacing
+from training.scenes import AUTOENCODER_SEED, HELD_OUT_SEED, SceneRenderer
+from training.sprites import load_sprites
 
 CROP = 80
 LEARNING_RATE = 2e-3
@@ -46,11 +47,6 @@ def build_autoencoder() -> AutoencoderTiny:
         latent_channels=4,
         scaling_factor=1.0,
     )
-
-
-def to_model_range(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
-    return torch.as_tensor(images).movedim(-1, -3).float() / 127.5 - 1.0
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:

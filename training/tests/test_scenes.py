@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from scfg_fast.models.training import scenes
-from scfg_fast.models.training.sprites import MissingSpritesError, load_sprites, recolor
+from scfg_fast.models.vocabulary import vocabulary
+from training import scenes
+from training.sprites import MissingSpritesError, load_sprites, recolor
 
 SEEDS = range(60)
 
@@ -58,7 +59,7 @@ def test_no_object_is_painted_like_its_plain_background(renderer):
 
 
 def test_caption_words_are_in_the_vocabulary(renderer):
-    words = set(scenes.vocabulary())
+    words = set(vocabulary())
     for seed in SEEDS:
         scene = renderer.render(seed)
         if scene.plain_caption:

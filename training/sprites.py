@@ -1,4 +1,4 @@
-"""Vocabulary of the bundled model and the sprites behind it.
+"""The sprites behind the nouns of the bundled model.
 
 The 40 nouns are drawn with Microsoft's Fluent Emoji (3-D style, MIT licence) as packaged on npm. The pictures are
 needed for training only and are not part of this repository::
@@ -12,88 +12,12 @@ Pass the folder that holds the ``.webp`` files (or the ``package`` folder above 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-HUES: dict[str, float] = {
-    "red": 0.0,
-    "orange": 26.0,
-    "yellow": 50.0,
-    "green": 125.0,
-    "blue": 218.0,
-    "purple": 272.0,
-    "pink": 328.0,
-}
-"""Hue in degrees of every chromatic colour word."""
-
-COLORS: tuple[str, ...] = (*HUES, "white", "black")
-"""Colour words that an object can carry."""
-
-_NO_BLACK = tuple(c for c in COLORS if c != "black")
-_CHROMATIC = tuple(HUES)
-
-
-@dataclass(frozen=True)
-class ObjectSpec:
-    """One noun of the vocabulary.
-
-    Attributes:
-        codepoint: Unicode code point of the emoji in lower-case hex, which is the sprite's file name.
-        natural: colour word that describes a sprite that is never repainted, or None where no single word does.
-        recolors: colour words the sprite is repainted in; empty where repainting looks wrong.
-    """
-
-    codepoint: str
-    natural: str | None = None
-    recolors: tuple[str, ...] = ()
-
-
-OBJECTS: dict[str, ObjectSpec] = {
-    "apple": ObjectSpec("1f34e", recolors=_CHROMATIC),
-    "pear": ObjectSpec("1f350", "green"),
-    "lemon": ObjectSpec("1f34b", "yellow"),
-    "watermelon": ObjectSpec("1f349"),
-    "strawberry": ObjectSpec("1f353", "red"),
-    "carrot": ObjectSpec("1f955", "orange"),
-    "mushroom": ObjectSpec("1f344", recolors=_CHROMATIC),
-    "burger": ObjectSpec("1f354"),
-    "pizza": ObjectSpec("1f355"),
-    "donut": ObjectSpec("1f369"),
-    "cat": ObjectSpec("1f408", "orange"),
-    "pig": ObjectSpec("1f416", "pink"),
-    "panda": ObjectSpec("1f43c"),
-    "fox": ObjectSpec("1f98a", "orange"),
-    "frog": ObjectSpec("1f438", "green"),
-    "penguin": ObjectSpec("1f427"),
-    "owl": ObjectSpec("1f989"),
-    "duck": ObjectSpec("1f986"),
-    "fish": ObjectSpec("1f41f", recolors=_CHROMATIC),
-    "whale": ObjectSpec("1f433", "blue"),
-    "butterfly": ObjectSpec("1f98b", recolors=_CHROMATIC),
-    "car": ObjectSpec("1f697", recolors=COLORS),
-    "bus": ObjectSpec("1f68c"),
-    "rocket": ObjectSpec("1f680"),
-    "house": ObjectSpec("1f3e0"),
-    "tree": ObjectSpec("1f333", "green"),
-    "sunflower": ObjectSpec("1f33b", "yellow"),
-    "tulip": ObjectSpec("1f337", recolors=_NO_BLACK),
-    "cactus": ObjectSpec("1f335", "green"),
-    "basketball": ObjectSpec("1f3c0", "orange"),
-    "balloon": ObjectSpec("1f388", recolors=COLORS),
-    "gift": ObjectSpec("1f381", recolors=_CHROMATIC),
-    "umbrella": ObjectSpec("2602", recolors=COLORS),
-    "book": ObjectSpec("1f4d5", recolors=COLORS),
-    "star": ObjectSpec("2b50", recolors=COLORS),
-    "heart": ObjectSpec("2764", recolors=COLORS),
-    "teapot": ObjectSpec("1fad6", recolors=COLORS),
-    "bell": ObjectSpec("1f514", recolors=COLORS),
-    "robot": ObjectSpec("1f916"),
-    "snowman": ObjectSpec("26c4"),
-}
-"""The nouns, in the order that class indices use."""
+from scfg_fast.models.vocabulary import COLORS, HUES, OBJECTS
 
 Sprites = Mapping[tuple[str, str | None], Image.Image]
 """(noun, colour word or None for the natural look) -> tightly cropped RGBA picture."""

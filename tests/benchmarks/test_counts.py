@@ -15,7 +15,7 @@ from scfg_kernels._launch import OPS
 from benchmarks import simulated
 from benchmarks.simulated import Count
 from lab.ptxsim import Traffic
-from tests.kernels.triton import attention_counters
+from tests.benchmarks import attention_counters
 
 CASES = {case.name: case for case in simulated.CASES}
 

@@ -12,99 +12,28 @@ Every caption of two objects states how they lie. "A and B" always means A left 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from scfg_fast.models.training.sprites import COLORS, OBJECTS, Sprites
+from lab.scenes import RELATIONS, Scene, SceneObject, with_article
+from scfg_fast.models.vocabulary import (
+    CHECKERED_COLORS,
+    COLORS,
+    FILLERS,
+    OBJECTS,
+    PLAIN_BACKGROUNDS,
+)
+from training.sprites import Sprites
 
 LAYOUTS: dict[str, int] = {"full": 256, "close": 128}
 """Layout name -> side of the canvas in pixels."""
 
-PLAIN_BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "red": (200, 60, 60),
-    "orange": (235, 150, 70),
-    "yellow": (240, 215, 100),
-    "green": (110, 180, 100),
-    "blue": (90, 150, 225),
-    "purple": (150, 110, 200),
-    "pink": (240, 170, 195),
-    "white": (244, 244, 244),
-    "black": (28, 28, 32),
-    "gray": (140, 140, 145),
-    "brown": (140, 100, 70),
-}
-"""Colour word -> mean sRGB value of a plain background."""
-
-CHECKERED_COLORS: tuple[str, ...] = ("red", "blue", "green", "pink", "yellow", "gray")
 CHECKER_PIXELS = 32
-
-BACKGROUNDS: tuple[str, ...] = (
-    *PLAIN_BACKGROUNDS,
-    "meadow",
-    "beach",
-    *(f"checkered {color}" for color in CHECKERED_COLORS),
-)
-"""Background names, in the order that class indices use."""
-
-RELATIONS: tuple[str, ...] = ("left", "right", "above", "below")
-"""Where the first object of a caption lies, seen from the second."""
 
 AUTOENCODER_SEED, JUDGE_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000, 50_000_000
 """First scene seed of the autoencoder's data, the judge's data and the held-out scenes. Diffusion data starts at 0, so
 the four never meet."""
-
-FILLERS: tuple[str, ...] = ("photo", "picture", "drawing", "nice", "cute", "beautiful", "shiny", "toy", "very", "with")
-"""Words that mean nothing to the scene; a few captions carry one so that they stay harmless at inference."""
-
-_GRAMMAR = (
-    "a an on in the to of and at left right above below top bottom small big background meadow beach checkered".split()
-)
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One drawn object: its noun, the colour word of the caption (or None), the repaint colour (or None for the
-    sprite's own look), and its box (left, top, right, bottom) in pixels, right and bottom exclusive."""
-
-    name: str
-    word: str | None
-    paint: str | None
-    box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A rendered scene.
-
-    Attributes:
-        image: uint8 [S, S, 3], sRGB.
-        caption: the prompt that describes it.
-        masks: bool [K, S, S], the visible pixels (alpha above one half) of each object; disjoint.
-        objects: K records, in the order in which the caption names them.
-        relation: one of :data:`RELATIONS` for two objects, None for one.
-        background: one of :data:`BACKGROUNDS`.
-        plain_caption: True if the caption names the background and carries no filler, as evaluation prompts do.
-    """
-
-    image: np.ndarray
-    caption: str
-    masks: np.ndarray
-    objects: tuple[SceneObject, ...]
-    relation: str | None
-    background: str
-    plain_caption: bool
-
-
-def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted; each is one token of the bundled tokenizer."""
-    return sorted({*OBJECTS, *COLORS, *PLAIN_BACKGROUNDS, *FILLERS, *_GRAMMAR})
-
-
-def with_article(phrase: str) -> str:
-    """Put "a" or "an" before a phrase."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def background_phrase(background: str) -> str:
@@ -141,7 +70,7 @@ class SceneRenderer:
     """Draws scenes from a set of sprites.
 
     Args:
-        sprites: as :func:`scfg_fast.models.training.sprites.load_sprites` returns them. Nouns and paints are drawn from
+        sprites: as :func:`training.sprites.load_sprites` returns them. Nouns and paints are drawn from
             its keys only, so a test can pass a handful of synthetic pictures.
     """
 

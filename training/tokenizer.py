@@ -1,9 +1,9 @@
 """The tokenizer of the bundled model: a real ``CLIPTokenizer`` with a vocabulary of its own.
 
-Byte-pair merges are learned until every word of :func:`scfg_fast.models.training.scenes.vocabulary` is exactly one
+Byte-pair merges are learned until every word of :func:`scfg_fast.models.vocabulary.vocabulary` is exactly one
 token. Any other text still encodes: it falls back to pieces and bytes, whose embeddings saw little or no training.
 
-    python -m scfg_fast.models.training.tokenizer --data DATA
+    python -m training.tokenizer --data DATA
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from scfg_fast.models.training.files import replacing
-from scfg_fast.models.training.scenes import vocabulary
+from scfg_fast.models.vocabulary import vocabulary
+from training.files import replacing
 
 MAX_TOKENS = 24
 """Length that prompts are padded and cut to, start and end token included."""
