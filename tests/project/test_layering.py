@@ -6,6 +6,7 @@ Every import counts: those inside functions, under TYPE_CHECKING, and by `import
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def absolute_imports(tree: ast.AST, package: str) -> Iterator[str]:
                 yield package + name if name.startswith(".") else name
 
 
+@functools.cache
 def imports(path: Path, source_root: Path = ROOT) -> set[str]:
     """What a file imports, by absolute names."""
     package = ".".join(path.parent.relative_to(source_root).parts)
