@@ -25,6 +25,7 @@ def test_the_folder_holds_less_than_20_mb_of_safetensors_and_no_pickle():
     assert any(path.name.startswith("LICENSE") for path in files)
 
 
+@pytest.mark.slow
 def test_it_draws_256_pixels_from_a_prompt(pipeline):
     prompt = "a red apple left of a blue car on a green background"
     images = [
