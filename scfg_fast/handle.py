@@ -20,7 +20,7 @@ from scfg_kernels import available_backends
 from .capture.layers import choose_layers
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CaptureSet, HookedDenoiser, claimed, installed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
@@ -32,7 +32,7 @@ from .pipelines.families import (
     cells_of,
     denoisers_of,
     family_of,
-    with_benchmark,
+    with_reference,
 )
 from .pipelines.interception import release
 from .regions import Regions
@@ -164,7 +164,7 @@ class Handle:
         reasons, _ = read_denoisers(pipe, call.config)
         if reasons:
             raise UnsupportedPipelineError(f"scfg_fast: {'; '.join(reasons)}. scfg_fast.disable(pipe) makes it stock")
-        config = with_benchmark(pipe, cells_of(pipe, call.config))
+        config = with_reference(pipe, cells_of(pipe, call.config))
         context = read_call(pipe, arguments, config, call.schedule, call.characteristic, call.loss)
         if context is None:
             result = proceed(*args, **kwargs)  # the pipeline's own check of its arguments complains
@@ -176,15 +176,13 @@ class Handle:
             for model in models:
                 undo.enter_context(claimed(model))
             hooked = [
-                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
+                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.choose(model, config))
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]
             self.stats.layers = tuple(dict.fromkeys(block.info.name for block in blocks))  # of two denoisers the same
             self.stats.backend = _backends(pipe, config)
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
-            for each in hooked:
-                undo.enter_context(installed(each.module, each.blocks))
             undo.callback(hook.remove)
             for denoiser in called:
                 hook.install(denoiser)

@@ -17,6 +17,7 @@ from typing import Any, cast
 from diffusers.models import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from training.files import replacing
 from training.latents import encode_captions
@@ -68,6 +69,7 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
         # transformers before version 5 reads these instead of tokenizer.json
         for name in ("vocab.json", "merges.txt"):
             shutil.copy2(Path(tokenizer_folder) / name, folder / "tokenizer" / name)
+        _prefix_weights(folder / "text_encoder" / "model.safetensors", "text_model.")
         # transformers would load the text encoder in the stored dtype, unlike the other parts
         _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
         # how this tokenizer was opened here says nothing about how users open it
@@ -77,6 +79,14 @@ def export(pipeline: StableDiffusionPipeline, tokenizer_folder: str | Path, out:
         for text in (*out.glob("*.md"), *out.glob("LICENSE*")):
             shutil.copy2(text, folder / text.name)
         return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _prefix_weights(path: Path, prefix: str) -> None:
+    """Put a prefix before the names of weights that lack it: transformers 4 needs it, 5 takes both."""
+    weights = load_file(path)
+    save_file(
+        {name if name.startswith(prefix) else prefix + name: w for name, w in weights.items()}, path, {"format": "pt"}
+    )
 
 
 def _edit_json(path: Path, **changes: str | None) -> None:

@@ -91,7 +91,7 @@ class Family:
         undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "".
         switch: the arguments that turn guidance on, for messages.
         config: what `enable` takes where no configuration is given: the published values.
-        benchmark: what `benchmark="auto"` means in the published code.
+        reference: what `reference="auto"` means in the published code.
         variance: whether the denoiser predicts a variance beside the noise.
     """
 
@@ -104,7 +104,7 @@ class Family:
     undone_by: str = ""
     switch: str = "guidance_scale > 1"
     config: SCFGConfig = field(default_factory=SCFGConfig)
-    benchmark: str = "foreground"
+    reference: str = "foreground"
     variance: bool = False
 
 
@@ -150,7 +150,7 @@ FAMILIES = (
     Family("Kolors", ("KolorsPipeline", "KolorsPAGPipeline")),
     Family(
         "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=argument_scale,
-        config=SCFGConfig.deepfloyd(), benchmark="image", variance=True,
+        config=SCFGConfig.deepfloyd(), reference="image", variance=True,
     ),
     Family(
         "DeepFloyd IF, stage II",
@@ -237,12 +237,12 @@ def default_config(pipe: DiffusionPipeline) -> SCFGConfig:
     return SCFGConfig() if family is None else family.config
 
 
-def with_benchmark(pipe: DiffusionPipeline, config: SCFGConfig) -> SCFGConfig:
-    """The configuration with `benchmark` settled for this pipeline; the paper has one rule for all."""
-    if config.benchmark != "auto":
+def with_reference(pipe: DiffusionPipeline, config: SCFGConfig) -> SCFGConfig:
+    """The configuration with `reference` settled for this pipeline; the paper has one rule for all."""
+    if config.reference != "auto":
         return config
-    published = cast(Family, family_of(pipe)).benchmark
-    return config.replace(benchmark=published if config.fidelity == "official" else "foreground")
+    published = cast(Family, family_of(pipe)).reference
+    return config.replace(reference=published if config.fidelity == "official" else "foreground")
 
 
 def cells_of(pipe: Any, config: SCFGConfig) -> SCFGConfig:

@@ -6,6 +6,7 @@ Every import counts: those inside functions, under TYPE_CHECKING, and by `import
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ LEFT_TO_RIGHT = (
     {"_version"},
     {"config", "files", "layouts", "guidance"},
     {"regions"},
-    {"pictures", "models", "env"},
+    {"pictures", "models", "env", "methods"},
     {"capture"},
     {"denoisers"},
     {"step"},
@@ -41,6 +42,7 @@ NEVER = {
     "pictures": {"config", "layouts", "guidance"},
     "models": {"config", "layouts", "guidance", "regions"},
     "env": {"config", "files", "layouts", "guidance", "regions"},
+    "methods": {"files", "layouts", "regions"},
     "capture": {"files", "pictures", "models", "env"},
     "denoisers": {"files", "pictures", "models", "env"},
     "step": {"files", "pictures", "models", "env"},
@@ -52,8 +54,19 @@ NEVER = {
 }
 
 PACKAGES = {
-    "diffusers": {"capture", "denoisers", "pipelines", "handle", "patch", "inversion", "guider", "batch", "cli"},
-    "transformers": {"cli"},
+    "diffusers": {
+        "models",
+        "capture",
+        "denoisers",
+        "pipelines",
+        "handle",
+        "patch",
+        "inversion",
+        "guider",
+        "batch",
+        "cli",
+    },
+    "transformers": {"models", "cli"},
     "scfg_kernels": {"capture", "denoisers", "step", "handle", "patch", "env"},
     "ray": {"batch"},
     "pyarrow": {"batch"},
@@ -102,6 +115,7 @@ def absolute_imports(tree: ast.AST, package: str) -> Iterator[str]:
                 yield package + name if name.startswith(".") else name
 
 
+@functools.cache
 def imports(path: Path, source_root: Path = ROOT) -> set[str]:
     """What a file imports, by absolute names."""
     package = ".".join(path.parent.relative_to(source_root).parts)
