@@ -15,25 +15,23 @@ import pytest
 import torch
 import triton
 from scfg_kernels import _launch
-from scfg_kernels._launch import MAX_HEAD_DIM_FP32, OPS, DeviceLimits
+from scfg_kernels._launch import OPS, DeviceLimits
+from scfg_kernels._triton.attention_map import map_config
 
 from benchmarks import aot
 from benchmarks.gpu import grid
 from lab.ptxsim import TARGETS
 
 SOME = {
-    "self_attention_map/sd15-16x16/float16": "sm_80",
-    "self_attention_map/sdxl-32x32/bfloat16": "gfx942",
-    "cross_attention_map/sd15-16x16/float16": "gfx942",
-    "cross_attention_map/sdxl-32x32/bfloat16": "sm_90",
-    "attention_map/sd15-16x16-text/float16": "sm_90",
+    "attention_maps/sd15-16x16/float16": "sm_80",
+    "attention_maps/sdxl-32x32/float16": "sm_90",
+    "attention_maps/sdxl-32x32/float32": "sm_80",
+    "joint_attention_maps/sd3/float16": "gfx942",
     "complete/sd15-16x16/float32": "sm_90",
     "segment/sd15/float32": "sm_80",
     "guide/sdxl/float16": "gfx942",
     "segment_and_guide/sd15/float16": "sm_80",
     "guide_pixels/sd15/float16": "sm_90",
-    "propagate/sdxl-64x64/bfloat16": "sm_90",
-    "complete_from_qk/sdxl-64x64/float16": "sm_80",
 }
 
 
@@ -55,7 +53,11 @@ def test_builds_keep_the_rules_and_do_not_grow(committed: aot.Record, name: str,
 def test_the_table_covers_every_operator_and_the_file_the_table(committed: aot.Record) -> None:
     keys = [f"{case.name}/{target}" for case, target in aot.TABLE]
     assert len(set(keys)) == len(keys)
-    assert {case.op for case in aot.CASES.values()} == set(OPS) == {name.split("/")[0] for name in SOME}
+    assert (
+        {case.op for case in aot.CASES.values()}
+        == set(OPS) - {"attention_map"}
+        == {name.split("/")[0] for name in SOME}
+    )
     assert set(aot.TARGETS) == set(TARGETS) == set(aot.MULTIPROCESSORS)
     assert set(committed.builds) == set(keys)
 
@@ -74,23 +76,17 @@ def chosen(
     """(operator, configuration, head size or 0) of every launch of a case of the GPU benchmark."""
     if op == "step":
         for layer in dict.fromkeys(sizes.layers):
-            for part in ("self_attention_map", "cross_attention_map", "complete"):
+            for part in ("self_attention", "complete"):
                 yield from chosen(part, dataclasses.replace(sizes, layers=(layer,)), batch, dtype, limits)
         yield from chosen("segment_and_guide", sizes, batch, dtype, limits)
         return
     layer = sizes.layers[0] if sizes.layers else grid.Layer(1, 1, 1, 1)
-    rows, heads, dim, cells = layer.rows, layer.heads, layer.head_dim, sizes.side // aot.CELL
+    rows, dim, cells = layer.rows, layer.head_dim, sizes.side // aot.CELL
     programs, latent = _launch.resident_programs(batch, limits), (sizes.channels, sizes.side, sizes.side)
-    if dtype == torch.float32 and dim > MAX_HEAD_DIM_FP32 and op not in aot.WITHOUT_HEADS:
-        return  # torch's
-    if op.endswith("attention_map"):
-        keys = rows if op == "self_attention_map" else layer.text
-        if _launch.in_one_sweep(keys, dtype):
-            yield op, _launch.attention_config(heads, keys, dim, limits), dim
-        else:
-            yield "two parts", _launch.flash_config(2 * batch, heads, rows, keys, dim, dtype, limits), dim
-    elif op in ("propagate", "complete_from_qk"):
-        yield op, _launch.propagate_config(2 * batch, heads, rows, grid.TOKENS, dim, dtype, limits), dim
+    if op in aot.NOT_OURS:
+        return
+    if op == "self_attention":
+        yield "attention_maps", map_config(2 * batch, [(rows, rows), (rows, layer.text)], dim, dtype, limits), dim
     elif op == "complete":
         config = _launch.complete_config(batch, rows, grid.TOKENS, limits)
         yield "one program" if rows <= config.block_m else op, config, 0
@@ -114,8 +110,8 @@ def test_every_configuration_of_a_real_size_is_in_the_table(target: str) -> None
     for case, where in aot.TABLE:
         if where == target:
             variant = case.variant(limits)
-            attention = variant.kernel.endswith(("attention_map_kernel", "propagate_kernel", "from_qk_kernel"))
-            shared = {"self_attention_map_kernel": "two parts", "complete_whole_kernel": "one program"}
+            attention = variant.kernel == "map_kernel"
+            shared = {"complete_whole_kernel": "one program"}
             op = shared.get(variant.kernel, case.op)
             compiled.add((op, variant.config, variant.constants[0] if attention else 0, variant.dtype.itemsize))
     needed = {
@@ -140,7 +136,7 @@ def test_the_file_lists_every_rule_that_its_builds_break(committed: aot.Record) 
 
 @pytest.fixture(scope="module")
 def build(committed: aot.Record) -> aot.Build:
-    return committed.builds["self_attention_map/sd15-16x16/float16/sm_80"][0]
+    return committed.builds["attention_maps/sd15-16x16/float16/sm_80"][0]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +152,7 @@ def build(committed: aot.Record) -> aot.Build:
     ],
 )
 def test_every_rule_is_reported(build: aot.Build, change: dict, message: str) -> None:
-    subject = aot.CASES["self_attention_map/sd15-16x16/float16"]
+    subject = aot.CASES["attention_maps/sd15-16x16/float16"]
     assert aot.faults(subject, "sm_80", [build]) == []
     found = aot.faults(subject, "sm_80", [dataclasses.replace(build, **change)])
     assert len(found) == 1 and message in found[0]
