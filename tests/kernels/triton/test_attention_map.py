@@ -57,7 +57,7 @@ def truth_of(q, k, bias=None):
 def check(found, q, k):
     truth, _ = truth_of(q, k)
     assert found.dtype == torch.float32 and found.is_contiguous()
-    if q.dtype != SINGLE:
+    if q.dtype != SINGLE and k.shape[2] > 1:  # a softmax over one key is exact
         half = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
         assert_as_accurate_as(found, half, truth, name="map")
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-7)
@@ -185,7 +185,7 @@ def test_nothing_beside_a_tensor_is_touched(rng):
     """Loads need no mask, rows and keys beyond the last are the last; stores have one."""
     q, k, _ = random_qkv(rng, (2, 2, 18, 77, 40), HALF)
     lse = truth_of(q, k)[1].float()
-    assert_nothing_beside_is_touched(80, lambda: (attention_map(q, k, lse, backend="triton"),), "out of bounds|race")
+    assert_nothing_beside_is_touched(80, lambda: (attention_map(q, k, lse, backend="triton"),), "out of bounds|different values|race")
 
 
 @pytest.mark.parametrize(("arch", "shape"), [(80, (1, 8, 256, 256, 160)), (90, (1, 20, 64, 1024, 64))])
@@ -200,7 +200,7 @@ def test_bytes_and_wavefronts_of_a_real_layer(rng, arch, shape):
     assert counters.float_atomics == 0
     assert counters.ctas == -(-rows // 64) * -(-keys // 64)
     moved = {name: part.moved_bytes for name, part in traffic.items()}
-    assert moved["q1"] == keys // 64 * q.nbytes and moved["k1"] == rows // 64 * k.nbytes
+    assert moved["q1/q2"] == keys // 64 * q.nbytes and moved["k1/k2"] == rows // 64 * k.nbytes
     assert sum(part for name, part in moved.items() if name.startswith("out")) == mean.nbytes
 
 

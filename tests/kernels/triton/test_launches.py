@@ -93,21 +93,21 @@ def test_a_step_adds_two_launches_per_captured_block_and_one(pipe, prompts) -> N
     added, triton, others = extra(pipe, SCFGConfig(), 1, prompts)
     assert triton.pop("complete") + triton.pop("complete_whole") == BLOCKS
     assert triton.pop("segment_and_guide") == 1
-    assert triton == {"map": BLOCKS}, "attention is torch's, and leaves its log-sum-exp"
-    assert added == 2 * BLOCKS + 1 == 13
+    assert triton == {"map": BLOCKS, "lse": 2 * BLOCKS}, "on a GPU attention, which is torch's, leaves its log-sum-exp"
+    assert added == 4 * BLOCKS + 1 == 25
     assert others == {}, "both halves of the batch are the guided prediction: of one image a view, else written twice"
 
 
 def test_two_steps_launch_twice_as_much(pipe) -> None:
     added, _, others = extra(pipe, SCFGConfig(), 2)
-    assert added == 2 * (2 * BLOCKS + 1)
+    assert added == 2 * (4 * BLOCKS + 1)
     assert others == {}
 
 
 def test_steps_that_reuse_regions_add_one(pipe) -> None:
     added, triton, others = extra(pipe, SCFGConfig(reuse_every=3), 3)
     assert (triton["segment_and_guide"], triton["guide"]) == (1, 2)
-    assert added == 2 * BLOCKS + 1 + 2
+    assert added == 4 * BLOCKS + 1 + 2
     assert others == {}
 
 
@@ -115,7 +115,7 @@ def test_a_large_layer_adds_one_map_and_torchs_attention() -> None:
     """33x33 tokens at latent / 2: no self-attention map, completion is attention with the cross map as values."""
     large = tiny_sd_pipeline(sample_size=66, dtype=torch.bfloat16)
     _, triton, _ = extra(large, SCFGConfig(levels=[2, 4, 8]), 1)
-    assert triton == {"map": 1 + BLOCKS, "complete": BLOCKS, "segment_and_guide": 1}
+    assert triton == {"map": 1 + BLOCKS, "lse": 1 + 2 * BLOCKS, "complete": BLOCKS, "segment_and_guide": 1}
 
 
 def test_sixty_layers_are_found_and_guided_in_one_launch_without_a_copy() -> None:
@@ -145,7 +145,7 @@ def test_weights_of_steps_add_one_or_nothing(pipe, schedule, prompts) -> None:
     assert extra(pipe, plain, 2, prompts, schedule) == (2, {"guide_pixels": 2}, {})
     added, triton, others = extra(pipe, SCFGConfig.pixels(), 2, prompts, schedule)
     assert (added, triton, others) == (2, {"guide_pixels": 2}, {})
-    assert extra(pipe, SCFGConfig(), 2, prompts, schedule)[::2] == (2 * (2 * BLOCKS + 1), {})
+    assert extra(pipe, SCFGConfig(), 2, prompts, schedule)[::2] == (2 * (4 * BLOCKS + 1), {})
 
 
 def test_one_rate_for_the_image_adds_nothing(pipe) -> None:
@@ -165,7 +165,7 @@ def test_a_guided_step_executed_is_that_of_torch() -> None:
                 latents = denoise(pipe, 1, backend=backend)
         finally:
             scfg_fast.disable(pipe)
-        assert len(simulation.launches) == (2 * BLOCKS + 1 if name == "triton" else 0)
+        assert len(simulation.launches) == (4 * BLOCKS + 1 if name == "triton" else 0)
         results[name] = latents, handle.regions
     (naive, naive_regions), (actual, regions), (truth, true_regions) = results.values()
     assert torch.equal(regions.token_index, true_regions.token_index)
