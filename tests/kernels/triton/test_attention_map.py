@@ -9,9 +9,10 @@ from scfg_kernels._triton import KERNELS
 from scfg_kernels._triton.attention_map import MapConfig, row_lse
 from scfg_kernels.testing import as_layout, assert_as_accurate_as
 
-from lab.ptxsim import simulated
+from lab.ptxsim import SimError, simulated
+from lab.ptxsim.tests.mutations import without_masks
 from tests.kernels.cases import by_name, random_qkv
-from tests.kernels.triton.simulation import ARCHITECTURES, assert_nothing_beside_is_touched, run
+from tests.kernels.triton.simulation import ARCHITECTURES, run
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = {
@@ -182,10 +183,19 @@ def test_other_tiles_give_the_same(rng, config):
 
 
 def test_nothing_beside_a_tensor_is_touched(rng):
-    """Loads need no mask, rows and keys beyond the last are the last; stores have one."""
-    q, k, _ = random_qkv(rng, (2, 2, 18, 77, 40), HALF)
+    """Rows and keys beyond the last are the last, so only stores have masks; without them the simulator ends it."""
+    q, k, _ = random_qkv(rng, (2, 2, 18, 77, 64), HALF)
     lse = truth_of(q, k)[1].float()
-    assert_nothing_beside_is_touched(80, lambda: (attention_map(q, k, lse, backend="triton"),), "out of bounds|different values|race")
+    with simulated(80) as simulation:
+        exact = attention_map(q, k, lse, backend="triton")
+    guarded, _ = run(80, lambda: attention_map(q, k, lse, backend="triton"))
+    assert torch.equal(exact, guarded), "poison reached a result"
+    (mutant,) = without_masks(simulation.launches[0].ptx)
+    with (
+        simulated(80, rewrite=lambda _: mutant.ptx),
+        pytest.raises(SimError, match=r"out of bounds|different values|race"),
+    ):
+        attention_map(q, k, lse, backend="triton")
 
 
 @pytest.mark.parametrize(("arch", "shape"), [(80, (1, 8, 256, 256, 160)), (90, (1, 20, 64, 1024, 64))])
