@@ -167,7 +167,10 @@ class Worker:
         if stats is None or not stats.weights:  # plain guidance acts as its scale
             scale = (self._defaults | call).get("guidance_scale")
             return scale, [scale] * count
-        return stats.mean_weight, [None] * count
+        import torch
+
+        steps = torch.stack([step.double().cpu() for step in stats.effective_weights])
+        return stats.mean_weight, steps.mean(0).tolist()
 
     def _note(self, text: str) -> None:
         self.folder.append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
