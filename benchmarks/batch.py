@@ -5,8 +5,8 @@
 Each round makes all images twice, in an order drawn anew: with the local runner of `scfg_fast.batch`, from the first
 micro-batch's start to the last commit, and with a loop of `pipe(...)` over the same micro-batches that keeps its images
 as PNG bytes in memory. Both share one loaded pipeline, warmed up before. The ratio is taken within a round; the median
-and all rounds are reported. With `--workers 1 2`, jobs on Ray with one thread a worker follow, one process each, start-up
-apart: their rate is that of `Summary.images_per_second` without the time until the first marker.
+and all rounds are reported. With `--workers 1 2`, jobs on Ray with one thread a worker follow. Their rate counts from
+the first marker of an attempt to the last checkpoint, so start-up is not in it.
 
 Writes `benchmarks/results/batch.csv` and `.json`. Images are compared: both ways give equal pixels, or it ends with an
 error.
@@ -20,7 +20,6 @@ import io
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import scfg_fast
+from lab.measure import Spread
 from scfg_fast.batch.folder import Folder
 from scfg_fast.batch.local import run_local
 from scfg_fast.batch.plan import MicroBatch, new_batches
@@ -42,7 +41,7 @@ from scfg_fast.batch.run import Worker
 from scfg_fast.batch.settings import Settings, load_pipeline
 from scfg_fast.models import BUNDLED_CALL
 
-from .report import Report
+from .report import RESULTS, Report
 
 THINGS = ("apple", "car", "cat", "sun", "tree", "house", "boat", "bird")
 COLORS = ("red", "blue", "green", "yellow", "white", "black", "pink", "orange")
@@ -101,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=BUNDLED_CALL["num_inference_steps"])
     parser.add_argument("--size", type=int, default=BUNDLED_CALL["height"])
     parser.add_argument("--workers", type=int, nargs="*", default=[], help="jobs on Ray with so many workers")
-    parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "batch", help="results, without their ending")
     args = parser.parse_args(argv)
     call = {"guidance_scale": 5.0, "num_inference_steps": args.steps, "height": args.size, "width": args.size}
     settings = Settings(call=call, batch_size=args.batch_size)
     batches = new_batches(read_rows(rows_of(args.images), defaults=call), [], args.batch_size)
+    report = Report({name: str(value) if name == "out" else value for name, value in vars(args).items()})
     pipe = load_pipeline(settings)
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(settings, Folder(folder), load=lambda: pipe)
@@ -125,17 +125,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("the job's pixels are not those of the loop", file=sys.stderr)
                 return 1
             rounds.append(times)
-            print(
-                f"round {number + 1}: job {args.images / times['job']:.3f}, loop {args.images / times['loop']:.3f} images/s, "
-                f"ratio {times['loop'] / times['job']:.3f}"
-            )
-        ratio = statistics.median(times["loop"] / times["job"] for times in rounds)
+            rates = {what: args.images / seconds for what, seconds in times.items()}
+            ratio = rates["job"] / rates["loop"]
+            print(f"round {number + 1}: job {rates['job']:.3f}, loop {rates['loop']:.3f} images/s, ratio {ratio:.3f}")
+        ratio = Spread.of([times["loop"] / times["job"] for times in rounds])
+        for what in order:
+            per_second = Spread.of([args.images / times[what] for times in rounds])
+            _add(report, args, what, "images_per_second", "1/s", per_second)
+        _add(report, args, "job", "ratio_to_loop", "1", ratio)
         options = ["--batch-size", str(args.batch_size), "--steps", str(args.steps), "--size", str(args.size)]
-        rates = {n: on_ray(n, args.images, options, Path(folder) / f"ray{n}") for n in args.workers}
-    print(f"job over loop, images per second: {ratio:.3f} (median of {args.rounds} rounds)")
-    for workers, rate in rates.items():
+        ray = {n: on_ray(n, args.images, options, Path(folder) / f"ray{n}") for n in args.workers}
+    print(f"job over loop, images per second: {ratio.value:.3f} (median of {args.rounds} rounds)")
+    for workers, rate in ray.items():
+        _add(report, args, f"ray, {workers} workers", "images_per_second", "1/s", rate)
         print(f"{workers} workers on Ray: {rate:.3f} images/s")
+    report.samples = {"rounds": {what: [times[what] for times in rounds] for what in order}}
+    report.write(args.out, finished=True)
     return 0
+
+
+def _add(
+    report: Report, args: argparse.Namespace, provider: str, metric: str, unit: str, number: Spread | float
+) -> None:
+    sizes = f"{args.size}x{args.size}, {args.steps} steps, {args.images} images"
+    report.add("batch", "batch", sizes, args.batch_size, provider, metric, unit, number)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Files for `DiffusionPipeline.from_pretrained(model, custom_pipeline=FILE)`: a stock pipeline that begins with S-CFG on.
+"""Files for `DiffusionPipeline.from_pretrained(model, custom_pipeline=FILE)`: a stock pipeline with S-CFG on.
 
-Engines that load pipelines by name serve S-CFG through them, with `scfg_kwargs` in the request; see docs/batch.md. There
-is a file for the first pipeline of every family. For another one:
+Engines that load pipelines by name serve S-CFG through them, with `scfg_kwargs` in the request; see docs/batch.md.
+There is a file for the first pipeline of every family. For another one:
 
     python -m scfg_fast.community StableDiffusionXLImg2ImgPipeline > scfg.py
 """
@@ -38,6 +38,7 @@ _TEMPLATE = '''"""{name} of diffusers with S-CFG on, for `from_pretrained(model,
 Written by `python -m scfg_fast.community`. `scfg_kwargs` of a call overrides any parameter of `SCFGConfig`;
 `{{"enabled": False}}` is plain guidance.
 """
+# mypy: ignore-errors
 
 import functools
 

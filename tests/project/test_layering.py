@@ -26,7 +26,7 @@ LEFT_TO_RIGHT = (
     {"handle"},
     {"patch", "inversion", "guider"},
     {"__init__"},
-    {"batch"},
+    {"batch", "community"},
     {"cli"},
     {"__main__"},
 )
@@ -50,7 +50,8 @@ NEVER = {
     "inversion": {"capture", "step", "pictures", "models", "env"},
     "guider": {"pipelines", "pictures", "models", "env"},
     "batch": {"capture", "denoisers", "step", "pictures", "guider"},
-    "cli": {"guider"},
+    "community": {"capture", "denoisers", "step", "pictures", "guider", "batch"},
+    "cli": {"guider", "community"},
 }
 
 PACKAGES = {
@@ -64,6 +65,7 @@ PACKAGES = {
         "inversion",
         "guider",
         "batch",
+        "community",
         "cli",
     },
     "transformers": {"models", "cli"},

@@ -1,4 +1,4 @@
-"""Pipeline files for engines: each is loaded by `from_pretrained`, and its images equal those of `enable` bit for bit."""
+"""Pipeline files for engines: loaded by `from_pretrained`, their images equal those of `enable` bit for bit."""
 
 from __future__ import annotations
 
