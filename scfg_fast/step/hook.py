@@ -25,16 +25,17 @@ from ..capture.maps import BatchLayout, BlockMaps, StepMaps
 from ..config import SCFGConfig
 from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
 from ..denoisers.unet import UNet
-from ..guidance.mixing import Mixer, distances
+from ..guidance.mixing import distances
 from ..guidance.steps import Step, in_part, step_levels
 from ..layouts import Geometry
 from ..regions import Regions
 from .arguments import argument, copied, second_half
+from .combiner import Combiner, zero_step
 from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly, mixer_of, zero_step
+from .finder import RegionFinder, Segments, guide_plainly
 from .plan import regions_skip_reason, step_weight
-from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, rewritten, with_prediction
+from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
 
 ONE_PASS = "the denoiser ran once: no guidance"
 
@@ -77,7 +78,7 @@ class GuidanceHook:
         self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
         self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
         self._finder = RegionFinder(config, context.token_mask)
-        self._mixer = mixer_of(config)
+        self._combiner = Combiner(config, self._finder, context.rates, context.samples)
         self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
         self.stats.images = context.samples
         self._warned: set[str] = set()
@@ -123,7 +124,7 @@ class GuidanceHook:
         scale = self._scale_now()
         self._weight = scale if self._blocked else self._step_weight(scale)
         self._skip = self._blocked or regions_skip_reason(
-            self.config, self._step, self.context.num_steps(), self._weight
+            self.config, self._step, self.context.num_steps(), self._weight, self.context.rates is not None
         )
         due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due and self.config.rates == "regions"
@@ -259,6 +260,12 @@ class GuidanceHook:
         del left
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
+        if self.context.watcher is not None and maps is not None:
+            self._finder.find(maps)
+            token_index, foreground, _ = cast(Segments, self._finder.segments)
+            self.context.watcher(self._step, maps, token_index, foreground)
+        if self.context.watches_only:
+            return None
         self._rate = self._moved = None
         corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
         shifted = self._is_to_be_shifted()
@@ -377,24 +384,13 @@ class GuidanceHook:
     ) -> torch.Tensor:
         """The guided prediction, or what must stand in for u, and copies of it where an operator makes it. Records the
         rates and the regions."""
-        config, weight = self.config, self._weight
+        weight, scale = self._weight, self._scale_now()
         if self._skip is not None and not self._combines():
-            if weight == self._scale_now():
-                return uncond + weight * (cond - uncond)  # the pipeline's own line, bit for bit
-            return guide_plainly(config, uncond, cond, weight, copies)
-        mixer = self._mixer
-        result = None
-        if self._skip is None and config.rates == "pixels":
-            result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite, copies=copies)
-        elif self._skip is None:
-            result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite, copies=copies)
-        if mixer is not None or result is None:
-            mixed = cast(Mixer, mixer)(uncond, cond, weight, self._rate, self.context.samples)
-            self._rate, self._moved = mixed.rate, mixed.moved
-            if self._begins_with_zero():
-                self._moved = -uncond.to(mixed.moved.dtype)
-            result = rewritten(uncond, cond, self._moved, None if rewrite == "guided" else self._scale_now())
-        if self._skip is None and config.rates == "regions":
-            token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.regions = Regions(self._step, token_index, foreground, cast(torch.Tensor, self._rate))
-        return result
+            return self._combiner.plain(uncond, cond, weight, scale, copies)
+        done = self._combiner(
+            uncond, cond, maps, step=self._step, weight=weight, scale=scale, has_rates=self._skip is None,
+            rewrite=rewrite, copies=copies,
+        )  # fmt: skip
+        self._rate, self._moved = done.rate, done.moved
+        self.regions = done.regions or self.regions
+        return done.result
