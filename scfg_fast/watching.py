@@ -60,7 +60,7 @@ class Watched:
         if self.tokens is None:
             shares = torch.zeros(batch, 0, *token_index.shape[1:])
         else:
-            shares = shares_of(maps, self.tokens.repeat_interleave(batch // len(self.tokens), 0)).cpu()
+            shares = shares_of(maps, self.tokens.repeat_interleave(batch // len(self.tokens), 0)).float().cpu()
         self.steps.append(WatchedStep(step, token_index.cpu(), foreground.cpu(), shares))
 
     def shares(self, word: str) -> torch.Tensor:
