@@ -53,6 +53,7 @@ def test_a_pipeline_behind_a_gate(gate: Gate, name: str, monkeypatch: pytest.Mon
         assert why_not(pipe) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate, name", OF_MODULES, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_module_behind_a_gate_says_so_or_is_imported(gate: Gate, name: str) -> None:
     """In a process of its own, with the installed diffusers, and with one whose guiders cannot be imported."""
