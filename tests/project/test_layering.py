@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEFT_TO_RIGHT = (
-    {"_version"},
+    {"_version", "versions"},
     {"config", "files", "layouts", "guidance"},
     {"regions"},
     {"pictures", "models", "env", "methods"},
@@ -35,6 +35,7 @@ LEFT_TO_RIGHT = (
 
 NEVER = {
     "_version": {"*"},
+    "versions": {"*"},
     "config": {"*"},
     "files": {"*"},
     "layouts": {"*"},
