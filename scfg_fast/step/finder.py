@@ -49,13 +49,14 @@ class RegionFinder:
         self.nbytes = max(self.nbytes, maps.nbytes)
         return maps, maps.missing
 
-    def find(self, maps: StepMaps) -> None:
-        """The regions of these maps, without guidance."""
+    def find(self, maps: StepMaps) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regions of these maps, without guidance: token_index and foreground, [B, h, w] each."""
         token_index, foreground = segment(
             maps.tokens, maps.start, maps.sizes, maps.size, blur_sigma=self._config.blur_sigma,
             token_mask=self._token_mask, backend=self._config.backend,
         )  # fmt: skip
         self.segments = (token_index, foreground, maps.tokens[0].shape[-2])
+        return token_index, foreground
 
     def guide(
         self,

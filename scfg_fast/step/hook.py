@@ -33,7 +33,7 @@ from .arguments import argument, copied, second_half
 from .combiner import Combiner, zero_step
 from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, Segments, guide_plainly
+from .finder import RegionFinder, guide_plainly
 from .plan import regions_skip_reason, step_weight
 from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
 
@@ -70,6 +70,7 @@ class GuidanceHook:
         self._flow = False
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
+        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
         self._hooked = {id(hooked.module): hooked for hooked in denoisers}
         self._now = denoisers[0]  # the denoiser of this step
         self._geometry = Geometry(1, 0, 0)
@@ -79,7 +80,6 @@ class GuidanceHook:
         self.corrections = Corrections(context, stats)
         self._finder = RegionFinder(config, context.token_mask)
         self._combiner = Combiner(config, self._finder, context.rates, context.samples)
-        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
         self.stats.images = context.samples
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
@@ -273,9 +273,7 @@ class GuidanceHook:
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
         if self.context.watcher is not None and maps is not None:
-            self._finder.find(maps)
-            token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.context.watcher(self._step, maps, token_index, foreground)
+            self.context.watcher(self._step, maps, *self._finder.find(maps))
         if self.context.watches_only:
             return None
         self._rate = self._moved = None
@@ -289,7 +287,7 @@ class GuidanceHook:
                 return None
         if self._half:
             both = torch.cat([prediction, prediction])
-            result = torch.zeros_like(both) if self._begins_with_zero() else both
+            result = torch.zeros_like(both) if zero_step(self.config, self._step) else both
         else:
             result = self._rewrite(prediction, maps, shifted)
         if self._second:
@@ -333,15 +331,10 @@ class GuidanceHook:
     def _combines(self) -> bool:
         """Whether this step mixes the predictions by a rule; one of weight 1 is the conditional prediction."""
         ruled = self._blocked is None and self.config.combine != "cfg"
-        return ruled and (self._weight != 1.0 or self._begins_with_zero())
-
-    def _begins_with_zero(self) -> bool:
-        """Whether this is one of the first steps of CFG-Zero*."""
-        return self._blocked is None and zero_step(self.config, self._step)
+        return ruled and (self._weight != 1.0 or zero_step(self.config, self._step))
 
     def _measure(self, prediction: torch.Tensor, guided: torch.Tensor | None = None) -> None:
-        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
-        solved for or mixed here, or with weight and rates."""
+        """Note the dose of the step, where it is not the weight itself, from [u; t] or [u; t; perturbed]."""
         rescale, moved = self.context.guidance_rescale(), self._moved
         if self._blocked or (self._rate is moved is guided is None and not rescale > 0.0):
             return
@@ -394,8 +387,7 @@ class GuidanceHook:
     def _combine(
         self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str, copies: int
     ) -> torch.Tensor:
-        """The guided prediction, or what must stand in for u, and copies of it where an operator makes it. Records the
-        rates and the regions."""
+        """f, or the u' that stands in for u, in copies where an operator makes them. Records rates and regions."""
         weight, scale = self._weight, self._scale_now()
         if self._skip is not None and not self._combines():
             return self._combiner.plain(uncond, cond, weight, scale, copies)
