@@ -20,7 +20,7 @@ from scfg_fast import Regions, SCFGConfig
 
 PROMPTS = ["a red cat on the grass", "a blue boat", "a girl and a dog in a house"]
 NEGATIVES = ["", "a car", "a black bird on a table"]
-STEPS = 3
+STEPS = 4
 TOLERANCE = 1e-5
 
 
