@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEFT_TO_RIGHT = (
-    {"_version"},
+    {"_version", "versions"},
     {"config", "files", "layouts", "guidance"},
     {"regions"},
     {"pictures", "models", "env", "methods"},
@@ -25,6 +25,7 @@ LEFT_TO_RIGHT = (
     {"pipelines"},
     {"handle"},
     {"patch", "inversion", "guider"},
+    {"watching"},
     {"__init__"},
     {"batch"},
     {"cli"},
@@ -34,6 +35,7 @@ LEFT_TO_RIGHT = (
 
 NEVER = {
     "_version": {"*"},
+    "versions": {"*"},
     "config": {"*"},
     "files": {"*"},
     "layouts": {"*"},
@@ -49,6 +51,7 @@ NEVER = {
     "pipelines": {"files", "pictures", "models", "env"},
     "inversion": {"capture", "step", "pictures", "models", "env"},
     "guider": {"pipelines", "pictures", "models", "env"},
+    "watching": {"step", "pipelines", "pictures", "models", "env", "inversion", "guider"},
     "batch": {"capture", "denoisers", "step", "pictures", "guider"},
     "cli": {"guider"},
 }
@@ -61,6 +64,7 @@ PACKAGES = {
         "pipelines",
         "handle",
         "patch",
+        "watching",
         "inversion",
         "guider",
         "batch",
