@@ -1,0 +1,28 @@
+"""Shapes and dtypes of results, and the records that operators hand to their twins and launchers: below both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def layers_by_size(self_maps: Sequence[torch.Tensor]) -> dict[int, list[int]]:
+    """Numbers of the layers that have N tokens, by N, in the order in which the sizes first appear."""
+    groups: dict[int, list[int]] = {}
+    for index, layer in enumerate(self_maps):
+        groups.setdefault(layer.shape[1], []).append(index)
+    return groups
+
+
+def completed(
+    self_maps: Sequence[torch.Tensor], cross_maps: Sequence[torch.Tensor], unconditional: int
+) -> list[torch.Tensor]:
+    """Results of `complete`, not yet written: tokens [L, B - U, T, N] of every size, then start [L, U, N] of every
+    size, in the dtype of S."""
+    batch, _, tokens = cross_maps[0].shape
+    groups = layers_by_size(self_maps).items()
+    own = self_maps[0]
+    return [own.new_empty((len(layers), batch - unconditional, tokens, n)) for n, layers in groups] + [
+        own.new_empty((len(layers), unconditional, n)) for n, layers in groups
+    ]
