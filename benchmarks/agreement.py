@@ -32,7 +32,7 @@ from lab.ptxsim import simulated
 from lab.reference.official import foreground_scores, smoothed_normalised
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import grid_size
-from scfg_fast.processors import find_blocks
+from scfg_fast.denoisers.unet import find_blocks
 
 from .guidance import SCALE, open_pipeline, pair
 from .report import RESULTS, environment

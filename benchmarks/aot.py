@@ -34,7 +34,7 @@ import scfg_kernels
 import torch
 import triton
 
-from lab.ptxsim import RecordedLaunch, recorded
+from lab.ptxsim import FLOAT_ATOMIC, RecordedLaunch, recorded
 
 from .report import environment
 
@@ -297,7 +297,6 @@ _SASS = dict(
     instruction=r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)",
     branch=r"\(\.(L_\w+)\)",
 )
-PTX_FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.(?:[\w:]+\.)*(?:b?f16(?:x2)?|f32|f64)\b")
 _PTX_MATRIX = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"mma\.sync"}
 
 
@@ -328,7 +327,7 @@ def _nvidia(launch: RecordedLaunch) -> dict[str, Any]:
         spills=code.count("LDL|STL"),
         loop_spills=code.in_loops().count("LDL|STL"),
         matrix=next((name for name, pattern in _PTX_MATRIX.items() if re.search(pattern, ptx)), ""),
-        float_atomics=len(PTX_FLOAT_ATOMIC.findall(ptx)),
+        float_atomics=len(FLOAT_ATOMIC.findall(ptx)),
         loads=_by_bytes(code.named(loads), _sass_bytes),
         stores=_by_bytes(code.named(r"STG"), _sass_bytes),
         instructions=len(code.instructions),

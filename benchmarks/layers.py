@@ -36,10 +36,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from scfg_kernels import guide, segment_and_guide
 
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import BlockInfo, StepMaps, collect, middles
-from scfg_fast.install import CaptureSet, installed
+from scfg_fast.capture.layers import BlockInfo, middles
+from scfg_fast.capture.maps import StepMaps, collect
+from scfg_fast.denoisers.install import CaptureSet, installed
 
 from . import overhead, registry
 from .guidance import SCALE, open_pipeline, pair
@@ -133,7 +135,7 @@ class Capture:
 
     def maps(self, height: int, width: int) -> StepMaps:
         """The maps of the pass that has just run, for a latent of this size."""
-        return collect([(block.info, block.maps) for block in self._blocks], height, width, CONFIG.cell)
+        return collect([(block.info, block.take()) for block in self._blocks], height, width, CONFIG.cell)
 
 
 def subsets(blocks: Sequence[BlockInfo]) -> dict[str, Sequence[int]]:
@@ -187,7 +189,7 @@ def bundled(pictures: int, steps: int) -> Compared:
 
 def random_steps(arch: str, seeds: Sequence[int], size: int | None) -> Compared:
     """A real-size UNet with random weights: one step per seed, other weights, texts and noise each time."""
-    config = {"sd15": overhead.SD15_UNET, "sdxl": overhead.SDXL_UNET}[arch]
+    config = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}[arch]
     compared: Compared | None = None
     side = size // 8 if size else config["sample_size"]
     for seed in seeds:

@@ -17,19 +17,19 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .config import SCFGConfig
-    from .hooks import SCFGError, SCFGWarning, Stats
     from .inversion import invert
     from .models import bundled_model_path
     from .patch import Handle, Support, UnsupportedPipelineError, disable, disabled, enable, supports
     from .regions import Regions
+    from .step.context import SCFGError, SCFGWarning, Stats
 
 _HOME = {
     "Handle": "patch",
     "Regions": "regions",
     "SCFGConfig": "config",
-    "SCFGError": "hooks",
-    "SCFGWarning": "hooks",
-    "Stats": "hooks",
+    "SCFGError": "step.context",
+    "SCFGWarning": "step.context",
+    "Stats": "step.context",
     "Support": "patch",
     "UnsupportedPipelineError": "patch",
     "bundled_model_path": "models",

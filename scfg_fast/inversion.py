@@ -22,7 +22,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler, DDIMSchedulerOutput
 
-from .families import overflows
+from .pipelines.checks import overflows
 
 
 class DDIMExactInverseScheduler(DDIMInverseScheduler):

@@ -18,6 +18,7 @@ implementation (the reference, the CPU path and the fallback), and is registered
 
 from ._launch import BackendError, available_backends, choose_backend
 from .attention_map import attention_map
+from .attention_with_lse import attention_with_lse
 from .complete import complete
 from .complete_from_qk import complete_from_qk
 from .cross_attention_map import cross_attention_map
@@ -31,6 +32,7 @@ from .self_attention_map import self_attention_map
 __all__ = [
     "BackendError",
     "attention_map",
+    "attention_with_lse",
     "available_backends",
     "choose_backend",
     "complete",

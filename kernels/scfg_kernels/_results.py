@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 
 
-def layers_by_size(self_maps: Sequence[torch.Tensor]) -> dict[int, list[int]]:
-    """Numbers of the layers that have N tokens, by N, in the order in which the sizes first appear."""
-    groups: dict[int, list[int]] = {}
+def layers_by_size(self_maps: Sequence[torch.Tensor]) -> list[tuple[int, list[int]]]:
+    """N and the numbers of the layers that have N tokens, in the order in which the sizes first appear."""
+    groups: list[tuple[int, list[int]]] = []
     for index, layer in enumerate(self_maps):
-        groups.setdefault(layer.shape[1], []).append(index)
+        n = layer.shape[1]  # compared, not hashed: it may be a symbol
+        members = next((members for size, members in groups if size == n), None)
+        if members is None:
+            groups.append((n, [index]))
+        else:
+            members.append(index)
     return groups
 
 
@@ -21,7 +26,7 @@ def completed(
     """Results of `complete`, not yet written: tokens [L, B - U, T, N] of every size, then start [L, U, N] of every
     size, in the dtype of S."""
     batch, _, tokens = cross_maps[0].shape
-    groups = layers_by_size(self_maps).items()
+    groups = layers_by_size(self_maps)
     own = self_maps[0]
     return [own.new_empty((len(layers), batch - unconditional, tokens, n)) for n, layers in groups] + [
         own.new_empty((len(layers), unconditional, n)) for n, layers in groups

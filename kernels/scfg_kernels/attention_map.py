@@ -1,25 +1,34 @@
-r"""Head-mean attention map alone.
+r"""Head-mean attention maps from queries, keys and the log-sum-exp that attention itself has found.
 
-    M[b, n, t] = 1/H  sum_h  softmax_t( scale * q[b, h, n] . k[b, h, t] )
+    M[b, n, t] = 1/H  sum_h  exp( scale * q[b, h, n] . k[b, h, t] - lse[b, h, n] )
+               = 1/H  sum_h  softmax_t( scale * q[b, h, n] . k[b, h, t] )
 
-For layers whose output another implementation has already computed (xformers, a user's own processor). Scores are
-formed in fp32 (fp64 for fp64 inputs) for a block of query rows at a time; the block is sized so that the transient
-stays near 1 MiB, so no [H, N, T] tensor ever exists. Bytes that must move: q, k once, M once.
+with the lse of `attention_with_lse`, or of another implementation of attention (xformers, FlashAttention). Without
+one, the rows' lse is found first. Bytes that must move: q, k and lse once, M once.
+
+The torch implementation forms scores in blocks, in fp32 (fp64 for fp64 inputs), and no per-head map outlives a block.
+A block on a CPU is one head's and stays in the cache; on an accelerator it has all heads and as many samples as fit in
+`DEVICE_BLOCK`, because a launch must fill the device.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_attention
+from ._checks import Reasons, check_attention
 from ._launch import attention_limits, choose_backend, outside_autocast
 from ._triton import KERNELS
 
-# Elements of the [H, rows, T] block of scores: 1 MiB in fp32, half of a typical L2 cache.
-BLOCK_ELEMENTS = 1 << 18
+CPU_BLOCK = 1 << 18
+"""Scores at a time on a CPU: 1 MiB in fp32."""
+DEVICE_BLOCK = 1 << 26
+"""Scores at a time on an accelerator: 256 MiB in fp32."""
+_WIDENING_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 def map_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,22 +36,103 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_mean_map(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """torch implementation shared by the three attention operators: [B, H, N, d], [B, H, T, d] -> [B, N, T]."""
+def default_scale(q: torch.Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """q k^T of [B, H, rows, d] and [B, H, T, d] in `dtype`; operands of half precision stay as they are on CUDA."""
+    a, b = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    if a.dtype != dtype and a.device.type == "cuda" and _WIDENING_PRODUCTS:
+        product = torch.bmm(a, b, out_dtype=dtype)
+    else:
+        product = torch.bmm(a.to(dtype), b.to(dtype))
+    return product.unflatten(0, q.shape[:2])
+
+
+def product_blocks(q: torch.Tensor, k: torch.Tensor, most: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Samples, rows, and their products q k^T of all heads [samples, H, rows, T]: `most` of them, or 16 rows."""
     batch, heads, n, _ = q.shape
-    tokens = k.shape[2]
-    dtype = map_dtype(q.dtype)
-    result = torch.empty((batch, n, tokens), dtype=dtype, device=q.device)
-    # One sample at a time: blocks of many rows make better GEMMs than blocks of few rows over the whole batch.
-    rows = max(16, BLOCK_ELEMENTS // (heads * tokens))
-    with outside_autocast(q.device):
-        for sample in range(batch):
-            keys = k[sample].to(dtype).transpose(-1, -2)
-            for start in range(0, n, rows):
-                block = q[sample, :, start : start + rows].to(dtype) * scale
-                probabilities = torch.softmax(block @ keys, dim=-1)
-                torch.mean(probabilities, dim=0, out=result[sample, start : start + rows])
+    a_row = max(1, heads * k.shape[2])
+    rows, together = max(16, most // a_row), max(1, most // (a_row * max(1, n)))
+    for first in range(0, batch, together):
+        for start in range(0, n, rows):
+            samples, block = slice(first, first + together), slice(start, start + rows)
+            yield samples, block, _products(q[samples, :, block], k[samples], map_dtype(q.dtype))
+
+
+Blocks = Iterator[tuple[slice, slice, torch.Tensor]]
+"""Samples, rows, and their part of the map [samples, rows, T], to be used before the next."""
+
+
+def device_blocks(
+    q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> Blocks:
+    """Blocks of all heads. bias [B, T] is added to the scores if lse is None."""
+    for samples, rows, products in product_blocks(q, k, DEVICE_BLOCK):
+        if lse is not None:
+            offset = -lse[samples, :, rows, None]
+            part = torch.add(offset, products, alpha=scale, out=products).exp_()
+        elif bias is not None:
+            part = torch.softmax(torch.add(bias[samples, None, None], products, alpha=scale, out=products), -1)
+        else:
+            part = torch.softmax(products.mul_(scale), -1)
+        yield samples, rows, part.mean(1)
+
+
+def cpu_blocks(
+    q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> Blocks:
+    """The same one head at a time: a product of many rows is faster than a batch of products of few."""
+    batch, heads, n, _ = q.shape
+    dtype, size = map_dtype(q.dtype), max(16, CPU_BLOCK // k.shape[2])
+    nothing = torch.zeros((), dtype=dtype)
+    for sample in range(batch):
+        keys = k[sample].to(dtype).transpose(1, 2)
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            total: torch.Tensor | None = None
+            for head in range(heads):
+                queries = q[sample, head, rows].to(dtype)
+                if lse is not None:
+                    offset = -lse[sample, head, rows, None]
+                    part = torch.addmm(offset, queries, keys[head], alpha=scale).exp_()
+                else:
+                    offset = nothing if bias is None else bias[sample].to(dtype)
+                    part = torch.softmax(torch.addmm(offset, queries, keys[head], alpha=scale), -1)
+                total = part if total is None else total.add_(part)
+            yield slice(sample, sample + 1), rows, cast(torch.Tensor, total).div_(heads)[None]
+
+
+def mean_blocks(q: torch.Tensor, k: torch.Tensor, scale: float, *offsets: torch.Tensor | None) -> Blocks:
+    """The blocks of the device that q is on; offsets: lse, bias."""
+    return (cpu_blocks if q.device.type == "cpu" else device_blocks)(q, k, scale, *offsets)
+
+
+def row_lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """The log-sum-exp [B, H, N] of the scores, by a pass over them."""
+    result = torch.empty(q.shape[:3], dtype=map_dtype(q.dtype), device=q.device)
+    most = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
+    for samples, rows, products in product_blocks(q, k, most):
+        result[samples, :, rows] = torch.logsumexp(products.mul_(scale), -1)
     return result
+
+
+@torch.no_grad()
+def head_mean_map(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """The torch implementation: [B, H, N, d], [B, H, T, d], [B, H, N] -> [B, N, T]."""
+    shape = (q.shape[0], q.shape[2], k.shape[2])
+    result = None
+    with outside_autocast(q.device):
+        for samples, rows, mean in mean_blocks(q, k, scale, lse):
+            if mean.shape == shape:
+                return mean
+            result = q.new_empty(shape, dtype=mean.dtype) if result is None else result
+            result[samples, rows] = mean
+    return q.new_empty(shape, dtype=map_dtype(q.dtype)) if result is None else result
+
+
+BLOCK_ELEMENTS = CPU_BLOCK
 
 
 def attention_with_map(
@@ -53,7 +143,7 @@ def attention_with_map(
     The output is laid out as [B, N, H, dv] in memory, which is what the layer's projection reads next.
     """
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), head_mean_map(q, k, scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), head_mean_map(q, k, None, scale)
 
 
 def empty_output_and_map(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,40 +153,57 @@ def empty_output_and_map(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     return out, q.new_empty((batch, n, k.shape[2]), dtype=map_dtype(q.dtype))
 
 
-def default_scale(q: torch.Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-
-
 @torch.library.custom_op("scfg_kernels::attention_map", mutates_args=())
-def _attention_map(q: torch.Tensor, k: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+def _attention_map(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, scale: float, backend: str
+) -> torch.Tensor:
     if backend == "triton":
         return KERNELS["attention_map"](q, k, scale)
-    return head_mean_map(q, k, scale)
+    return head_mean_map(q, k, lse, scale)
 
 
 @_attention_map.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+def _(q: torch.Tensor, k: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[2], k.shape[2]), dtype=map_dtype(q.dtype))
 
 
+def _check(op: str, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None) -> None:
+    check_attention(op, q, k, None)
+    if lse is None or (lse.shape == q.shape[:3] and lse.dtype == map_dtype(q.dtype) and lse.device == q.device):
+        return
+    reasons = Reasons(op)
+    expected = f"{list(q.shape[:3])} {map_dtype(q.dtype)} on {q.device}"
+    reasons.unless(False, f"lse must be {expected}, got {list(lse.shape)} {lse.dtype} on {lse.device}")
+    reasons.raise_if_any()
+
+
 def attention_map(
-    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """Head-mean attention probabilities without the attention output.
+    """Head-mean attention probabilities of a layer, alongside whatever computes its output.
 
     Args:
         q: queries [B, H, N, d], fp16, bf16, fp32 or fp64, any strides.
         k: keys [B, H, T, d], same dtype and device.
+        lse: log-sum-exp of the scaled scores [B, H, N], natural logarithm, fp32 (fp64 for fp64 inputs), any strides;
+            None to have it found.
         scale: factor on the scores; default 1/sqrt(d).
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
-        map [B, N, T], fp32 (fp64 for fp64 inputs); every row sums to 1.
+        map [B, N, T], fp32 (fp64 for fp64 inputs); every row sums to 1 if lse is that of the scores.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; every reason is listed.
         BackendError: `backend="triton"` cannot run here.
     """
-    check_attention("attention_map", q, k, None)
+    _check("attention_map", q, k, lse)
     chosen = choose_backend("attention_map", backend, q.device, attention_limits(q, k, None))
-    return _attention_map(q, k, default_scale(q, scale), chosen)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        return head_mean_map(q, k, lse, default_scale(q, scale))
+    return _attention_map(q, k, lse, default_scale(q, scale), chosen)

@@ -21,6 +21,7 @@ batch of products; a CPU gets them one by one, where a copy costs more than a ca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -57,7 +58,7 @@ def complete_torch(
     self_maps: Tensors, cross_maps: Tensors, unconditional: int, fidelity: str, powers: int
 ) -> list[torch.Tensor]:
     tokens, start = [], []
-    for layers in layers_by_size(self_maps).values():
+    for _, layers in layers_by_size(self_maps):
         maps = [self_maps[i] for i in layers]
         columns = [cross_maps[i].to(self_maps[i].dtype).transpose(1, 2) for i in layers]
         tokens.append(
@@ -110,6 +111,16 @@ def _check_layer(reasons: Reasons, own: torch.Tensor, cross: torch.Tensor, like:
         reasons.unless(False, f"cross_map{name} must have the samples and text tokens of the first layer's")
 
 
+@overload
+def complete(
+    self_map: torch.Tensor, cross_map: torch.Tensor, *, unconditional: int = 0, fidelity: str = "official",
+    powers: int = 4, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def complete(
+    self_map: Tensors, cross_map: Tensors, *, unconditional: int = 0, fidelity: str = "official",
+    powers: int = 4, backend: str = "auto",
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...  # fmt: skip
 def complete(
     self_map: torch.Tensor | Tensors,
     cross_map: torch.Tensor | Tensors,

@@ -40,7 +40,7 @@ class Layout:
         two_pass: whether there are two runs per step, conditional first.
         images: prediction -> [B * frames, C, H, W]; `back` is its inverse.
         completes: False where self-attention has no map.
-        turned: whether the conditional half of a batch comes first, as lists of samples (Z-Image).
+        conditional_first: whether the conditional half of a batch comes first, as lists of samples (Z-Image).
     """
 
     grid: tuple[int, int, int]
@@ -53,7 +53,7 @@ class Layout:
     images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     back: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, prediction: x
     completes: bool = True
-    turned: bool = False
+    conditional_first: bool = False
 
 
 class _Call(NamedTuple):
@@ -136,7 +136,8 @@ def literal_maps(recorded: _Call, layout: Layout, text_tokens: int) -> tuple[tor
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if layout.joint:
         text_tokens = min(text_tokens, key.shape[2] - image_tokens)  # an empty prompt may be shorter
-        filled = key.shape[2] - text_tokens if layout.turned else image_tokens  # images filled up with more tokens
+        # images filled up with more tokens
+        filled = key.shape[2] - text_tokens if layout.conditional_first else image_tokens
         text = slice(0, text_tokens) if layout.text_first else slice(filled, filled + text_tokens)
         image = slice(text_tokens, text_tokens + image_tokens) if layout.text_first else slice(0, image_tokens)
         query = query[:, :, image]
@@ -204,7 +205,8 @@ def reference_run(
                 official.official_completion(own, cross) if layout.completes else cross
                 for own, cross in zip(own_parts, cross_parts, strict=True)
             ]
-            cond, uncond = completed if layout.two_pass else completed[0].chunk(2)[:: 1 if layout.turned else -1]
+            order = 1 if layout.conditional_first else -1
+            cond, uncond = completed if layout.two_pass else completed[0].chunk(2)[::order]
             cond_maps.append(cond)
             ground = cond if layout.foreground == "conditional" else uncond
             if layout.start is not None:

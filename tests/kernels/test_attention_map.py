@@ -5,8 +5,10 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from scfg_kernels import attention_map, cross_attention_map, self_attention_map
+from scfg_kernels import attention_map, attention_with_lse, cross_attention_map, self_attention_map
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.cases import ATTENTION_SHAPES, BATCH_NOISE, DTYPES, by_name, random_qkv, reference_map
 
@@ -83,11 +85,11 @@ def test_a_permuted_batch_is_permuted_bit_for_bit(rng):
 
 
 def test_the_block_size_does_not_change_the_result(rng, monkeypatch):
-    q, k, _ = random_qkv(rng, (1, 4, 63, 77, 40))
+    q, k, _ = random_qkv(rng, (1, 4, 63, 77, 40), torch.float64)
     whole = attention_map(q, k)
     module = importlib.import_module("scfg_kernels.attention_map")
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 4 * 77 * 10)  # ten rows, and a last block of three
-    torch.testing.assert_close(attention_map(q, k), whole, rtol=BATCH_NOISE, atol=0)
+    monkeypatch.setattr(module, "CPU_BLOCK", 77 * 20)  # twenty rows, and a last block of three
+    torch.testing.assert_close(attention_map(q, k), whole, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [77, 1024])
@@ -102,12 +104,97 @@ def test_no_per_head_map_is_ever_made(rng, tokens):
     assert {seen.dtype for seen in recorder.made} == {torch.float32}
 
 
-def test_half_precision_scores_are_formed_in_fp32(rng):
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_half_precision_scores_are_formed_in_fp32(rng, with_lse):
     q, k, _ = random_qkv(rng, (1, 2, 64, 77, 40), torch.float16)
+    lse = attention_with_lse(q, k, k)[1] if with_lse else None
     with Recorder() as recorder:
-        attention_map(q, k)
-    softmaxes = {seen.dtype for seen in recorder.made if "softmax" in seen.op}
-    assert softmaxes == {torch.float32}
+        attention_map(q, k, lse)
+    formed = {seen.dtype for seen in recorder.made if "addmm" in seen.op or "softmax" in seen.op}
+    assert formed == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", **by_name(DTYPES))
+@pytest.mark.parametrize("shape", **by_name(ATTENTION_SHAPES))
+def test_with_the_lse_of_attention_it_is_as_accurate(rng, shape, dtype):
+    q, k, v = random_qkv(rng, shape, dtype)
+    _, lse = attention_with_lse(q, k, v)
+    assert lse is not None
+    truth = reference_map(q.double(), k.double())
+    result = attention_map(q, k, lse)
+    if dtype == torch.float32:
+        torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-7)
+    else:  # torch's attention on a CPU has an approximate exponential there
+        torch.testing.assert_close(result.double(), truth, rtol=1e-3, atol=1e-6)
+
+
+def test_the_lse_is_taken_literally(rng):
+    """A row's share of a softmax over more keys than these: what a joint attention's lse means."""
+    q, k, _ = random_qkv(rng, (2, 3, 9, 30, 8))
+    _, lse = attention_with_lse(q, k, k)
+    part = attention_map(q, k[:, :, :11], lse)
+    torch.testing.assert_close(part, attention_map(q, k)[..., :11], rtol=1e-5, atol=1e-7)
+
+
+def test_an_lse_that_does_not_fit_is_refused(rng):
+    q, k, _ = random_qkv(rng, (2, 3, 9, 7, 8))
+    with pytest.raises(ValueError, match=r"lse must be \[2, 3, 9\] torch.float32 on cpu, got \[2, 3, 7\]"):
+        attention_map(q, k, torch.zeros(2, 3, 7))
+    with pytest.raises(ValueError, match=r"torch\.float64 on cpu"):
+        attention_map(q.double(), k.double(), torch.zeros(2, 3, 9))
+
+
+class Operators(TorchDispatchMode):
+    """Counts aten operators that do work: views, and what only asks for a device, aside."""
+
+    FREE = ("view", "slice", "transpose", "unsqueeze", "alias", "expand", "permute", "select", "detach", "empty")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += name.startswith("aten::") and not any(free in name for free in self.FREE)
+        return func(*args, **(kwargs or {}))
+
+
+def operators(samples: int, heads: int, n: int, tokens: int, dim: int, dtype: torch.dtype, with_lse: bool) -> int:
+    """How many work on a CUDA device for a map, which is not there: fake tensors."""
+    with FakeTensorMode():
+        q, k = (
+            torch.empty(samples, length, heads * dim, dtype=dtype, device="cuda").unflatten(2, (heads, -1))
+            for length in (n, tokens)
+        )
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        lse = torch.empty(samples, heads, n, device="cuda") if with_lse else None
+        with Operators() as seen:
+            attention_map(q, k, lse, backend="torch")
+    return seen.count
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dtype", **by_name(DTYPES))
+def test_few_operators_make_a_map_on_a_gpu(dtype, with_lse):
+    """An SDXL layer: at most 7 for a map of one sample or of as many as 256 MiB hold the scores of, never a loop."""
+    self_attention = [operators(samples, 20, 1024, 1024, 64, dtype, with_lse) for samples in (1, 2, 3)]
+    assert self_attention[0] <= self_attention[1] == self_attention[2] <= 7
+    cross_attention = [operators(samples, 20, 1024, 77, 64, dtype, with_lse) for samples in (1, 2, 16, 32)]
+    assert cross_attention[0] <= cross_attention[1] == cross_attention[3] <= 7
+
+
+def test_the_blocks_of_a_gpu_give_the_same(rng, monkeypatch):
+    """On CPU tensors, with the blocks and the order of operators of a device."""
+    q, k, _ = random_qkv(rng, (3, 4, 63, 77, 40))
+    _, lse = attention_with_lse(q, k, k)
+    module = importlib.import_module("scfg_kernels.attention_map")
+    for most in (1 << 26, 2 * 4 * 63 * 77, 4 * 77 * 20):
+        monkeypatch.setattr(module, "DEVICE_BLOCK", most)
+        for own in (None, lse):
+            parts = torch.full((3, 63, 77), torch.nan)
+            for samples, rows, mean in module.device_blocks(q, k, 40**-0.5, own):
+                parts[samples, rows] = mean
+            torch.testing.assert_close(parts, attention_map(q, k), rtol=1e-5, atol=1e-7)
 
 
 def test_repeats_are_bit_equal(rng):
@@ -132,7 +219,9 @@ def test_all_three_operators_make_the_same_map(rng):
 @pytest.mark.parametrize("dtype", **by_name({**DTYPES, "fp64": torch.float64}))
 def test_opcheck(rng, dtype):
     q, k, _ = random_qkv(rng, (2, 3, 9, 7, 8), dtype)
-    torch.library.opcheck(torch.ops.scfg_kernels.attention_map.default, (as_layout(q, "projection"), k, 0.3, "torch"))
+    operator = torch.ops.scfg_kernels.attention_map.default
+    for lse in (None, attention_with_lse(q, k, k)[1]):
+        torch.library.opcheck(operator, (as_layout(q, "projection"), k, lse, 0.3, "torch"))
 
 
 def test_compiles_as_one_graph(rng):

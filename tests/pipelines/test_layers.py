@@ -7,11 +7,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import scfg_fast
-from benchmarks.overhead import SD15_UNET, SDXL_UNET
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.tiny.unets import tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import BlockInfo, choose_layers
-from scfg_fast.processors import find_blocks
+from scfg_fast.denoisers.unet import find_blocks
 
 ONE = SCFGConfig(layers="one-per-transformer")
 

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 import scfg_fast
-import scfg_fast.families
+import scfg_fast.pipelines.call
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import Regions, SCFGConfig, SCFGError, SCFGWarning
 
@@ -43,8 +43,8 @@ def test_regions_and_stats(pipe) -> None:
     assert regions.rate.shape == (2, 1, 16, 16)
     assert float(regions.rate.min()) > 0.8 - 1e-6 and float(regions.rate.max()) < 2.0 + 1e-6
     assert len(handle.stats.layers) == 6 and "mid_block.attentions.0.transformer_blocks.0" in handle.stats.layers
-    # Kept to the end of a step: per image, (77 columns + 1) x (5 x 16 + 1 x 4) cells in fp32.
-    assert handle.stats.bytes == 2 * 78 * (5 * 16 + 4) * 4
+    # Kept to the end of a step: per image, (77 columns + 1) x (5 x 16 + 1 x 4) cells in fp64.
+    assert handle.stats.bytes == 2 * 78 * (5 * 16 + 4) * 8
     assert set(handle.stats.backend.values()) == {"torch"}
 
 
@@ -116,13 +116,13 @@ def test_words_of_textual_inversion(pipe) -> None:
     vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     pipe.load_textual_inversion({"<thing>": vectors})
     masks = []
-    original = scfg_fast.families.word_mask
-    scfg_fast.families.word_mask = lambda *args: masks.append(original(*args)) or masks[-1]
+    original = scfg_fast.pipelines.call.word_mask
+    scfg_fast.pipelines.call.word_mask = lambda *args: masks.append(original(*args)) or masks[-1]
     try:
         scfg_fast.enable(pipe, SCFGConfig(tokens="words"))
         run(pipe, "a <thing> dog", num_inference_steps=1)
     finally:
-        scfg_fast.families.word_mask = original
+        scfg_fast.pipelines.call.word_mask = original
     assert masks[0].nonzero()[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -240,7 +240,7 @@ def test_a_callback_that_changes_the_scale(pipe) -> None:
     _, seen = enable_and_record(pipe)
     run(pipe, callback_on_step_end=raise_scale)
     assert float(seen[0].rate.max()) > 0.8
-    assert all(torch.allclose(regions.rate, torch.tensor(0.5)) for regions in seen[1:])
+    assert all(torch.allclose(regions.rate, torch.full_like(regions.rate, 0.5)) for regions in seen[1:])
 
 
 class TwiceTheOutput(AttnProcessor2_0):

@@ -14,13 +14,13 @@ PACKAGE = [
     "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports",
 ]  # fmt: skip
 KERNELS = [
-    "BackendError", "attention_map", "available_backends", "choose_backend", "complete", "complete_from_qk",
-    "cross_attention_map", "guide", "guide_pixels", "propagate", "segment", "segment_and_guide",
+    "BackendError", "attention_map", "attention_with_lse", "available_backends", "choose_backend", "complete",
+    "complete_from_qk", "cross_attention_map", "guide", "guide_pixels", "propagate", "segment", "segment_and_guide",
     "self_attention_map", "smooth",
 ]  # fmt: skip
 GUIDANCE = [
-    "Augment", "CFGPlusPlus", "CharacteristicGuidance", "LossGuidance", "SHAPES", "Step", "StepWeight",
-    "WeightSchedule", "step_levels",
+    "Augment", "CFGPlusPlus", "CharacteristicGuidance", "CharacteristicSolver", "LossGuidance", "SHAPES", "Step",
+    "StepWeight", "WeightSchedule", "step_levels",
 ]  # fmt: skip
 
 

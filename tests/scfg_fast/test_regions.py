@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import scfg_fast.regions as regions_module
 from lab.tiny.unets import tiny_tokenizer
+from scfg_fast.files import replacing
+from scfg_fast.pictures.overlay import _place_labels, scaled
+from scfg_fast.pictures.style import drawable, printable
 from scfg_fast.regions import (
     RegionRow,
     Regions,
@@ -21,7 +23,6 @@ from scfg_fast.regions import (
     rate_colors,
     rate_range,
     region_table,
-    replacing,
     row_name,
     save_regions_npz,
     token_color,
@@ -217,7 +218,7 @@ def test_label_places_never_overlap_and_stay_inside() -> None:
         )
         rows = region_table(regions, LABELS)
         boxes = {row.token: (60, 30) for row in rows}
-        places = regions_module._place_labels(ids, rows, boxes, (400, 320), 20.0)
+        places = _place_labels(ids, rows, boxes, (400, 320), 20.0)
         corners = list(places.values())
         assert rows[0].token in places, "the largest region has a name"
         for index, (x, y) in enumerate(corners):
@@ -230,9 +231,9 @@ def test_labels_the_font_cannot_write_become_numbers(picture) -> None:
     regions = quadrants()
     labels = [*LABELS]
     labels[3] = "猫"
-    assert regions_module._printable("猫", 3) == "token 3"
-    assert regions_module._printable("écho?", 3) == "echo?"
-    assert regions_module._drawable("l\u2019été, 猫") == "l'ete, ?"
+    assert printable("猫", 3) == "token 3"
+    assert printable("écho?", 3) == "echo?"
+    assert drawable("l\u2019été, 猫") == "l'ete, ?"
     drawn = np.asarray(overlay(picture, regions, 0, labels))
     labels[3] = "token 3"
     assert (drawn == np.asarray(overlay(picture, regions, 0, labels))).all()
@@ -253,7 +254,7 @@ def test_contact_sheet_has_a_column_for_every_step(size) -> None:
 
 
 def scaled_size(image: Image.Image, longest: int) -> tuple[int, int]:
-    return regions_module.scaled(image, longest).size
+    return scaled(image, longest).size
 
 
 def test_contact_sheet_wraps_long_titles_and_needs_a_step(picture) -> None:

@@ -156,8 +156,8 @@ def launch(
     groups = layers_by_size(self_maps)
     results = completed(self_maps, cross_maps, unconditional)
     batch, _, tokens = cross_maps[0].shape
-    order = [index for group in groups.values() for index in group]
-    sizes, counts = tuple(groups), tuple(map(len, groups.values()))
+    order = [index for _, group in groups for index in group]
+    sizes, counts = tuple(n for n, _ in groups), tuple(len(group) for _, group in groups)
     if batch == 0 or 0 in sizes:
         return results
     own = tuple(self_maps[i].contiguous() for i in order)

@@ -51,7 +51,9 @@ def run(arch: int, call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
     return result, simulation.launches
 
 
-def assert_nothing_beside_is_touched(arch: int, call: Callable[[], Any], caught: str = "out of bounds", masks: int = 2) -> None:
+def assert_nothing_beside_is_touched(
+    arch: int, call: Callable[[], Any], caught: str = "out of bounds", masks: int = 2
+) -> None:
     """`call` in tensors that end where their storage ends has the bits of one between guard zones; without the masks of
     its loads, or of its stores, the simulator ends it with an error that matches `caught`.
     `masks`: 1 where all loads are asynchronous copies, whose masks are lengths."""

@@ -1,0 +1,294 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import CommandError, writing
+from .images import caption_of, enable_scfg, labels_of, note_if_cut, record_of, sample_image, write_png
+from .methods import GUIDANCE_NAMES, set_method
+from .session import BUNDLED, DTYPES, Session, check_device, load
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..config import SCFGConfig
+    from ..regions import RegionRow, Regions
+
+
+MIN_PANEL = 384
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of `generate`, one or one per line of the file."""
+    if args.prompt_file is None:
+        return [args.prompt]
+    text = _read_text(args.prompt_file, "prompt file")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise CommandError(f"the prompt file {args.prompt_file!r} has no prompt; write one on every line")
+    return prompts
+
+
+def _read_text(name: str, what: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CommandError(f"there is no {what} {name!r}") from None
+    except UnicodeDecodeError:
+        raise CommandError(f"the {what} {name!r} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise CommandError(f"the {what} {name!r} cannot be read: {error.strerror}") from None
+
+
+def _read_config(args: argparse.Namespace) -> SCFGConfig:
+    from ..config import SCFGConfig
+
+    if args.config is None:
+        return SCFGConfig.paper() if args.fidelity == "paper" else SCFGConfig.official()
+    try:
+        return SCFGConfig.from_json(_read_text(args.config, "configuration"))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"the configuration {args.config!r} cannot be used: {error}") from None
+
+
+def _config_for(session: Session, args: argparse.Namespace, config: SCFGConfig) -> SCFGConfig:
+    """The configuration as it was read, or the pipeline's own published values where none was asked for."""
+    from ..pipelines.families import default_config
+
+    return default_config(session.pipe) if args.config is None and args.fidelity != "paper" else config
+
+
+def _output_path(args: argparse.Namespace) -> Path:
+    """Where the result goes; proves that files can be made there before any work is done."""
+    path = Path(args.out or args.default_out).expanduser()
+    if os.path.isdir(path):
+        path = path / args.default_out
+    if path.suffix.lower() != ".png":
+        raise CommandError(f"--out {args.out!r} must be a name that ends in .png, or a folder that exists")
+    if not os.path.isdir(path.parent):
+        raise CommandError(f"--out: there is no folder {str(path.parent)!r}; make it first")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(probe, "xb"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        raise CommandError(f"--out: no file can be written in {str(path.parent)!r}: {error.strerror}") from None
+    return path
+
+
+def _check_scale(scale: float | None, guidance: str) -> None:
+    if scale is None:
+        return
+    if guidance == "scfg" and scale <= 1.0:
+        raise CommandError(
+            f"--guidance-scale {scale:g}: S-CFG needs a scale above 1, because at 1 there is no guidance; "
+            "raise it, or make an image without guidance: generate --guidance cfg --guidance-scale 1"
+        )
+    if guidance == "cfg" and scale < 1.0:
+        raise CommandError(f"--guidance-scale {scale:g}: CFG needs at least 1, which means no guidance")
+
+
+def generate(args: argparse.Namespace) -> int:
+    prompts = _read_prompts(args)
+    guidance, kind = "+".join(args.guidance), "cfg" if args.guidance == ("cfg",) else "scfg"
+    _check_scale(args.guidance_scale, kind)
+    config = _read_config(args) if kind == "scfg" else None
+    path = _output_path(args)
+    session = load(args)
+    values = session.arguments(args)
+    _check_scale(values["guidance_scale"], kind)
+    label = GUIDANCE_NAMES["cfg"]
+    if config is not None:
+        config = _config_for(session, args, config)
+        handle = enable_scfg(session, config)
+        label = set_method(session, handle, args.guidance, values, config)
+        config = handle.config
+    from ..pictures.sheets import image_grid
+
+    total = len(prompts) * args.num_images
+    seeds = range(args.seed, args.seed + args.num_images)
+    rows: list[list[Image.Image]] = []
+    number = 0
+    for prompt in prompts:
+        note_if_cut(session, prompt)
+        rows.append([])
+        for seed in seeds:
+            number += 1
+            image = sample_image(session, prompt, seed, values, label if total == 1 else f"{number}/{total} {label}")
+            if args.grid:
+                rows[-1].append(image)
+                continue
+            target = path if total == 1 else path.with_name(f"{path.stem}-{number:04d}{path.suffix}")
+            write_png(target, image, record_of(session, prompt, [seed], values, guidance, config))
+    if args.grid:
+        record = record_of(session, "\n".join(prompts), seeds, values, guidance, config)
+        captions = [[f"seed {seed}" for seed in seeds]] * len(prompts)
+        if len(prompts) == 1:
+            columns = math.ceil(math.sqrt(total))
+            rows, captions = _folded(rows[0], columns), _folded(captions[0], columns)
+        grid = image_grid(
+            rows,
+            captions=captions,
+            row_titles=prompts if len(prompts) > 1 else (),
+            title=prompts[0] if len(prompts) == 1 else "",
+            subtitle=caption_of(record, label),
+        )
+        write_png(path, grid, record)
+    return 0
+
+
+def _folded(items: list, columns: int) -> list[list]:
+    """A list as rows of `columns` items; the last may be shorter."""
+    return [items[start : start + columns] for start in range(0, len(items), columns)]
+
+
+def masks(args: argparse.Namespace) -> int:
+    _check_scale(args.guidance_scale, "scfg")
+    config = _read_config(args)
+    path = _output_path(args)
+    session = load(args)
+    values = session.arguments(args)
+    _check_scale(values["guidance_scale"], "scfg")
+    steps: list[Regions] = []
+    config = _config_for(session, args, config)
+    enable_scfg(session, config, lambda _, regions: steps.append(regions.clone().cpu()))
+    from ..pictures.sheets import contact_sheet
+    from ..regions import save_regions_npz
+
+    note_if_cut(session, args.prompt)
+    image = sample_image(session, args.prompt, args.seed, values, GUIDANCE_NAMES["scfg"])
+    if not steps:
+        raise CommandError(
+            "no step was guided by S-CFG, there are no regions to show; check start and stop in --config"
+        )
+    labels = labels_of(session, args.prompt)
+    record = record_of(session, args.prompt, [args.seed], values, "scfg", config)
+    count = min(args.panels, len(steps))
+    shown = [steps[round(index * (len(steps) - 1) / max(count - 1, 1))] for index in range(count)]
+    sheet = contact_sheet(
+        image,
+        shown,
+        labels,
+        num_steps=session.pipe.num_timesteps,
+        title=args.prompt,
+        subtitle=caption_of(record, GUIDANCE_NAMES["scfg"]),
+    )
+    print(_format_table(shown, labels))
+    write_png(path, sheet, record)
+    npz = path.with_suffix(".npz")
+    with writing(npz):
+        save_regions_npz(npz, steps, labels=[labels], metadata=record)
+    print(npz)
+    return 0
+
+
+def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 14) -> str:
+    """Share and rate of the regions at each step, the largest regions first, as text."""
+    from ..regions import region_table, row_name
+
+    tables = [{row.token: row for row in region_table(regions, labels)} for regions in steps]
+    names: dict[int, str] = {}
+    shares: dict[int, float] = {}
+    for table in tables:
+        for token, row in table.items():
+            names[token] = row_name(row, labels)
+            shares[token] = shares.get(token, 0.0) + row.share
+    tokens = sorted(shares, key=lambda token: (-shares[token], token))
+    width = max(len("region"), *(len(names[token]) for token in tokens[:most]))
+
+    def cell(row: RegionRow | None) -> str:
+        return f"{'-':>6}{'-':>7}" if row is None else f"{100 * row.share:>5.1f}%{row.rate:>7.2f}"
+
+    lines = [
+        " " * width + "".join(f"   {f'step {regions.step + 1}':>13}" for regions in steps),
+        "region".ljust(width) + f"   {'share':>6}{'rate':>7}" * len(steps),
+        *(names[token].ljust(width) + "".join(f"   {cell(t.get(token))}" for t in tables) for token in tokens[:most]),
+    ]
+    if len(tokens) > most:
+        rest = sum(shares[token] for token in tokens[most:]) / len(steps)
+        lines.append(f"{len(tokens) - most} more, {100 * rest:.1f}% on average")
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace) -> int:
+    _check_scale(args.guidance_scale, "scfg")
+    config = _read_config(args)
+    path = _output_path(args)
+    session = load(args)
+    values = session.arguments(args)
+    _check_scale(values["guidance_scale"], "scfg")
+    steps: list[Regions] = []
+    config = _config_for(session, args, config)
+    handle = enable_scfg(session, config, lambda _, regions: steps.append(regions.clone()) if args.regions else None)
+    from ..pictures.overlay import overlay, scaled
+    from ..pictures.sheets import image_grid
+
+    note_if_cut(session, args.prompt)
+    methods = args.methods or [("cfg",), ("scfg",)]
+    seeds = range(args.seed, args.seed + args.num_images)
+    size = max(MIN_PANEL, values.get("width", 0), values.get("height", 0))
+    rows: list[list[Image.Image]] = []
+    captions: list[list[str]] = []
+    for seed in seeds:
+        rows.append([])
+        captions.append([])
+        steps.clear()
+        for parts in methods:
+            label = set_method(session, handle, parts, values, config)
+            if handle.config.rates == "regions":
+                steps.clear()
+            if args.methods:  # first calls load and compile: not what is timed
+                kept = list(steps)
+                sample_image(session, args.prompt, seed, values | {"num_inference_steps": 1}, f"{label}, warm-up")
+                steps[:] = kept
+            started = time.perf_counter()
+            image = sample_image(session, args.prompt, seed, values, label)
+            took = time.perf_counter() - started
+            rows[-1].append(scaled(image, size))
+            label += f", seed {seed}" if len(seeds) > 1 else ""
+            captions[-1].append(
+                f"{label}: mean {handle.stats.mean_weight:.1f}, {took:.1f} s" if args.methods else label
+            )
+            if steps and handle.config.rates == "regions":
+                regions_of = image
+        if steps:
+            middle = steps[len(steps) // 2].cpu()
+            labels = labels_of(session, args.prompt)
+            rows[-1].append(overlay(regions_of, middle, 0, labels, size=size, legend=False))
+            captions[-1].append(f"regions at step {middle.step + 1}")
+    record = record_of(session, args.prompt, seeds, values, " ".join(map("+".join, methods)), config)
+    grid = image_grid(rows, captions=captions, title=args.prompt, subtitle=caption_of(record))
+    write_png(path, grid, record)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from ..env import environment, report
+
+    try:
+        device, dtype = check_device(args.device, args.dtype)
+    except CommandError:
+        print(report(environment()))
+        raise
+    print(report(environment(device, DTYPES[dtype])))
+    name = args.model or BUNDLED
+    print(f"\nModel {name}", flush=True)
+    import scfg_fast
+
+    session = load(args)
+    support = scfg_fast.supports(session.pipe)
+    print(f"  {'pipeline':<16} {type(session.pipe).__name__}, {type(session.pipe.scheduler).__name__}")
+    print(f"  {'S-CFG':<16} {'supported' if support.supported else 'not supported'}")
+    for index, layer in enumerate(support.layers):
+        print(f"  {'captured layers' if index == 0 else '':<16} {layer}")
+    for index, reason in enumerate(support.reasons):
+        print(f"  {'because' if index == 0 else '':<16} {reason}")
+    return 0 if support.supported else 1

@@ -1,0 +1,68 @@
+"""The guidance methods that the command line knows by name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .errors import failures_as
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+GUIDANCE_NAMES = {"scfg": "S-CFG", "cfg": "CFG"}
+
+RATE_METHODS = ("cfg", "scfg", "paper", "pixels")
+
+WEIGHT_METHODS = (
+    "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "clamp-linear", "clamp-cosine", "power-cosine",
+    "interval", "cfgpp",
+)  # fmt: skip
+
+METHODS = (*RATE_METHODS, *WEIGHT_METHODS, "characteristic")
+
+
+def method(text: str) -> tuple[str, ...]:
+    """A column of `compare`: some of `METHODS`, joined by +, at most one of a kind."""
+    parts = tuple(text.lower().split("+"))
+    unknown = [part for part in parts if part not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use {', '.join(METHODS)}")
+    for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
+        if sum(part in kind for part in parts) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: at most one of {', '.join(kind)}")
+    return parts
+
+
+def set_method(session: Session, handle: Any, parts: tuple[str, ...], values: dict[str, Any], config: Any) -> str:
+    """Configure the pipeline for one column; returns its caption."""
+    from ..config import PAPER, PIXELS, SCFGConfig
+    from ..guidance import CFGPlusPlus, CharacteristicGuidance, WeightSchedule
+    from ..guidance.cfgpp import lam_for_mean_weight
+
+    names = []
+    handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
+    for part in parts:
+        if part in ("scfg", "paper"):
+            handle.config = config if part == "scfg" else config.replace(**PAPER)
+            names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))
+        elif part == "pixels":
+            handle.config = config.replace(**PIXELS)
+            names.append("per pixel")
+        elif part == "characteristic":
+            handle.characteristic = CharacteristicGuidance()
+            names.append("characteristic")
+        elif part == "cfgpp":
+            # The strength whose mean weight over these steps is the guidance scale: columns of equal dose.
+            scale, steps = values["guidance_scale"], values["num_inference_steps"]
+            with failures_as("cfgpp"):
+                handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, session.pipe.scheduler, steps))
+            names.append(f"CFG++ {handle.schedule.lam:.2f}")
+        elif part == "interval":
+            handle.schedule = WeightSchedule(interval=(0.2, 0.8))
+            names.append("interval 0.2 to 0.8")
+        elif part != "cfg":
+            handle.schedule = WeightSchedule(part, floor=2.0 if part.startswith("clamp") else 0.0)
+            names.append(part)
+    return " + ".join(names) or GUIDANCE_NAMES["cfg"]
