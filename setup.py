@@ -33,7 +33,8 @@ TEST = [
     "triton>=3.6; platform_system == 'Linux'",  # compiles the kernels for the simulator of lab/ptxsim
 ]
 XFORMERS = ["xformers>=0.0.29"]
-BATCH = ["ray[data]>=2.30"]
+BATCH = ["ray[data]>=2.60"]  # whose checkpoints commit the images; more than one worker
+TEST += BATCH
 DEV = [*TEST, "ruff>=0.6", "pre-commit>=3.5", "build>=1.0", "twine>=5.0"]
 
 setup(
@@ -83,13 +84,14 @@ setup(
     include_package_data=False,  # what MANIFEST.in adds is for the source distribution
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.38.0",
-        "transformers>=5.0",
+        "diffusers>=0.32",
+        "transformers>=4.48",
         "accelerate>=1.0",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=0.29",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.1",
+        "pyarrow>=16.1",  # batch jobs on one machine: their files are Parquet on any file system
     ],
     extras_require={"xformers": XFORMERS, "batch": BATCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["scfg-fast = scfg_fast.cli:main"]},

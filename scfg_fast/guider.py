@@ -23,13 +23,11 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
+from .denoisers.install import CapturedBlock, CaptureSet, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
 from .guidance.mixing import distances
@@ -40,6 +38,13 @@ from .step.arguments import argument
 from .step.context import SCFGWarning, Stats
 from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of, zero_step
 from .step.rewrite import rewritten
+from .versions import reason_against
+
+try:
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+except ImportError as error:
+    raise ImportError(reason_against("scfg_fast.guider") or str(error)) from error
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -144,7 +149,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self, denoiser: torch.nn.Module, model: torch.nn.Module, known: Denoiser, branch: str, capture: bool
     ) -> None:
         """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
-        blocks = self._captures.blocks(model, self.scfg_config) if capture else []
+        installation = self._captures.choose(model, self.scfg_config) if capture else None
+        blocks = [] if installation is None else installation.blocks
         if capture:
             self._blocks = blocks
             self.stats.layers = tuple(block.info.name for block in blocks)
@@ -160,9 +166,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 size = None if self._geometry is None else (self._geometry.height, self._geometry.width)
                 sample = argument(args, kwargs, 0, known.sample)
                 self._geometry = known.geometry(model, sample, kwargs, size)
-                with claimed(model), installed(model, blocks):
+                with claimed(model), installation or contextlib.nullcontext():
                     for block in blocks:
-                        block.prepare(True, layout, self._geometry)
+                        block.prepare(layout, self._geometry)
                     output = forward(*args, **kwargs)
                     self._maps[branch] = [block.take() for block in blocks]
                     return output

@@ -75,7 +75,7 @@ class GuidanceHook:
         self._first: FirstPass | None = None
         self._second = False  # whether this is the unconditional pass of two
         self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
-        self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
+        self.corrections = Corrections(context, stats)
         self._finder = RegionFinder(config, context.token_mask)
         self._mixer = mixer_of(config)
         self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
@@ -84,6 +84,7 @@ class GuidanceHook:
         self._thread = threading.get_ident()
         self._fixed_batch = False
         self._undo = contextlib.ExitStack()
+        self._installed = contextlib.ExitStack()  # capture processors, during an evaluation
 
     def install(self, denoiser: torch.nn.Module) -> None:
         """Hook an object that the pipeline calls."""
@@ -93,6 +94,7 @@ class GuidanceHook:
 
     def remove(self) -> None:
         self._undo.close()
+        self._installed.close()
         self._leave_first_pass()
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -149,11 +151,21 @@ class GuidanceHook:
         return True
 
     def _prepare(self, active: bool, branch: str) -> None:
-        """The captured layers for the next run of the denoiser."""
+        """The captured layers for the next evaluation of the denoiser: with capture processors, if it is `active`."""
+        self._installed.close()  # of an evaluation that did not end
+        if not active:
+            return
         groups = 1 if self.context.two_pass else self.context.groups()
         layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.conditional_first)
+        self._installed.enter_context(self._now.installation)
         for block in self._now.blocks:
-            block.prepare(active, layout, self._geometry)
+            block.prepare(layout, self._geometry)
+
+    def _take(self) -> list[BlockMaps]:
+        """What the captured blocks left in this evaluation; the capture processors are taken out."""
+        left = [block.take() for block in self._now.blocks]
+        self._installed.close()
+        return left
 
     def _scale_now(self) -> float:
         """The pipeline's own guidance scale in this step."""
@@ -235,6 +247,7 @@ class GuidanceHook:
         corrections = self.corrections
         if corrections.inside or self._other_method_call:
             return None
+        left = self._take()
         first_pass = self.context.two_pass and not self._second
         sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
         if self._nothing_to_do():
@@ -245,7 +258,6 @@ class GuidanceHook:
             return None
         view = self._now.denoiser.view(self._now.module)
         prediction = view.open(output[0], self._geometry)
-        left = [block.take() for block in self._now.blocks]
         if first_pass:
             self._first = FirstPass(sample, prediction, left)
             return None
