@@ -157,9 +157,10 @@ def complete(
         for index, (s, c) in enumerate(zip(own, cross, strict=True)):
             _check_layer(reasons, s, c, cross[0], "" if single else f"[{index}]")
             floating = s.is_floating_point() and c.is_floating_point()
-            if not (floating and s.dtype == own[0].dtype):
-                kinds = f"got {own[0].dtype}, {s.dtype} and {c.dtype}"
-                reasons.unless(False, f"maps must be floating point, all self_maps of one dtype, {kinds}")
+            if not floating:
+                reasons.unless(False, f"maps must be floating point, got {s.dtype} and {c.dtype}")
+        if len({s.dtype for s in own}) > 1:
+            reasons.unless(False, f"self_maps must have one dtype, got {sorted({str(s.dtype) for s in own})}")
         batch = own[0].shape[0] if own[0].dim() else 0
         if not 0 <= unconditional <= batch:
             reasons.unless(False, f"unconditional must lie in 0..{batch}, got {unconditional}")

@@ -36,6 +36,8 @@ BLOCKS = 6
 """Captured blocks of Stable Diffusion 1.5, and of the tiny pipeline: five at latent / 4, one at latent / 8."""
 PRODUCTS = 2
 """Of a completion, each of them a launch."""
+WEIGHT = {"aten::linalg_vector_norm": 2, "aten::_to_copy": 2, "aten::mul": 2, "aten::sub": 1}
+"""Operators of torch for the effective weight of a guided step."""
 SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
