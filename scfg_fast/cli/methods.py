@@ -20,19 +20,35 @@ WEIGHT_METHODS = (
     "interval", "cfgpp",
 )  # fmt: skip
 
+NUMBERS = {"clamp-linear": "FLOOR", "clamp-cosine": "FLOOR", "interval": "START:STOP"}
+"""The methods that take numbers, after a colon each."""
+
 METHODS = (*RATE_METHODS, *WEIGHT_METHODS, "characteristic")
+
+METHODS_HELP = ", ".join(f"{name}:{NUMBERS[name]}" if name in NUMBERS else name for name in METHODS)
 
 
 def method(text: str) -> tuple[str, ...]:
-    """A column of `compare`: some of `METHODS`, joined by +, at most one of a kind."""
+    """A column of `compare`: some of `METHODS` with their numbers, joined by +, at most one of a kind."""
     parts = tuple(text.lower().split("+"))
-    unknown = [part for part in parts if part not in METHODS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use {', '.join(METHODS)}")
+    names = [part.split(":")[0] for part in parts]
+    for part, name in zip(parts, names, strict=True):
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; use {METHODS_HELP}")
+        wanted = f"{name}:{NUMBERS[name]}" if name in NUMBERS else name
+        if part.count(":") != wanted.count(":") or not all(_is_number(number) for number in part.split(":")[1:]):
+            raise argparse.ArgumentTypeError(f"{part!r}: write {wanted}" + (", in numbers" if name in NUMBERS else ""))
     for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
-        if sum(part in kind for part in parts) > 1:
+        if sum(name in kind for name in names) > 1:
             raise argparse.ArgumentTypeError(f"{text!r}: at most one of {', '.join(kind)}")
     return parts
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0.0
+    except ValueError:
+        return False
 
 
 def set_method(session: Session, handle: Any, parts: tuple[str, ...], values: dict[str, Any], config: Any) -> str:
@@ -59,10 +75,12 @@ def set_method(session: Session, handle: Any, parts: tuple[str, ...], values: di
             with failures_as("cfgpp"):
                 handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, session.pipe.scheduler, steps))
             names.append(f"CFG++ {handle.schedule.lam:.2f}")
-        elif part == "interval":
-            handle.schedule = WeightSchedule(interval=(0.2, 0.8))
-            names.append("interval 0.2 to 0.8")
         elif part != "cfg":
-            handle.schedule = WeightSchedule(part, floor=2.0 if part.startswith("clamp") else 0.0)
-            names.append(part)
+            name, *numbers = part.split(":")
+            with failures_as(part):
+                if name == "interval":
+                    handle.schedule = WeightSchedule(interval=(float(numbers[0]), float(numbers[1])))
+                else:
+                    handle.schedule = WeightSchedule(name, floor=float(numbers[0]) if numbers else 0.0)
+            names.append(part.replace(":", " "))
     return " + ".join(names) or GUIDANCE_NAMES["cfg"]

@@ -11,7 +11,7 @@ from typing import NoReturn
 from .._version import __version__
 from . import commands
 from .errors import one_line
-from .methods import METHODS, method
+from .methods import METHODS_HELP, method
 from .session import DTYPES
 
 MIN_SIZE = 64
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=method,
         default=("scfg",),
-        help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
+        help=f"{METHODS_HELP}, or a combination such as scfg+linear (default scfg)",
     )
     _add_model(generate)
 
@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=method,
         nargs="+",
-        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows the "
+        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows the "
         "mean weight that was applied and its time",
     )
     _add_guidance(compare)
