@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check lint test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+.PHONY: check lint package test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
 
 # Under a minute on 2 cores: style, who imports whom, the torch implementations, every unit; nothing that compiles.
 check:
@@ -12,6 +12,12 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The source distribution, the wheel made from it, and what PyPI would say of both.
+package:
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 test:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest

@@ -41,7 +41,7 @@ from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
 from scfg_fast.capture.layers import BlockInfo, middles
 from scfg_fast.capture.maps import StepMaps, collect
-from scfg_fast.denoisers.install import CaptureSet, installed
+from scfg_fast.denoisers.install import CaptureSet
 
 from . import overhead, registry
 from .guidance import SCALE, open_pipeline, pair
@@ -122,12 +122,13 @@ class Capture:
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
-        self._blocks = CaptureSet().blocks(unet, SCFGConfig(layers="all"))
+        self._installation = CaptureSet().choose(unet, SCFGConfig(layers="all"))
+        self._blocks = self._installation.blocks
         self.infos = [block.info for block in self._blocks]
         self._undo = ExitStack()
 
     def __enter__(self) -> Capture:
-        self._undo.enter_context(installed(self.unet, self._blocks))
+        self._undo.enter_context(self._installation)
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -171,13 +171,13 @@ class Subject:
         registry.oracle.gaussian_kernel_3x3(0.5, unet.dtype)
         rng = torch.Generator().manual_seed(0)
         width = unet.config.cross_attention_dim
-        self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng)
-        self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng)
+        self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng).to(unet.dtype)
+        self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng).to(unet.dtype)
         self.more: dict[str, torch.Tensor] = {}
         if isinstance(self.pipe, StableDiffusionXLPipeline):
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             names = ("negative_pooled_prompt_embeds", "pooled_prompt_embeds")
-            self.more = dict(zip(names, torch.randn(2, 1, pooled, generator=rng), strict=True))
+            self.more = dict(zip(names, torch.randn(2, 1, pooled, generator=rng).to(unet.dtype), strict=True))
 
     def _call(self) -> torch.Tensor:
         return self.pipe(

@@ -18,6 +18,8 @@ _LAYERS = ("auto", "all", "one-per-transformer")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
 _REFERENCES = ("auto", "foreground", "image")
+_COMBINATIONS = ("cfg", "apg", "cfg-zero")
+_DOSES = ("as-published", "matched")
 _BACKENDS = ("auto", "triton", "torch")
 
 PAPER: dict[str, Any] = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
@@ -63,6 +65,17 @@ class SCFGConfig:
         reference: whose mean guidance norm every region is brought to: `"foreground"`, `"image"` for that of the whole
             image, or `"auto"`: the foreground, but the image in the first stage of DeepFloyd IF with
             `fidelity="official"`, as in the code. `benchmark` is its former name and still accepted.
+        dose: `"as-published"`, or `"matched"`: the rates of each step and image are multiplied by the one factor that
+            makes its effective weight (`handle.stats.effective_weights`) the weight of the step, so that methods can be
+            compared at one guidance_scale. The factor comes after the clamps, and before `guidance_rescale`.
+        combine: how the two predictions are mixed: `"cfg"`, `"apg"` (arXiv 2410.02416) or `"cfg-zero"` (arXiv
+            2503.18886), with the rates on its direction; see `scfg_fast.guidance.mixing`. `start` and `stop` are about
+            the rates, not about this.
+        eta: of APG, how much of the direction along the conditional prediction stays; 1 for all of it.
+        adaptive_projected_guidance_momentum: of APG; None for none. The paper's are negative.
+        adaptive_projected_guidance_rescale: of APG, the length of the direction above which it is shortened; 0 for
+            none.
+        zero_init_steps: of CFG-Zero*, how many steps begin the run with a prediction of zero.
         backend: `"auto"`, `"triton"` or `"torch"`. `"auto"` takes Triton for what its kernels can compute and torch for
             the rest; the others mean just that, or an error that lists every reason.
 
@@ -86,6 +99,12 @@ class SCFGConfig:
     tokens: str = "all"
     foreground: str = "auto"
     reference: str = "auto"
+    dose: str = "as-published"
+    combine: str = "cfg"
+    eta: float = 1.0
+    adaptive_projected_guidance_momentum: float | None = None
+    adaptive_projected_guidance_rescale: float = 15.0
+    zero_init_steps: int = 1
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -108,6 +127,18 @@ class SCFGConfig:
             yield f"foreground={self.foreground!r} is unknown, use one of {_FOREGROUNDS}"
         if self.reference not in _REFERENCES:
             yield f"reference={self.reference!r} is unknown, use one of {_REFERENCES}"
+        if self.dose not in _DOSES:
+            yield f"dose={self.dose!r} is unknown, use one of {_DOSES}"
+        if self.combine not in _COMBINATIONS:
+            yield f"combine={self.combine!r} is unknown, use one of {_COMBINATIONS}"
+        for name in ("eta", "adaptive_projected_guidance_momentum", "adaptive_projected_guidance_rescale"):
+            value = getattr(self, name)
+            least = 0.0 if name == "adaptive_projected_guidance_rescale" else -float("inf")
+            none = value is None and name == "adaptive_projected_guidance_momentum"
+            if not none and not (_is_number(value) and least <= value and abs(value) < float("inf")):
+                yield f"{name} must be a finite number{' of at least 0' if least == 0.0 else ''}, got {value!r}"
+        if not _is_int(self.zero_init_steps) or self.zero_init_steps < 0:
+            yield f"zero_init_steps must be an integer of at least 0, got {self.zero_init_steps!r}"
         if self.backend not in _BACKENDS:
             yield f"backend={self.backend!r} is unknown, use one of {_BACKENDS}"
         for name in ("cell", "powers", "reuse_every"):

@@ -23,21 +23,28 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
+from .denoisers.install import CapturedBlock, CaptureSet, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
+from .guidance.mixing import distances
 from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
 from .step.context import SCFGWarning, Stats
-from .step.finder import RegionFinder, Segments, guide_by_pixel
+from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of, zero_step
+from .step.rewrite import rewritten
+from .versions import reason_against
+
+try:
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+except ImportError as error:
+    raise ImportError(reason_against("scfg_fast.guider") or str(error)) from error
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -92,6 +99,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self.stats = Stats()
         self._maps: dict[str, list[BlockMaps]] = {}
         self._finder = RegionFinder(self.scfg_config)
+        self._mixer = mixer_of(self.scfg_config)
         self._guided_steps = 0
         self._negative: list[torch.Tensor] = []
         self._foreground: str | None = None  # decided at the first pass that is captured
@@ -116,12 +124,12 @@ class SCFGGuidance(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
         self._close()
-        if not self._acts():
+        if not self._acts() and self._mixer is None:
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
         if known is None or known.conditional_first:  # which takes both groups in one list, where a guider has one
-            if self.scfg_config.rates == "pixels":
+            if not self._acts() or self.scfg_config.rates == "pixels":
                 return  # needs no attention, and takes predictions as images
             readable = ", ".join(name for name, one in TRANSFORMERS.items() if not one.conditional_first)
             raise ValueError(
@@ -141,7 +149,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self, denoiser: torch.nn.Module, model: torch.nn.Module, known: Denoiser, branch: str, capture: bool
     ) -> None:
         """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
-        blocks = self._captures.blocks(model, self.scfg_config) if capture else []
+        installation = self._captures.choose(model, self.scfg_config) if capture else None
+        blocks = [] if installation is None else installation.blocks
         if capture:
             self._blocks = blocks
             self.stats.layers = tuple(block.info.name for block in blocks)
@@ -157,9 +166,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 size = None if self._geometry is None else (self._geometry.height, self._geometry.width)
                 sample = argument(args, kwargs, 0, known.sample)
                 self._geometry = known.geometry(model, sample, kwargs, size)
-                with claimed(model), installed(model, blocks):
+                with claimed(model), installation or contextlib.nullcontext():
                     for block in blocks:
-                        block.prepare(True, layout, self._geometry)
+                        block.prepare(layout, self._geometry)
                     output = forward(*args, **kwargs)
                     self._maps[branch] = [block.take() for block in blocks]
                     return output
@@ -186,31 +195,50 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 images) get plain guidance.
         """
         maps, self._maps = self._maps, {}
-        if pred_uncond is None or not self._acts():
-            return super().forward(pred_cond, pred_uncond)
+        self.stats.weights.append(1.0 if pred_uncond is None else float(self.guidance_scale))
+        self.stats.distances.append(None)
+        self.stats.images = pred_cond.shape[0]
         config = self.scfg_config
-        weight = float(self.guidance_scale)
+        if zero_step(config, cast(int, self._step)):
+            if pred_uncond is not None:
+                self.stats.distances[-1] = distances(
+                    pred_uncond, pred_cond, 0.0, None, -pred_uncond, 0.0, len(pred_cond)
+                )
+            return GuiderOutput(pred=torch.zeros_like(pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
+        if pred_uncond is None or not (self._acts() or config.combine != "cfg"):
+            return super().forward(pred_cond, pred_uncond)
+        weight, samples = float(self.guidance_scale), pred_cond.shape[0]
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
         cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
-        rescale = self.guidance_rescale if geometry.frames == 1 else 0.0
-        if config.rates == "pixels":
-            guided, _ = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
-        else:
+        whole = geometry.frames > 1 or self._mixer is not None  # rescaled here: over a video, or what was mixed here
+        guided: torch.Tensor | None = None
+        rate: torch.Tensor | None = None
+        rescale = 0.0 if whole else self.guidance_rescale
+        if self._acts() and config.rates == "pixels":
+            guided, rate = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
+        elif self._acts():
             step_maps = self._take_maps(maps, geometry) if maps else None
             if step_maps is None and self._finder.segments is None:
                 raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
             guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
+        moved: torch.Tensor | None = None
+        if self._mixer is not None:
+            mixed = self._mixer(uncond, cond, weight, rate, samples)
+            rate, moved = mixed.rate, mixed.moved
+            guided = rewritten(uncond, cond, moved, None)
+        if self._acts() and config.rates == "regions":
             token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.regions = Regions(cast(int, self._step), token_index, foreground, rate)
+            self.regions = Regions(cast(int, self._step), token_index, foreground, cast(torch.Tensor, rate))
+        self.stats.distances[-1] = distances(uncond, cond, weight, rate, moved, self.guidance_rescale, samples)
         others = pred_cond
         if cond.numel() < pred_cond.numel():
             others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
-        pred = view.close(guided, others, geometry)
-        if self.guidance_rescale > 0.0 and geometry.frames > 1:  # over a whole video, not each of its frames
+        pred = view.close(cast(torch.Tensor, guided), others, geometry)
+        if self.guidance_rescale > 0.0 and whole:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
-        self._guided_steps += 1
-        self.stats.steps_applied += 1
-        self.stats.weights.append(float(self.guidance_scale))
+        if self._acts():
+            self._guided_steps += 1
+            self.stats.steps_applied += 1
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _acts(self) -> bool:

@@ -20,7 +20,7 @@ from scfg_kernels import available_backends
 from .capture.layers import choose_layers
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CaptureSet, HookedDenoiser, claimed, installed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
@@ -176,15 +176,13 @@ class Handle:
             for model in models:
                 undo.enter_context(claimed(model))
             hooked = [
-                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.blocks(model, config))
+                HookedDenoiser(model, cast(Denoiser, denoiser_of(model)), captures.choose(model, config))
                 for model, captures in zip(models, self._captures, strict=False)
             ]
             blocks = [block for each in hooked for block in each.blocks]
             self.stats.layers = tuple(dict.fromkeys(block.info.name for block in blocks))  # of two denoisers the same
             self.stats.backend = _backends(pipe, config)
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
-            for each in hooked:
-                undo.enter_context(installed(each.module, each.blocks))
             undo.callback(hook.remove)
             for denoiser in called:
                 hook.install(denoiser)

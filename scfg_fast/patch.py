@@ -43,7 +43,6 @@ from .pipelines.call import names_a_prompt
 from .pipelines.families import (
     default_config,
     denoisers_of,
-    family_of,
     stock_class,
     why_not,
 )
@@ -127,8 +126,8 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         config: the configuration to judge; default as for `enable`.
     """
     config = checked_config(default_config(pipe) if config is None else config)
-    if family_of(pipe) is None:
-        return Support(False, [why_not(pipe)])
+    if (refusal := why_not(pipe)) is not None:
+        return Support(False, [refusal])
     reasons, layers = read_denoisers(pipe, config)
     if config.backend == "triton":
         ops_of: dict[str, list[str]] = {}

@@ -1,7 +1,8 @@
 """Capture processors in a denoiser: which objects, for how long, and for whom.
 
-Between calls the model is stock. For one call, or one pass of a modular pipeline, a denoiser is claimed, its chosen
-layers get capture processors, and at the end the very objects that were there are back.
+A denoiser is claimed for one call, or for one pass of a modular pipeline. Its chosen layers get capture processors for
+one evaluation at a time. Between evaluations, so in the user's callbacks too, each layer has the user's own processor,
+and what the user does to it holds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,51 +52,101 @@ class CapturedBlock:
         last.tokens = last.start = None
         return maps
 
-    def prepare(self, active: bool, layout: BatchLayout, geometry: Geometry) -> None:
-        """For the next run of the denoiser."""
-        for capture in self.captures:
-            capture.active = active
+    def prepare(self, layout: BatchLayout, geometry: Geometry) -> None:
+        """For the next evaluation of the denoiser."""
         self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
-
-    def deactivate(self) -> None:
-        """The user's own processors alone, until it is prepared again."""
-        for capture in self.captures:
-            capture.active = False
 
 
 class CaptureSet:
     """The capture processors that one user of a denoiser has, made when they are first needed.
 
-    They hold on to the model's own processors only while they are installed.
+    They hold on to the model and to its own processors only while they are installed.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[CapturedBlock] = []
-        self._inner: list[weakref.ref] = []
+        self.blocks: list[CapturedBlock] = []
+        self.kinds: list[list[weakref.ref[type]]] = []
+        """Per block, the classes of the processors that its own were made for."""
         self._settings: tuple = ()
 
-    def blocks(self, model: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
-        """Processors for the chosen blocks: those of the last time, unless something under them changed.
+    def choose(self, model: torch.nn.Module, config: SCFGConfig) -> Installation:
+        """The chosen blocks of a model, with the processors of the last time unless the settings changed.
 
         Raises:
             ValueError: the model has none of the layers that `config` names.
         """
         denoiser = denoiser_of(model)
-        if config.rates != "regions" or denoiser is None:
-            return []
-        modules: dict[str, Any] = {info.name: (info, module) for info, module in denoiser.blocks(model)}
-        chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
-        names = denoiser.layers()
-        inner = [module.get_submodule(name).processor for _, module in chosen for name in names]
+        chosen: list[tuple[BlockInfo, torch.nn.Module]] = []
+        if config.rates == "regions" and denoiser is not None:
+            modules = {info.name: (info, module) for info, module in denoiser.blocks(model)}
+            chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
         settings = ([info.name for info, _ in chosen], config.cell, config.fidelity, config.powers, config.backend)
-        if self._settings != settings or [reference() for reference in self._inner] != inner:
-            wrapped = [denoiser.wrap(info, module, config) for info, module in chosen]
-            self._blocks = [CapturedBlock(info, names, captures) for info, captures in wrapped]
-            self._inner, self._settings = [weakref.ref(processor) for processor in inner], settings
-        captures = [capture for block in self._blocks for capture in block.captures]
-        for capture, processor in zip(captures, inner, strict=True):
-            capture.inner = processor
-        return self._blocks
+        if self._settings != settings:
+            self.blocks, self.kinds, self._settings = [], [], settings
+        installation = Installation(self, denoiser, config, chosen)
+        installation.renew()
+        return installation
+
+
+class Installation:
+    """Capture processors in the layers of one model, as a context manager: for one evaluation of the model.
+
+    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
+    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
+    """
+
+    def __init__(
+        self,
+        captures: CaptureSet,
+        denoiser: Denoiser | None,
+        config: SCFGConfig,
+        modules: Sequence[tuple[BlockInfo, torch.nn.Module]],
+    ) -> None:
+        self._captures = captures
+        self._denoiser = denoiser
+        self._config = config
+        self._modules = modules
+        names = () if denoiser is None else denoiser.layers()
+        self._layers: list[list[Any]] = [[module.get_submodule(name) for name in names] for _, module in modules]
+        self._before: list[tuple[dict[str, Any], Any, Any]] = []
+
+    @property
+    def blocks(self) -> list[CapturedBlock]:
+        """The blocks, in the order of the model."""
+        return self._captures.blocks
+
+    def renew(self) -> None:
+        """Make processors for the blocks whose own are of another class than those before."""
+        blocks, kinds = self._captures.blocks, self._captures.kinds
+        for place, ((info, module), layers) in enumerate(zip(self._modules, self._layers, strict=True)):
+            present = [type(layer.processor) for layer in layers]
+            if place < len(blocks) and [kind() for kind in kinds[place]] == present:
+                continue
+            denoiser = cast(Denoiser, self._denoiser)
+            info, captures = denoiser.wrap(info, module, self._config)
+            blocks[place : place + 1] = [CapturedBlock(info, denoiser.layers(), captures)]
+            kinds[place : place + 1] = [[weakref.ref(kind) for kind in present]]
+            for capture in captures:
+                capture.release()
+
+    def __enter__(self) -> Installation:
+        self.renew()
+        for block, layers in zip(self.blocks, self._layers, strict=True):
+            for capture, layer in zip(block.captures, layers, strict=True):
+                capture.inner = layer.processor
+                self._before.append((layer.__dict__, layer.__dict__.get("processor"), capture))
+                layer.__dict__["processor"] = capture
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for store, processor, capture in reversed(self._before):
+            if store.get("processor") is capture:  # or somebody has put another one there
+                if processor is None:
+                    del store["processor"]
+                else:
+                    store["processor"] = processor
+            capture.release()
+        self._before.clear()
 
 
 @dataclass(frozen=True)
@@ -104,7 +155,11 @@ class HookedDenoiser:
 
     module: torch.nn.Module
     denoiser: Denoiser
-    blocks: Sequence[CapturedBlock]
+    installation: Installation
+
+    @property
+    def blocks(self) -> list[CapturedBlock]:
+        return self.installation.blocks
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -128,34 +183,6 @@ def claimed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         with _CLAIM_LOCK:
             _CLAIMED.discard(model)
-
-
-@contextlib.contextmanager
-def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterator[None]:
-    """The capture processors in place of the user's, which come back, the very objects, whatever happens.
-
-    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
-    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
-    """
-    before: list[tuple[dict[str, Any], bool, Any]] = []
-    try:
-        for block in blocks:
-            module = model.get_submodule(block.info.name)
-            for name, processor in zip(block.layers, block.captures, strict=True):
-                attn: Any = module.get_submodule(name)
-                for store in (attn.__dict__, attn._modules):
-                    before.append((store, "processor" in store, store.get("processor")))
-                attn.__dict__["processor"] = processor
-        yield
-    finally:
-        for store, present, processor in reversed(before):
-            if present:
-                store["processor"] = processor
-            else:
-                store.pop("processor", None)
-        for block in blocks:
-            for capture in block.captures:
-                capture.release()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["bundled_model_path", "bundled_pipeline"]
+__all__ = ["BUNDLED_CALL", "bundled_model_path", "bundled_pipeline"]
+
+BUNDLED_CALL = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
+"""Keyword arguments of a pipeline call that suit the bundled model."""
 
 _FOLDER = Path(__file__).parent / "scenes256"
 _WEIGHTS = (

@@ -18,7 +18,7 @@ from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
 from ..step.context import CallContext
-from .checks import check_corrections, check_inversion
+from .checks import check_combination, check_corrections, check_inversion
 from .families import Family, denoisers_of, family_of, scale_of, stock_class
 from .interception import described
 
@@ -102,6 +102,7 @@ def read_call(
     if type(pipe.scheduler).__name__ == "DDIMExactInverseScheduler":
         check_inversion(config, schedule, characteristic, loss)
     family = cast(Family, family_of(pipe))
+    check_combination(config, _guidance_rescale(pipe, arguments), schedule, characteristic, loss)
     check_corrections(pipe, family, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     samples = len(prompts if prompts is not None else embeds) * per_prompt

@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from ..denoisers.install import CapturedBlock
 from ..guidance.characteristic import CharacteristicGuidance, solve
 from ..guidance.loss import LossGuidance, loss_gradient, renoise, update
 from ..guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
@@ -68,12 +67,11 @@ class Corrections:
         fixed_batch: whether the denoiser must not see another batch size; set by the hook.
     """
 
-    def __init__(self, context: CallContext, blocks: Sequence[CapturedBlock], stats: Stats) -> None:
+    def __init__(self, context: CallContext, stats: Stats) -> None:
         self.step: StepInputs | None = None
         self.inside = False
         self.renoises = bool(getattr(context.schedule, "renoises", lambda _: False)(context.scheduler))
         self._context = context
-        self._blocks = blocks
         self._stats = stats
         self.fixed_batch = False
         self._random = torch.Generator().manual_seed(context.loss.seed) if context.loss is not None else None
@@ -216,8 +214,6 @@ class Corrections:
         else:
             kwargs = {**kwargs, "sample": moved}
         self._stats.samples += moved.shape[0]
-        for block in self._blocks:
-            block.deactivate()
         self.inside = True
         try:
             return state.module(*args, **kwargs)[0].chunk(len(latents))

@@ -11,6 +11,23 @@ from scfg_kernels import guide, guide_pixels, segment_and_guide
 from ..capture.layers import BlockInfo
 from ..capture.maps import BlockMaps, StepMaps, collect
 from ..config import SCFGConfig
+from ..guidance.mixing import Mixer
+
+
+def mixer_of(config: SCFGConfig) -> Mixer | None:
+    """What mixes the predictions of a run, or None where the operators' own plain mixing is what is asked for."""
+    if (config.combine, config.dose) == ("cfg", "as-published"):
+        return None
+    return Mixer(
+        config.combine, config.dose, config.adaptive_projected_guidance_momentum,
+        config.adaptive_projected_guidance_rescale, config.eta,
+    )  # fmt: skip
+
+
+def zero_step(config: SCFGConfig, index: int) -> bool:
+    """Whether the prediction of step `index` is zero: the first of CFG-Zero*."""
+    return config.combine == "cfg-zero" and index < config.zero_init_steps
+
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
 

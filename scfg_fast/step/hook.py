@@ -17,7 +17,6 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,32 +25,18 @@ from ..capture.maps import BatchLayout, BlockMaps, StepMaps
 from ..config import SCFGConfig
 from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
 from ..denoisers.unet import UNet
+from ..guidance.mixing import Mixer, distances
 from ..guidance.steps import Step, in_part, step_levels
 from ..layouts import Geometry
 from ..regions import Regions
 from .arguments import argument, copied, second_half
-from .context import CallContext, SCFGError, SCFGWarning, Stats
+from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly
+from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly, mixer_of, zero_step
 from .plan import regions_skip_reason, step_weight
-from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
+from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, rewritten, with_prediction
 
 ONE_PASS = "the denoiser ran once: no guidance"
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """The conditional pass of a step, kept until the unconditional one.
-
-    Attributes:
-        sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
-        prediction: [B, C, H, W], or None where the step is left to the pipeline.
-        maps: what each captured block left.
-    """
-
-    sample: Any
-    prediction: torch.Tensor | None
-    maps: list[BlockMaps]
 
 
 class GuidanceHook:
@@ -90,12 +75,16 @@ class GuidanceHook:
         self._first: FirstPass | None = None
         self._second = False  # whether this is the unconditional pass of two
         self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
-        self.corrections = Corrections(context, [block for hooked in denoisers for block in hooked.blocks], stats)
+        self.corrections = Corrections(context, stats)
         self._finder = RegionFinder(config, context.token_mask)
+        self._mixer = mixer_of(config)
+        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
+        self.stats.images = context.samples
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
         self._fixed_batch = False
         self._undo = contextlib.ExitStack()
+        self._installed = contextlib.ExitStack()  # capture processors, during an evaluation
 
     def install(self, denoiser: torch.nn.Module) -> None:
         """Hook an object that the pipeline calls."""
@@ -105,6 +94,7 @@ class GuidanceHook:
 
     def remove(self) -> None:
         self._undo.close()
+        self._installed.close()
         self._leave_first_pass()
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -142,6 +132,7 @@ class GuidanceHook:
         self._prepare(self._capturing, "conditional" if self.context.two_pass else "both")
         self._half = self._conditional_half_will_do(kwargs)
         self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
+        self.stats.distances.append(None)
         self.stats.samples += len(sample) // (2 if self._half else 1)
         if self._half:
             args, kwargs = second_half(args, len(sample)), second_half(kwargs, len(sample))
@@ -160,11 +151,21 @@ class GuidanceHook:
         return True
 
     def _prepare(self, active: bool, branch: str) -> None:
-        """The captured layers for the next run of the denoiser."""
+        """The captured layers for the next evaluation of the denoiser: with capture processors, if it is `active`."""
+        self._installed.close()  # of an evaluation that did not end
+        if not active:
+            return
         groups = 1 if self.context.two_pass else self.context.groups()
         layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.conditional_first)
+        self._installed.enter_context(self._now.installation)
         for block in self._now.blocks:
-            block.prepare(active, layout, self._geometry)
+            block.prepare(layout, self._geometry)
+
+    def _take(self) -> list[BlockMaps]:
+        """What the captured blocks left in this evaluation; the capture processors are taken out."""
+        left = [block.take() for block in self._now.blocks]
+        self._installed.close()
+        return left
 
     def _scale_now(self) -> float:
         """The pipeline's own guidance scale in this step."""
@@ -246,6 +247,7 @@ class GuidanceHook:
         corrections = self.corrections
         if corrections.inside or self._other_method_call:
             return None
+        left = self._take()
         first_pass = self.context.two_pass and not self._second
         sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
         if self._nothing_to_do():
@@ -256,7 +258,6 @@ class GuidanceHook:
             return None
         view = self._now.denoiser.view(self._now.module)
         prediction = view.open(output[0], self._geometry)
-        left = [block.take() for block in self._now.blocks]
         if first_pass:
             self._first = FirstPass(sample, prediction, left)
             return None
@@ -270,24 +271,29 @@ class GuidanceHook:
         del left
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
-        self._rate = None
+        self._rate = self._moved = None
         corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
         shifted = self._is_to_be_shifted()
         if self._skip is not None:
             self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
-            if self._blocked or (self._weight == self._scale_now() and not self._half and not shifted):
+            plain = self._weight == self._scale_now() and not self._half and not shifted
+            if self._blocked or (plain and not self._combines()):
+                self._measure(prediction)
                 return None
-        rewritten = torch.cat([prediction, prediction]) if self._half else self._rewrite(prediction, maps, shifted)
+        if self._half:
+            both = torch.cat([prediction, prediction])
+            result = torch.zeros_like(both) if self._begins_with_zero() else both
+        else:
+            result = self._rewrite(prediction, maps, shifted)
         if self._second:
-            rewritten = rewritten.chunk(2)[0]
+            result = result.chunk(2)[0]
         if self._skip is None:
             self._guided_steps += 1
             self.stats.steps_applied += 1
             if self.on_regions is not None and self.regions is not None:
                 self.on_regions(self._step, self.regions)
         whole = torch.cat([output[0], output[0]]) if self._half else output[0]
-        rewritten = view.close(rewritten, whole, self._geometry)
-        return with_prediction(output, rewritten)
+        return with_prediction(output, view.close(result, whole, self._geometry))
 
     def _describe(self, module: torch.nn.Module, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
@@ -314,8 +320,30 @@ class GuidanceHook:
         """Whether this run of the denoiser is left as it is, and unseen."""
         if self._blocked or self._skip is None:
             return self._blocked is not None and not self.corrections.needs_levels
-        plain = self._weight == self._scale_now() and not self._half
-        return plain and not self.corrections.needs_levels
+        plain = self._weight == self._scale_now() and not self._half and not self._combines()
+        return plain and not self.corrections.needs_levels and not self.context.guidance_rescale() > 0.0
+
+    def _combines(self) -> bool:
+        """Whether this step mixes the predictions by a rule; one of weight 1 is the conditional prediction."""
+        ruled = self._blocked is None and self.config.combine != "cfg"
+        return ruled and (self._weight != 1.0 or self._begins_with_zero())
+
+    def _begins_with_zero(self) -> bool:
+        """Whether this is one of the first steps of CFG-Zero*."""
+        return self._blocked is None and zero_step(self.config, self._step)
+
+    def _measure(self, prediction: torch.Tensor, guided: torch.Tensor | None = None) -> None:
+        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
+        solved for or mixed here, or with weight and rates."""
+        rescale, moved = self.context.guidance_rescale(), self._moved
+        if self._blocked or (self._rate is moved is guided is None and not rescale > 0.0):
+            return
+        uncond, cond, *_ = prediction.chunk(self.context.groups())
+        if guided is not None:
+            moved = guided - uncond
+        self.stats.distances[-1] = distances(
+            uncond, cond, self._weight, self._rate, moved, rescale, self.context.samples
+        )
 
     def _collect(self, left: list[BlockMaps]) -> StepMaps | None:
         """What the layers left in this step."""
@@ -336,16 +364,18 @@ class GuidanceHook:
         own_weight = self._weight == self._scale_now()
         compensates = reread and not (own_weight and has_rates)
         copies = 2 if not reread and not shifted and len(uncond) > 1 else 1
-        if compensates and not has_rates and not shifted:
+        if compensates and not has_rates and not shifted and not self._combines():
             # u' + s (t - u') = u + w (t - u), in one launch
             scale = self._scale_now()
             result = guide_plainly(self.config, uncond, cond, (scale - self._weight) / (scale - 1.0))
+            self._measure(prediction)
             return torch.cat([result, cond, *others])
         result = self._combine(uncond, cond, maps, "unconditional" if reread and not compensates else "guided", copies)
         if self._rate is not None and self.corrections.step is not None:
             self.corrections.step.weight = self._weight * self._rate
         if shifted:
             result = self.corrections.characteristic(result, uncond, cond)
+        self._measure(prediction, result if shifted else None)
         if compensates:
             result = compensating_uncond(result, cond, self._scale_now())
         if reread:
@@ -360,14 +390,23 @@ class GuidanceHook:
         """The guided prediction, or what must stand in for u, and copies of it where an operator makes it. Records the
         rates and the regions."""
         config, weight = self.config, self._weight
-        if self._skip is not None and weight == self._scale_now():
-            return uncond + weight * (cond - uncond)  # the pipeline's own line, bit by bit
-        if self._skip is not None:
+        if self._skip is not None and not self._combines():
+            if weight == self._scale_now():
+                return uncond + weight * (cond - uncond)  # the pipeline's own line, bit for bit
             return guide_plainly(config, uncond, cond, weight, copies)
-        if config.rates == "pixels":
+        mixer = self._mixer
+        result = None
+        if self._skip is None and config.rates == "pixels":
             result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite, copies=copies)
-            return result
-        result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite, copies=copies)
-        token_index, foreground, _ = cast(Segments, self._finder.segments)
-        self.regions = Regions(self._step, token_index, foreground, self._rate)
+        elif self._skip is None:
+            result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite, copies=copies)
+        if mixer is not None or result is None:
+            mixed = cast(Mixer, mixer)(uncond, cond, weight, self._rate, self.context.samples)
+            self._rate, self._moved = mixed.rate, mixed.moved
+            if self._begins_with_zero():
+                self._moved = -uncond.to(mixed.moved.dtype)
+            result = rewritten(uncond, cond, self._moved, None if rewrite == "guided" else self._scale_now())
+        if self._skip is None and config.rates == "regions":
+            token_index, foreground, _ = cast(Segments, self._finder.segments)
+            self.regions = Regions(self._step, token_index, foreground, cast(torch.Tensor, self._rate))
         return result

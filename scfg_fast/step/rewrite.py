@@ -31,6 +31,22 @@ def compensating_uncond(guided: torch.Tensor, cond: torch.Tensor, scale: float) 
     return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
 
 
+def rewritten(uncond: torch.Tensor, cond: torch.Tensor, moved: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """f = u + moved or, with the pipeline's scale s, the u' of which its own line makes f: u + (s d - moved) / (s - 1).
+
+    That is u bit for bit where moved is s d.
+
+    Args:
+        uncond, cond: [B, C, H, W].
+        moved: f - u, in the dtype of the arithmetic.
+        scale: s, above 1, or None for f.
+    """
+    u = uncond.to(moved.dtype)
+    if scale is not None:
+        moved = (scale * (cond.to(moved.dtype) - u) - moved) / (scale - 1.0)
+    return (u + moved).to(cond.dtype)
+
+
 def with_prediction(output: Any, prediction: Any) -> Any:
     """A denoiser's output, a tuple or a diffusers record, with another prediction as its first member."""
     if isinstance(output, tuple):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,6 +25,7 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
@@ -57,20 +57,11 @@ def nothing(x0: torch.Tensor) -> torch.Tensor:
 LATENT_LOSS = LossGuidance(to_dark, scale=0.05, space="latents")
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
-
-
 def run(pipe, samples: tuple[int, ...] = (0, 1), **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in samples]
     prompts, negatives = ([texts[i] for i in samples] for texts in (PROMPTS, NEGATIVES))
     return pipe(prompts, negative_prompt=negatives, generator=generators, **options).images
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 # Loss guidance -------------------------------------------------------------------------------------------------------
@@ -83,12 +74,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: int) -> None:
     """Algorithms 2 and 3 of 2403.12404, written out with DDIM's own formulas."""
     pipe = tiny_sd_pipeline(prediction_type=kind) if family == "sd" else tiny_sdxl_pipeline()
-    pipe = pipe.to(dtype=torch.float64)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.double()
     pipe.scheduler.final_alpha_cumprod = pipe.scheduler.final_alpha_cumprod.double()
     rho, random = 0.05, torch.Generator().manual_seed(7)
     loop = Literal(pipe, STEPS)
-    x, alphas = loop.start, pipe.scheduler.alphas_cumprod.double()
+    start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    x, alphas = start, pipe.scheduler.alphas_cumprod.double()
     for t in loop.scheduler.timesteps:
         a, before = alphas[t], int(t) - 1000 // STEPS
         after = alphas[before] if before >= 0 else pipe.scheduler.final_alpha_cumprod.double()
@@ -111,10 +102,10 @@ def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: in
         x = x_next
     settings = LossGuidance(to_dark, scale=rho, space="latents", repeats=repeats, seed=7)
     handle = scfg_fast.enable(pipe, PLAIN, loss=settings)
-    assert relative(run(pipe, latents=loop.start), x) < 5e-6
+    assert relative(run(pipe, latents=start), x) < 5e-6
     assert len(handle.stats.losses) == STEPS * repeats
     assert handle.stats.samples == 4 * STEPS * (2 * repeats), "evaluations: one for the step, one for the gradient"
-    assert relative(run(pipe, latents=loop.start, scfg_kwargs={"loss": None}), x) > 1e-3
+    assert relative(run(pipe, latents=start, scfg_kwargs={"loss": None}), x) > 1e-3
 
 
 def test_loss_guidance_is_the_same_in_either_scale() -> None:
@@ -123,7 +114,7 @@ def test_loss_guidance_is_the_same_in_either_scale() -> None:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     settings = LossGuidance(to_dark, scale=0.05, space="latents", repeats=2)
     scfg_fast.enable(pipe, PLAIN, loss=settings)
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     expected = run(pipe, latents=noise)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
     pipe.scheduler.set_timesteps(STEPS)
@@ -392,12 +383,12 @@ def two_m_cfgpp(pipe, lam: float) -> torch.Tensor:
     """DPM-Solver++ 2M with CFG++ in the consistent form, in denoised samples, as the solver's paper writes steps."""
     loop = Literal(pipe, STEPS)
     sigmas = loop.scheduler.sigmas.double()
-    x, old, steps = loop.start.double(), None, len(loop.scheduler.timesteps)
+    x, old, steps = loop.start, None, len(loop.scheduler.timesteps)
     with torch.no_grad():
         for i, t in enumerate(loop.scheduler.timesteps):
             sigma, after = sigmas[i], sigmas[i + 1]
             signal, next_signal = 1 / (1 + sigma**2).sqrt(), 1 / (1 + after**2).sqrt()
-            eps_u, eps_c = (half.double() for half in loop.halves(x.float(), x.float(), t))
+            eps_u, eps_c = loop.halves(x, x, t)
             d_u, d_c = ((x - sigma * signal * eps) / signal for eps in (eps_u, eps_c))
             guided = d_u + lam * (d_c - d_u)
             ratio = after / sigma  # e^-h
@@ -644,7 +635,7 @@ def _first(before: Callable, then: Callable) -> Callable:
 
 def test_inpainting_moves_the_latents_alone() -> None:
     base = tiny_sd_pipeline(in_channels=9)
-    pipe = StableDiffusionInpaintPipeline.from_pipe(base)
+    pipe = StableDiffusionInpaintPipeline.from_pipe(base, torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 1, 128, 128)
@@ -770,7 +761,7 @@ def test_schedulers_that_do_not_fit_are_refused(scheduler, options, message: str
 
 @pytest.mark.parametrize("options", [dict(loss=LATENT_LOSS), dict(characteristic=TIGHT)])
 def test_perturbed_attention_is_refused(options) -> None:
-    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
+    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline(), torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     scfg_fast.enable(pipe, **options)
     with pytest.raises(ValueError, match="set pag_scale=0"):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -19,6 +18,7 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
@@ -30,19 +30,10 @@ STEPS = 5
 SCALE = 6.0
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
-
-
 def run(pipe, **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     return pipe(PROMPTS, negative_prompt=NEGATIVES, generator=generators, **options).images
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def run_with_scales(pipe, scales: list[float], **kwargs: Any) -> torch.Tensor:
@@ -253,7 +244,7 @@ def test_cfgpp_of_equal_predictions_is_any_weight(pipe) -> None:
 
 
 def test_img2img_takes_the_levels_of_its_own_steps() -> None:
-    pipe = StableDiffusionImg2ImgPipeline.from_pipe(tiny_sd_pipeline())
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(tiny_sd_pipeline(), torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.5))
     picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -265,7 +256,7 @@ def test_img2img_takes_the_levels_of_its_own_steps() -> None:
 
 def test_a_run_that_ends_early_takes_the_levels_of_its_own_steps() -> None:
     """SDXL img2img at full strength with denoising_end: the steps begin at the first level, and are fewer."""
-    pipe = StableDiffusionXLImg2ImgPipeline.from_pipe(tiny_sdxl_pipeline())
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pipe(tiny_sdxl_pipeline(), torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     handle = scfg_fast.enable(pipe, PLAIN, schedule=CFGPlusPlus(0.5))
     picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -289,7 +280,7 @@ def test_cfgpp_and_regions_multiply(pipe) -> None:
 @pytest.mark.parametrize("config", [PLAIN, SCFGConfig(), SCFGConfig.pixels()], ids=["plain", "scfg", "pixels"])
 @pytest.mark.parametrize("schedule", [WeightSchedule("linear"), CFGPlusPlus(1.2)], ids=["linear", "cfg++"])
 def test_a_weight_with_perturbed_attention_guidance(config: SCFGConfig, schedule) -> None:
-    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
+    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline(), torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     handle = scfg_fast.enable(pipe, config, schedule=schedule)
     actual = run(pipe, pag_scale=2.0)

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEFT_TO_RIGHT = (
-    {"_version"},
+    {"_version", "versions"},
     {"config", "files", "layouts", "guidance"},
     {"regions"},
-    {"pictures", "models", "env"},
+    {"pictures", "models", "env", "methods"},
     {"capture"},
     {"denoisers"},
     {"step"},
@@ -34,6 +34,7 @@ LEFT_TO_RIGHT = (
 
 NEVER = {
     "_version": {"*"},
+    "versions": {"*"},
     "config": {"*"},
     "files": {"*"},
     "layouts": {"*"},
@@ -42,6 +43,7 @@ NEVER = {
     "pictures": {"config", "layouts", "guidance"},
     "models": {"config", "layouts", "guidance", "regions"},
     "env": {"config", "files", "layouts", "guidance", "regions"},
+    "methods": {"files", "layouts", "regions"},
     "capture": {"files", "pictures", "models", "env"},
     "denoisers": {"files", "pictures", "models", "env"},
     "step": {"files", "pictures", "models", "env"},

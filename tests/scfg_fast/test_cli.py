@@ -55,7 +55,7 @@ Run = Callable[..., Result]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small pipeline as a folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_sd_pipeline(sample_size=8, max_tokens=16).save_pretrained(folder)
+    tiny_sd_pipeline(sample_size=8, max_tokens=16, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -152,7 +152,7 @@ def test_methods_that_make_no_sense(run: Run, method: str, message: str) -> None
 
 @pytest.mark.slow
 def test_a_model_of_the_xl_family(run: Run, tmp_path: Path) -> None:
-    pipe = tiny_sdxl_pipeline(sample_size=16)
+    pipe = tiny_sdxl_pipeline(sample_size=16, dtype=torch.float32)
     pipe.save_pretrained(tmp_path / "xl")
     options = ("--model", tmp_path / "xl", "--steps", 3, "--seed", 4, "--guidance-scale", 5)
     assert run("generate", PROMPT, *options).status == 0

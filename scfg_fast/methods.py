@@ -1,15 +1,9 @@
-"""The guidance methods that the command line knows by name."""
+"""The guidance methods that have a name: what `--guidance` and `compare --methods` take."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
-
-from .errors import failures_as
-
-if TYPE_CHECKING:
-    from .session import Session
-
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 GUIDANCE_NAMES = {"scfg": "S-CFG", "cfg": "CFG"}
 
@@ -29,33 +23,52 @@ METHODS_HELP = ", ".join(f"{name}:{NUMBERS[name]}" if name in NUMBERS else name 
 
 
 def method(text: str) -> tuple[str, ...]:
-    """A column of `compare`: some of `METHODS` with their numbers, joined by +, at most one of a kind."""
+    """A method by name: some of `METHODS` with their numbers, joined by +, at most one of a kind.
+
+    Raises:
+        ValueError: a name is unknown, its numbers are missing or none, or two are of one kind.
+    """
     parts = tuple(text.lower().split("+"))
     names = [part.split(":")[0] for part in parts]
     for part, name in zip(parts, names, strict=True):
         if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"{name!r} is unknown; use {METHODS_HELP}")
+            raise ValueError(f"{name!r} is unknown; use {METHODS_HELP}")
         wanted = f"{name}:{NUMBERS[name]}" if name in NUMBERS else name
         if part.count(":") != wanted.count(":") or not all(_is_number(number) for number in part.split(":")[1:]):
-            raise argparse.ArgumentTypeError(f"{part!r}: write {wanted}" + (", in numbers" if name in NUMBERS else ""))
+            raise ValueError(f"{part!r}: write {wanted}" + (", in numbers" if name in NUMBERS else ""))
     for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
         if sum(name in kind for name in names) > 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: at most one of {', '.join(kind)}")
+            raise ValueError(f"{text!r}: at most one of {', '.join(kind)}")
     return parts
 
 
 def _is_number(text: str) -> bool:
     try:
-        return float(text) >= 0.0
+        return 0.0 <= float(text) < float("inf")
     except ValueError:
         return False
 
 
-def set_method(session: Session, handle: Any, parts: tuple[str, ...], values: dict[str, Any], config: Any) -> str:
-    """Configure the pipeline for one column; returns its caption."""
-    from ..config import PAPER, PIXELS, SCFGConfig
-    from ..guidance import CFGPlusPlus, CharacteristicGuidance, WeightSchedule
-    from ..guidance.cfgpp import lam_for_mean_weight
+def set_method(pipe: Any, handle: Any, parts: Sequence[str], values: Mapping[str, Any], config: Any) -> str:
+    """Configure an enabled pipeline for the calls that follow.
+
+    Args:
+        pipe: the pipeline, for its scheduler.
+        handle: what `enable(pipe)` returned.
+        parts: as `method` returns them.
+        values: keyword arguments of the calls: guidance_scale and num_inference_steps are read.
+        config: the `SCFGConfig` that `scfg`, `paper` and `pixels` begin with.
+
+    Returns:
+        The method's name for people.
+
+    Raises:
+        ValueError: no strength of CFG++ has the mean weight guidance_scale over these steps; or an interval ends before
+            it starts.
+    """
+    from .config import PAPER, PIXELS, SCFGConfig
+    from .guidance import CFGPlusPlus, CharacteristicGuidance, WeightSchedule
+    from .guidance.cfgpp import lam_for_mean_weight
 
     names = []
     handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
@@ -72,15 +85,13 @@ def set_method(session: Session, handle: Any, parts: tuple[str, ...], values: di
         elif part == "cfgpp":
             # The strength whose mean weight over these steps is the guidance scale: columns of equal dose.
             scale, steps = values["guidance_scale"], values["num_inference_steps"]
-            with failures_as("cfgpp"):
-                handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, session.pipe.scheduler, steps))
+            handle.schedule = CFGPlusPlus(lam_for_mean_weight(scale, pipe.scheduler, steps))
             names.append(f"CFG++ {handle.schedule.lam:.2f}")
         elif part != "cfg":
             name, *numbers = part.split(":")
-            with failures_as(part):
-                if name == "interval":
-                    handle.schedule = WeightSchedule(interval=(float(numbers[0]), float(numbers[1])))
-                else:
-                    handle.schedule = WeightSchedule(name, floor=float(numbers[0]) if numbers else 0.0)
+            if name == "interval":
+                handle.schedule = WeightSchedule(interval=(float(numbers[0]), float(numbers[1])))
+            else:
+                handle.schedule = WeightSchedule(name, floor=float(numbers[0]) if numbers else 0.0)
             names.append(part.replace(":", " "))
     return " + ".join(names) or GUIDANCE_NAMES["cfg"]
