@@ -14,12 +14,19 @@ WEIGHT_METHODS = (
     "interval", "cfgpp",
 )  # fmt: skip
 
+MIX_METHODS = ("apg", "cfg-zero")
+
+KINDS = (RATE_METHODS, WEIGHT_METHODS, MIX_METHODS, ("matched",), ("characteristic",))
+
+METHODS = tuple(name for kind in KINDS for name in kind)
+
 NUMBERS = {"clamp-linear": "FLOOR", "clamp-cosine": "FLOOR", "interval": "START:STOP"}
 """The methods that take numbers, after a colon each."""
 
-METHODS = (*RATE_METHODS, *WEIGHT_METHODS, "characteristic")
-
 METHODS_HELP = ", ".join(f"{name}:{NUMBERS[name]}" if name in NUMBERS else name for name in METHODS)
+
+APG: dict[str, Any] = dict(combine="apg", eta=0.0, adaptive_projected_guidance_momentum=-0.5)
+"""The paper's: nothing along the conditional prediction, negative momentum."""
 
 
 def method(text: str) -> tuple[str, ...]:
@@ -36,7 +43,7 @@ def method(text: str) -> tuple[str, ...]:
         wanted = f"{name}:{NUMBERS[name]}" if name in NUMBERS else name
         if part.count(":") != wanted.count(":") or not all(_is_number(number) for number in part.split(":")[1:]):
             raise ValueError(f"{part!r}: write {wanted}" + (", in numbers" if name in NUMBERS else ""))
-    for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
+    for kind in KINDS:
         if sum(name in kind for name in names) > 1:
             raise ValueError(f"{text!r}: at most one of {', '.join(kind)}")
     return parts
@@ -72,13 +79,20 @@ def set_method(pipe: Any, handle: Any, parts: Sequence[str], values: Mapping[str
 
     names = []
     handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
-    for part in parts:
+    for part in sorted(parts, key=lambda part: METHODS.index(part.split(":")[0])):  # the rates' configuration first: the others change it
         if part in ("scfg", "paper"):
             handle.config = config if part == "scfg" else config.replace(**PAPER)
             names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))
         elif part == "pixels":
             handle.config = config.replace(**PIXELS)
             names.append("per pixel")
+        elif part in MIX_METHODS:
+            rule = APG if part == "apg" else dict(combine=part)
+            handle.config = handle.config.replace(**rule)
+            names.append({"apg": "APG", "cfg-zero": "CFG-Zero*"}[part])
+        elif part == "matched":
+            handle.config = handle.config.replace(dose="matched")
+            names.append("matched dose")
         elif part == "characteristic":
             handle.characteristic = CharacteristicGuidance()
             names.append("characteristic")
