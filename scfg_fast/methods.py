@@ -79,7 +79,7 @@ def set_method(pipe: Any, handle: Any, parts: Sequence[str], values: Mapping[str
 
     names = []
     handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
-    # The configuration of the rates first: the others change it.
+    # The rates' configuration first: the others change it.
     for part in sorted(parts, key=lambda part: METHODS.index(part.split(":")[0])):
         if part in ("scfg", "paper"):
             handle.config = config if part == "scfg" else config.replace(**PAPER)
