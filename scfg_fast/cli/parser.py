@@ -155,8 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=_method,
         nargs="+",
-        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows "
-        "its time",
+        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows its time",
     )
     _add_guidance(compare)
     _add_model(compare)
