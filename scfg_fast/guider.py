@@ -23,8 +23,6 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
@@ -37,9 +35,17 @@ from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
+from .step.combiner import mixer_of, zero_step
 from .step.context import SCFGWarning, Stats
-from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of, zero_step
+from .step.finder import RegionFinder, Segments, guide_by_pixel
 from .step.rewrite import rewritten
+from .versions import reason_against
+
+try:
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+except ImportError as error:
+    raise ImportError(reason_against("scfg_fast.guider") or str(error)) from error
 
 
 class SCFGGuidance(ClassifierFreeGuidance):

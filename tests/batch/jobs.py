@@ -38,6 +38,7 @@ def job(prompts: Path, out: Path, **options: Any) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
         argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     try:
         yield process
@@ -47,13 +48,13 @@ def job(prompts: Path, out: Path, **options: Any) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def finish(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, timeout: float = 600.0) -> tuple[int, str, str]:
     """Exit status, stdout, stderr."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 90.0) -> Any:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 300.0) -> Any:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         value = condition()

@@ -52,7 +52,7 @@ def drawn(steps: int, seed: int = 0, settings: dict | None = None) -> np.ndarray
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl")
-    tiny_sdxl_pipeline().save_pretrained(folder)
+    tiny_sdxl_pipeline(dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -131,6 +131,15 @@ def test_a_bad_request_is_400_and_the_next_is_served(server, query: str, reason:
     status, body = ask(server, query)
     assert status == 400 and reason in body.decode()
     assert ask(server, "prompt=a+panda&steps=1")[0] == 200
+
+
+def test_words_draws_the_stock_picture_and_four_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "words.png"
+    script("words").main([PROMPT, "panda", "beach", "--steps", "2", "--out", str(out)])
+    sheet, stock = pixels(out), drawn(2)
+    height, width = stock.shape[:2]
+    assert sheet.shape == (height, 5 * width, 3) and (sheet[:, :width] == stock).all()
+    assert "panda times 2: acts as" in capsys.readouterr().out
 
 
 def test_a_full_queue_is_503(server) -> None:

@@ -8,13 +8,10 @@ import pytest
 import torch
 from scfg_kernels import BackendError, _launch, attention_map, choose_backend
 from scfg_kernels._launch import (
-    CompleteConfig,
     DeviceLimits,
     GuideConfig,
     PixelConfig,
     SegmentConfig,
-    complete_config,
-    complete_limits,
     guide_config,
     guide_limits,
     next_power_of_2,
@@ -28,6 +25,7 @@ from scfg_kernels._launch import (
 from scfg_kernels._triton import KERNELS
 from scfg_kernels._triton.attention_map import head_widths, lse_config, map_config
 from scfg_kernels.attention_map import map_limits
+from scfg_kernels.complete import complete_limits
 
 from lab.ptxsim import recorded
 from tests.kernels.cases import by_name
@@ -93,33 +91,6 @@ def test_widths_cover_every_head(size):
     widths = head_widths(size)
     assert sum(widths) >= size and all(width == 0 or width == next_power_of_2(width) >= 16 for width in widths)
     assert sum(widths) <= max(64, 1.5 * size)
-
-
-@pytest.mark.parametrize(
-    ("conditional", "n", "rows"), [(1, 64, 64), (1, 65, 16), (1, 256, 16), (4, 1024, 64), (16, 256, 64), (7, 256, 32)]
-)
-def test_complete_has_the_most_rows_that_leave_programs_enough(conditional, n, rows):
-    config = complete_config(conditional, n, 77, DEVICES["sm_80"])
-    assert (config.block_m, config.block_t) == (rows, (64, 16))
-
-
-@every_device
-@pytest.mark.parametrize("tokens", [9, 20, 40, 64, 77, 90, 154])
-@pytest.mark.parametrize(("conditional", "n"), [(1, 64), (1, 256), (4, 256), (16, 256), (16, 1024)])
-def test_complete_on_every_device(limits, tokens, conditional, n):
-    config = complete_config(conditional, n, tokens, limits)
-    group, amd = limits.arch in ("sm_90", "sm_100"), limits.arch.startswith("gfx")
-    assert config.swapped == (group and n <= 64) and config.precision == ("ieee" if amd else "tf32x3")
-    assert config.reasons(n) == []
-    if n <= 64:
-        assert (config.block_m, config.num_warps) == (64, 4), "all rows in one program"
-        return
-    programs = 2 * conditional * -(-n // config.block_m)
-    assert config.block_m == 16 or programs >= limits.multiprocessors
-    assert config.block_m <= (32 if group or tokens > 96 else 64), "no warp group's products; registers"
-    narrow = min(width for width in config.block_t if width)
-    by_columns = config.block_t[0] > config.block_m
-    assert config.num_warps <= (narrow // 8 if by_columns else config.block_m // 16), "nothing is formed twice"
 
 
 @pytest.mark.parametrize(
@@ -203,10 +174,6 @@ def test_guidance_on_every_device(limits, channels, side, batch, itemsize):
 
 IMPOSSIBLE = {
     # name: (configuration, sizes, parts of every reason)
-    "complete": (
-        CompleteConfig(4, 1, block_m=32, block_k=8, block_t=(80, 0), precision="ieee", swapped=True), (64,),
-        ("block_k=8 is below", "width=80 is no power", "block_m=32 does not cover 64"),
-    ),
     "segment": (SegmentConfig(8, 1, block_t=3, block_h=16, block_w=8), (16, 16), ("block_t=3", "do not cover 16 x 16")),
     "guide": (
         GuideConfig(8, 1, 4, 8, 16, held=True, block_c=2, rows=4, lines=2), (16, 16, 4, 4),
@@ -234,12 +201,11 @@ def test_programs_share_an_image_only_where_they_can():
 def _forced(name):
     """A launcher with the impossible configuration of this name, at small sizes."""
     config = IMPOSSIBLE[name][0]
-    s, p = torch.zeros(1, 80, 80), torch.zeros(1, 5, 64, 64)
+    p = torch.zeros(1, 5, 64, 64)
     maps = [torch.zeros(1, 3, 256)], [torch.zeros(1, 256)], [16], 16, 16
     ids, scale = torch.zeros(1, 16, 16, dtype=torch.int64), torch.tensor(7.5)
     rates = (0.5, 2.0, 15.0)
     calls = {
-        "complete": lambda: KERNELS["complete"](s, s, 0, "official", 4, config),
         "segment": lambda: KERNELS["segment"](*maps, 0.5, None, config),
         "guide": lambda: KERNELS["guide"](
             p, p, ids, ids > 0, scale, 3, 4, *rates, 0.5, "official", "conditional", 0.0, "foreground", config
@@ -249,7 +215,7 @@ def _forced(name):
     return calls[name]
 
 
-@pytest.mark.parametrize("name", ["complete", "segment", "guide", "pixels"])
+@pytest.mark.parametrize("name", ["segment", "guide", "pixels"])
 def test_an_impossible_launch_cannot_be_forced(name):
     with recorded("sm_80") as launches, pytest.raises(BackendError, match=r"the forced \w+Config cannot run: .*;"):
         _forced(name)()
@@ -259,10 +225,7 @@ def test_an_impossible_launch_cannot_be_forced(name):
 @pytest.mark.parametrize(("arch", "like"), [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_86")])
 def test_cards_of_one_family_are_alike(arch, like):
     other = dataclasses.replace(DEVICES[like], arch=arch)
-    for choose in (
-        lambda limits: tiles_of(limits),
-        lambda limits: complete_config(1, 256, 77, limits),
-    ):
+    for choose in (lambda limits: tiles_of(limits),):
         assert choose(other) == choose(DEVICES[like])
 
 
@@ -298,7 +261,7 @@ def test_auto_takes_torch_where_a_limit_is_exceeded(monkeypatch):
 
 def test_limits_of_the_other_operators():
     s, c = torch.zeros(2, 4, 4, dtype=torch.float64), torch.zeros(2, 3, 4).mT
-    assert len(complete_limits(s, c)) == 2 and complete_limits(s.float(), c.contiguous()) == []
+    assert len(complete_limits([s] * 193, [c] * 193)) == 2 and complete_limits([s.float()], [c]) == []
     x = torch.zeros(1, 3, 4)
     assert segment_limits([x] * 192, [x[:, 0]] * 192, None, 64, 128) == []
     assert len(segment_limits([x.double().mT] * 193, [x[:, 0]] * 193, None, 128, 65)) == 4
