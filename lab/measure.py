@@ -52,6 +52,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 # Operators that are no view by their schema but launch nothing: they relabel, allocate, or look at metadata.
 LAUNCHES_NOTHING = {
+    "aten::_fused_sdp_choice",
     "aten::_unsafe_view",
     "aten::empty",
     "aten::empty_like",
