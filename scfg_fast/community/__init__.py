@@ -18,6 +18,7 @@ FILES = {
     "deepfloyd_if": "IFPipeline",
     "deepfloyd_if_stage_2": "IFSuperResolutionPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "aura_flow": "AuraFlowPipeline",
     "pixart_alpha": "PixArtAlphaPipeline",
     "hunyuan_dit": "HunyuanDiTPipeline",
     "sana": "SanaPipeline",
