@@ -35,8 +35,9 @@ from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
+from .step.combiner import mixer_of, zero_step
 from .step.context import SCFGWarning, Stats
-from .step.finder import RegionFinder, Segments, guide_by_pixel, mixer_of, zero_step
+from .step.finder import RegionFinder, Segments, guide_by_pixel
 from .step.rewrite import rewritten
 from .versions import reason_against
 

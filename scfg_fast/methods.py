@@ -14,7 +14,14 @@ WEIGHT_METHODS = (
     "interval", "cfgpp",
 )  # fmt: skip
 
-METHODS = (*RATE_METHODS, *WEIGHT_METHODS, "characteristic")
+MIX_METHODS = ("apg", "cfg-zero")
+
+KINDS = (RATE_METHODS, WEIGHT_METHODS, MIX_METHODS, ("matched",), ("characteristic",))
+
+METHODS = tuple(name for kind in KINDS for name in kind)
+
+APG: dict[str, Any] = dict(combine="apg", eta=0.0, adaptive_projected_guidance_momentum=-0.5)
+"""The paper's: nothing along the conditional prediction, negative momentum."""
 
 
 def method(text: str) -> tuple[str, ...]:
@@ -27,7 +34,7 @@ def method(text: str) -> tuple[str, ...]:
     unknown = [part for part in parts if part not in METHODS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is unknown; use {', '.join(METHODS)}")
-    for kind in (RATE_METHODS, WEIGHT_METHODS, ("characteristic",)):
+    for kind in KINDS:
         if sum(part in kind for part in parts) > 1:
             raise ValueError(f"{text!r}: at most one of {', '.join(kind)}")
     return parts
@@ -55,13 +62,20 @@ def set_method(pipe: Any, handle: Any, parts: Sequence[str], values: Mapping[str
 
     names = []
     handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
-    for part in parts:
+    for part in sorted(parts, key=METHODS.index):  # the rates' configuration first: the others change it
         if part in ("scfg", "paper"):
             handle.config = config if part == "scfg" else config.replace(**PAPER)
             names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))
         elif part == "pixels":
             handle.config = config.replace(**PIXELS)
             names.append("per pixel")
+        elif part in MIX_METHODS:
+            rule = APG if part == "apg" else dict(combine=part)
+            handle.config = handle.config.replace(**rule)
+            names.append({"apg": "APG", "cfg-zero": "CFG-Zero*"}[part])
+        elif part == "matched":
+            handle.config = handle.config.replace(dose="matched")
+            names.append("matched dose")
         elif part == "characteristic":
             handle.characteristic = CharacteristicGuidance()
             names.append("characteristic")

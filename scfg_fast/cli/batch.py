@@ -66,7 +66,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise CommandError("PROMPTS is missing: a .jsonl, .csv or .parquet file with a column prompt")
     guidance = "+".join(args.guidance)
     check_scale(args.guidance_scale, "cfg" if guidance == "cfg" else "scfg")
-    config = None if args.config is None and args.fidelity != "paper" else read_config(args)
+    default = args.config is None and args.fidelity is None and not args.set
+    config = None if default else read_config(args)
     _, name = find_model(args.model)
     if args.address is None and (args.device or args.dtype):
         check_device(args.device, args.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable
@@ -88,6 +89,30 @@ def _device(text: str) -> str:
     return text
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE; a colon inside of a path is the path's."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        value = float(scale) if colon else math.nan
+    except ValueError:
+        value = math.nan
+    path, value = (path, value) if math.isfinite(value) else (text, 1.0)
+    if not path.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"{path!r} must be a .safetensors file; other formats can run code when read")
+    return path, value
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value as in JSON, or a word."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, such as rate_max=1.5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _method(text: str) -> tuple[str, ...]:
     try:
         return method(text)
@@ -115,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = command("generate", commands.generate, "Make images from a prompt.")
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("prompt", metavar="PROMPT", nargs="?", type=_prompt, help=_PROMPT_HELP)
-    prompts.add_argument("--prompt-file", metavar="FILE", help="a text file with a prompt on every line")
+    prompts.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on every line")
     picture = _add_picture(generate, "scfg.png", "images per prompt, with seeds SEED, SEED+1, ... (default 1)")
     picture.add_argument("--grid", action="store_true", help="one file with all images instead of a file for each")
     guidance = _add_guidance(generate)
@@ -126,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=("scfg",),
         help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
     )
-    _add_model(generate)
+    _add_model(generate, adapted=True)
 
     masks = command("masks", commands.masks, "Show which token owns each region at several steps, and its rate.")
     masks.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
@@ -139,22 +164,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps to show, spread evenly (default 5)",
     )
     _add_guidance(masks)
-    _add_model(masks)
+    _add_model(masks, adapted=True)
 
     compare = command("compare", commands.compare, "Plain CFG and S-CFG side by side, from the same noise.")
     compare.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
     picture = _add_picture(compare, "compare.png", "rows, with seeds SEED, SEED+1, ... (default 1)")
     picture.add_argument("--regions", action="store_true", help="add the regions of the last S-CFG column")
     picture.add_argument(
+        "--equal-dose",
+        action="store_true",
+        help="next to each method, plain guidance at the scale that the method acts as",
+    )
+    picture.add_argument(
         "--methods",
         metavar="METHOD",
         type=_method,
         nargs="+",
-        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows the "
-        "mean weight that was applied and its time",
+        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows "
+        "its time",
     )
     _add_guidance(compare)
-    _add_model(compare)
+    _add_model(compare, adapted=True)
 
     job = command("batch", batch, "Make an image for every row of a prompt file, once, whatever dies.")
     job.add_argument("prompts", metavar="PROMPTS", nargs="?", help="a .jsonl, .csv or .parquet file of rows")
@@ -165,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(job)
 
     doctor = command("doctor", commands.doctor, "Versions, devices, backends, and whether a model can use S-CFG.")
-    _add_model(doctor)
+    _add_model(doctor, adapted=True)
     return parser
 
 
@@ -178,6 +208,8 @@ def _add_picture(parser: argparse.ArgumentParser, out: str, num_images: str | No
     if num_images is not None:
         group.add_argument("--num-images", metavar="N", type=_integer(1), default=1, help=num_images)
     group.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out})")
+    group.add_argument("--no-clobber", action="store_true", help="refuse to replace a file that exists")
+    group.add_argument("--quiet", action="store_true", help="no progress and no notes")
     parser.set_defaults(default_out=out)
     return group
 
@@ -213,10 +245,14 @@ def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--fidelity", choices=("official", "paper"), help="S-CFG as the published code (default) or its equations"
     )
     settings.add_argument("--config", metavar="FILE", help="all S-CFG parameters, JSON as SCFGConfig.to_json writes")
+    group.add_argument(
+        "--set", metavar="NAME=VALUE", type=_setting, action="append", default=[],
+        help="one S-CFG parameter, such as rate_max=1.5 for calmer backgrounds or tokens=words; repeatable",
+    )  # fmt: skip
     return group
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, adapted: bool = False) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -227,3 +263,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: the best there is)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: fp16 on a GPU, else fp32)")
     group.add_argument("--debug", action="store_true", help="show tracebacks and all messages of the libraries")
+    if adapted:
+        group.add_argument(
+            "--lora", metavar="FILE[:SCALE]", type=_lora, action="append", default=[],
+            help="a .safetensors file of LoRA weights; repeatable",
+        )  # fmt: skip
+        group.add_argument("--scheduler", metavar="NAME", help="such as EulerDiscrete (default: the model's)")
+        group.add_argument(
+            "--offload",
+            choices=("model", "sequential"),
+            help="keep on the GPU only what is computing: parts, or layers",
+        )

@@ -6,28 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from scfg_kernels import guide, guide_pixels, segment_and_guide
+from scfg_kernels import guide, guide_pixels, segment, segment_and_guide
 
 from ..capture.layers import BlockInfo
 from ..capture.maps import BlockMaps, StepMaps, collect
 from ..config import SCFGConfig
-from ..guidance.mixing import Mixer
-
-
-def mixer_of(config: SCFGConfig) -> Mixer | None:
-    """What mixes the predictions of a run, or None where the operators' own plain mixing is what is asked for."""
-    if (config.combine, config.dose) == ("cfg", "as-published"):
-        return None
-    return Mixer(
-        config.combine, config.dose, config.adaptive_projected_guidance_momentum,
-        config.adaptive_projected_guidance_rescale, config.eta,
-    )  # fmt: skip
-
-
-def zero_step(config: SCFGConfig, index: int) -> bool:
-    """Whether the prediction of step `index` is zero: the first of CFG-Zero*."""
-    return config.combine == "cfg-zero" and index < config.zero_init_steps
-
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -65,6 +48,15 @@ class RegionFinder:
         self._never_there = set(maps.missing)
         self.nbytes = max(self.nbytes, maps.nbytes)
         return maps, maps.missing
+
+    def find(self, maps: StepMaps) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regions of these maps, without guidance: token_index and foreground, [B, h, w] each."""
+        token_index, foreground = segment(
+            maps.tokens, maps.start, maps.sizes, maps.size, blur_sigma=self._config.blur_sigma,
+            token_mask=self._token_mask, backend=self._config.backend,
+        )  # fmt: skip
+        self.segments = (token_index, foreground, maps.tokens[0].shape[-2])
+        return token_index, foreground
 
     def guide(
         self,

@@ -25,16 +25,17 @@ from ..capture.maps import BatchLayout, BlockMaps, StepMaps
 from ..config import SCFGConfig
 from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
 from ..denoisers.unet import UNet
-from ..guidance.mixing import Mixer, distances
+from ..guidance.mixing import distances
 from ..guidance.steps import Step, in_part, step_levels
 from ..layouts import Geometry
 from ..regions import Regions
 from .arguments import argument, copied, second_half
+from .combiner import Combiner, zero_step
 from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly, mixer_of, zero_step
+from .finder import RegionFinder, guide_plainly
 from .plan import regions_skip_reason, step_weight
-from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, rewritten, with_prediction
+from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
 
 ONE_PASS = "the denoiser ran once: no guidance"
 
@@ -69,6 +70,7 @@ class GuidanceHook:
         self._flow = False
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
+        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
         self._hooked = {id(hooked.module): hooked for hooked in denoisers}
         self._now = denoisers[0]  # the denoiser of this step
         self._geometry = Geometry(1, 0, 0)
@@ -77,8 +79,7 @@ class GuidanceHook:
         self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
         self.corrections = Corrections(context, stats)
         self._finder = RegionFinder(config, context.token_mask)
-        self._mixer = mixer_of(config)
-        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
+        self._combiner = Combiner(config, self._finder, context.rates, context.samples)
         self.stats.images = context.samples
         self._warned: set[str] = set()
         self._thread = threading.get_ident()
@@ -125,7 +126,7 @@ class GuidanceHook:
         scale = self._scale_now()
         self._weight = scale if self._blocked else self._step_weight(scale)
         self._skip = self._blocked or regions_skip_reason(
-            self.config, self._step, self.context.num_steps(), self._weight
+            self.config, self._step, self.context.num_steps(), self._weight, self.context.rates is not None
         )
         due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
         self._capturing = self._skip is None and due and self.config.rates == "regions"
@@ -271,6 +272,10 @@ class GuidanceHook:
         del left
         if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
             self._skip = self._complain("no captured layer left a usable attention map.")
+        if self.context.watcher is not None and maps is not None:
+            self.context.watcher(self._step, maps, *self._finder.find(maps))
+        if self.context.watches_only:
+            return None
         self._rate = self._moved = None
         corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
         shifted = self._is_to_be_shifted()
@@ -282,7 +287,7 @@ class GuidanceHook:
                 return None
         if self._half:
             both = torch.cat([prediction, prediction])
-            result = torch.zeros_like(both) if self._begins_with_zero() else both
+            result = torch.zeros_like(both) if zero_step(self.config, self._step) else both
         else:
             result = self._rewrite(prediction, maps, shifted)
         if self._second:
@@ -326,15 +331,10 @@ class GuidanceHook:
     def _combines(self) -> bool:
         """Whether this step mixes the predictions by a rule; one of weight 1 is the conditional prediction."""
         ruled = self._blocked is None and self.config.combine != "cfg"
-        return ruled and (self._weight != 1.0 or self._begins_with_zero())
-
-    def _begins_with_zero(self) -> bool:
-        """Whether this is one of the first steps of CFG-Zero*."""
-        return self._blocked is None and zero_step(self.config, self._step)
+        return ruled and (self._weight != 1.0 or zero_step(self.config, self._step))
 
     def _measure(self, prediction: torch.Tensor, guided: torch.Tensor | None = None) -> None:
-        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
-        solved for or mixed here, or with weight and rates."""
+        """Note the dose of the step, where it is not the weight itself, from [u; t] or [u; t; perturbed]."""
         rescale, moved = self.context.guidance_rescale(), self._moved
         if self._blocked or (self._rate is moved is guided is None and not rescale > 0.0):
             return
@@ -387,26 +387,14 @@ class GuidanceHook:
     def _combine(
         self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str, copies: int
     ) -> torch.Tensor:
-        """The guided prediction, or what must stand in for u, and copies of it where an operator makes it. Records the
-        rates and the regions."""
-        config, weight = self.config, self._weight
+        """f, or the u' that stands in for u, in copies where an operator makes them. Records rates and regions."""
+        weight, scale = self._weight, self._scale_now()
         if self._skip is not None and not self._combines():
-            if weight == self._scale_now():
-                return uncond + weight * (cond - uncond)  # the pipeline's own line, bit for bit
-            return guide_plainly(config, uncond, cond, weight, copies)
-        mixer = self._mixer
-        result = None
-        if self._skip is None and config.rates == "pixels":
-            result, self._rate = guide_by_pixel(config, uncond, cond, weight, rewrite, copies=copies)
-        elif self._skip is None:
-            result, self._rate = self._finder.guide(maps, uncond, cond, weight, rewrite, copies=copies)
-        if mixer is not None or result is None:
-            mixed = cast(Mixer, mixer)(uncond, cond, weight, self._rate, self.context.samples)
-            self._rate, self._moved = mixed.rate, mixed.moved
-            if self._begins_with_zero():
-                self._moved = -uncond.to(mixed.moved.dtype)
-            result = rewritten(uncond, cond, self._moved, None if rewrite == "guided" else self._scale_now())
-        if self._skip is None and config.rates == "regions":
-            token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.regions = Regions(self._step, token_index, foreground, cast(torch.Tensor, self._rate))
-        return result
+            return self._combiner.plain(uncond, cond, weight, scale, copies)
+        done = self._combiner(
+            uncond, cond, maps, step=self._step, weight=weight, scale=scale, has_rates=self._skip is None,
+            rewrite=rewrite, copies=copies,
+        )  # fmt: skip
+        self._rate, self._moved = done.rate, done.moved
+        self.regions = done.regions or self.regions
+        return done.result

@@ -23,9 +23,13 @@ def step_weight(schedule: StepWeight | None, step: Step) -> float:
     return weight
 
 
-def regions_skip_reason(config: SCFGConfig, index: int, num_steps: int, weight: float) -> str | None:
-    """Why a step has one weight for the whole image, or None. All of these are the user's choice."""
-    if config.rates == "none":
+def regions_skip_reason(
+    config: SCFGConfig, index: int, num_steps: int, weight: float, given: bool = False
+) -> str | None:
+    """Why a step has one weight for the whole image, or None. All of these are the user's choice.
+
+    `given`: whether the user gives rates, which need no capture."""
+    if config.rates == "none" and not given:
         return "rates='none'"
     if not in_part(index, num_steps, config.start, config.stop):
         return f"outside start={config.start:g}, stop={config.stop:g}"

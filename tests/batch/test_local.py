@@ -80,6 +80,7 @@ def test_the_images_are_what_the_library_makes(undisturbed: Path) -> None:
         assert (pixels_of(row) == (image * 255).round().astype(np.uint8)).all()
         assert json.loads(row["call"]) == call
         assert (row["mean_weight"], row["attempt"], row["together"], row["error"]) == (5.0, 1, 2, "")
+        assert row["effective_weight"] > 0.0 and row["effective_weight"] != 5.0
 
 
 @pytest.mark.slow

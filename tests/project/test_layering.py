@@ -25,6 +25,7 @@ LEFT_TO_RIGHT = (
     {"pipelines"},
     {"handle"},
     {"patch", "inversion", "guider"},
+    {"watching"},
     {"__init__"},
     {"batch"},
     {"cli"},
@@ -50,6 +51,7 @@ NEVER = {
     "pipelines": {"files", "pictures", "models", "env"},
     "inversion": {"capture", "step", "pictures", "models", "env"},
     "guider": {"pipelines", "pictures", "models", "env"},
+    "watching": {"step", "pipelines", "pictures", "models", "env", "inversion", "guider"},
     "batch": {"capture", "denoisers", "step", "pictures", "guider"},
     "cli": {"guider"},
 }
@@ -62,6 +64,7 @@ PACKAGES = {
         "pipelines",
         "handle",
         "patch",
+        "watching",
         "inversion",
         "guider",
         "batch",

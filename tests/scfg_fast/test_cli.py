@@ -20,16 +20,19 @@ from typing import NamedTuple
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import scfg_fast
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.cli import main
+from scfg_fast.cli import commands, images, main
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from scfg_fast.pictures import sheets
 from scfg_fast.regions import Regions, token_labels
 
 PROMPT = "a red cat on the blue sea"
@@ -121,6 +124,30 @@ def test_compare_shows_a_column_for_every_method(run: Run, model: Path) -> None:
     assert text_of("all.png")["guidance"] == " ".join(METHODS)
     two, many = pixels("two.png"), pixels("all.png")
     assert many.shape[1] > 3.5 * two.shape[1]
+
+
+@pytest.mark.slow
+def test_compare_at_equal_dose_adds_plain_guidance_at_the_scale_that_the_method_acts_as(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float]] = []
+    captions: list[list[str]] = []
+    call = images.sample_image
+
+    def sampled(session, prompt, seed, values, label):
+        picture = call(session, prompt, seed, values, label)
+        handle = scfg_fast.enable(session.pipe, SCFGConfig(rates="none")) if label == "CFG" else None
+        asked.append((values["guidance_scale"], 0.0 if handle is None else handle.stats.effective_weight))
+        return picture
+
+    grid = sheets.image_grid
+    monkeypatch.setattr(commands, "sample_image", sampled)
+    monkeypatch.setattr(sheets, "image_grid", lambda *a, **kw: captions.extend(kw["captions"]) or grid(*a, **kw))
+    options = ("--model", model, "--steps", 3, "--seed", 4, "--guidance-scale", 5, "--equal-dose")
+    assert run("compare", PROMPT, *options).status == 0
+    (first, _), (second, plain) = asked
+    assert first == 5.0 != second and plain == pytest.approx(second, rel=1e-6)
+    assert captions == [[f"S-CFG: scale 5.0, acts as {second:.1f}", f"CFG: scale {second:.1f}"]]
 
 
 @pytest.mark.slow
@@ -239,7 +266,7 @@ def test_a_prompt_file_makes_a_picture_for_every_line(run: Run, model: Path) -> 
     Path("prompts.txt").write_text("a red cat\r\n\n  a blue dog  \n", encoding="utf-8")
     Path("out").mkdir()
     result = run(
-        "generate", "--prompt-file", "prompts.txt", "--model", model, "--steps", 1, "--num-images", 2, "--out", "out"
+        "generate", "--prompts", "prompts.txt", "--model", model, "--steps", 1, "--num-images", 2, "--out", "out"
     )
     assert result.out.split() == [f"out/scfg-000{number}.png" for number in (1, 2, 3, 4)]
     records = [text_of(name) for name in result.out.split()]
@@ -259,7 +286,7 @@ def test_a_grid_is_one_file_with_every_image(run: Run, model: Path) -> None:
         assert contains(grid, pixels(name))
     assert text_of("grid.png")["seed"] == "0 1 2"
     Path("prompts.txt").write_text("a red cat\na blue dog\n", encoding="utf-8")
-    assert run("generate", "--prompt-file", "prompts.txt", *options, "--grid", "--out", "rows.png").out == "rows.png\n"
+    assert run("generate", "--prompts", "prompts.txt", *options, "--grid", "--out", "rows.png").out == "rows.png\n"
     assert text_of("rows.png")["prompt"] == "a red cat\na blue dog"
 
 
@@ -418,14 +445,14 @@ def test_a_pipeline_without_prompts_is_refused(run: Run, tmp_path: Path) -> None
 BAD_ARGUMENTS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["paint", PROMPT], "invalid choice: 'paint'"),
-    "no prompt": (["generate"], "PROMPT --prompt-file is required"),
+    "no prompt": (["generate"], "PROMPT --prompts is required"),
     "empty prompt": (["generate", ""], "the prompt is empty"),
     "blank prompt": (["masks", "  \n "], "the prompt is empty"),
-    "prompt and file": (["generate", PROMPT, "--prompt-file", "p.txt"], "not allowed with"),
-    "no such prompt file": (["generate", "--prompt-file", "nope.txt"], "there is no prompt file 'nope.txt'"),
-    "prompt file is a folder": (["generate", "--prompt-file", "."], "cannot be read: Is a directory"),
-    "prompt file without prompts": (["generate", "--prompt-file", "blank.txt"], "has no prompt"),
-    "prompt file in latin-1": (["generate", "--prompt-file", "latin.txt"], "not UTF-8"),
+    "prompt and file": (["generate", PROMPT, "--prompts", "p.txt"], "not allowed with"),
+    "no such prompt file": (["generate", "--prompts", "nope.txt"], "there is no prompt file 'nope.txt'"),
+    "prompt file is a folder": (["generate", "--prompts", "."], "cannot be read: Is a directory"),
+    "prompt file without prompts": (["generate", "--prompts", "blank.txt"], "has no prompt"),
+    "prompt file in latin-1": (["generate", "--prompts", "latin.txt"], "not UTF-8"),
     "size not a multiple of 8": (["generate", PROMPT, "--size", "100"], "the nearest are 96 and 104"),
     "height not a multiple of 8": (["compare", PROMPT, "--size", "256x250"], "250 is not a multiple of 8"),
     "size too small": (["generate", PROMPT, "--size", "56"], "too small; the least is 64"),
@@ -628,7 +655,7 @@ def test_hub_failures_are_told_apart(tmp_path: Path) -> None:
 import os
 os.chdir({str(tmp_path)!r})
 from huggingface_hub import constants, utils
-from scfg_fast.cli import main
+from scfg_fast.cli import commands, images, main
 models = ["someone/missing", "someone/guarded", "someone/unreachable"]
 print([main(["generate", "a cat", "--model", model]) for model in models])
 constants.HF_HUB_OFFLINE = True
@@ -653,8 +680,8 @@ print(main(["generate", "a cat", "--model", "someone/offline"]))
 def test_help_and_bad_arguments_import_nothing_heavy() -> None:
     result = python("""
 import sys
-from scfg_fast.cli import main
-for argv in (["--help"], ["generate", "--help"], ["masks", "a", "--size", "7"], ["generate", "--prompt-file", "nope"]):
+from scfg_fast.cli import commands, images, main
+for argv in (["--help"], ["generate", "--help"], ["masks", "a", "--size", "7"], ["generate", "--prompts", "nope"]):
     try:
         main(argv)
     except SystemExit:
@@ -680,3 +707,102 @@ def test_help_fits_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, command
     result = run(*command, "--help")
     assert result.status == 0 and max(map(len, result.out.splitlines())) <= 80
     assert "None" not in result.out
+
+
+# What a command adapts
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA weights for the UNet of `model`, as the pipeline saves them."""
+    pipe = tiny_sd_pipeline(sample_size=8, max_tokens=16, dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(config)
+    folder = tmp_path_factory.mktemp("lora")
+    layers = peft.get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(folder, unet_lora_layers=layers, weight_name="style.safetensors")
+    return folder / "style.safetensors"
+
+
+def test_a_lora_is_the_librarys(run: Run, model: Path, lora: Path) -> None:
+    options = ("--model", model, "--steps", 3, "--guidance-scale", 5)
+    pictures = {}
+    for scale in (None, 1.0, 0.25):
+        loras = () if scale is None else ("--lora", lora if scale == 1.0 else f"{lora}:{scale}")
+        assert run("generate", PROMPT, *options, *loras).status == 0
+        pictures[scale] = pixels("scfg.png")
+        pipe = open_pipeline(model)
+        if scale is not None:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="style")
+            pipe.set_adapters(["style"], [scale])
+        scfg_fast.enable(pipe)
+        assert (pictures[scale] == sample(pipe, guidance_scale=5.0)).all()
+    assert (pictures[1.0] != pictures[None]).any() and (pictures[1.0] != pictures[0.25]).any()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "eulerdiscrete"])
+def test_a_scheduler_is_the_librarys(run: Run, model: Path, name: str) -> None:
+    result = run("generate", PROMPT, "--model", model, "--steps", 3, "--guidance-scale", 5, "--scheduler", name)
+    assert result.status == 0
+    pipe = open_pipeline(model)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scfg_fast.enable(pipe)
+    assert (pixels("scfg.png") == sample(pipe, guidance_scale=5.0)).all()
+    assert text_of("scfg.png")["scheduler"] == "EulerDiscreteScheduler"
+
+
+def test_single_settings_are_the_configurations(run: Run, model: Path) -> None:
+    options = ("--model", model, "--steps", 3, "--guidance-scale", 5)
+    assert run("generate", PROMPT, *options, "--set", "rate_max=1.1", "--set", "tokens=words").status == 0
+    pipe = open_pipeline(model)
+    scfg_fast.enable(pipe, SCFGConfig(rate_max=1.1, tokens="words"))
+    assert (pixels("scfg.png") == sample(pipe, guidance_scale=5.0)).all()
+    assert json.loads(text_of("scfg.png")["scfg_config"])["rate_max"] == 1.1
+
+
+def test_several_images_have_one_bar_and_quiet_has_none(run: Run, model: Path) -> None:
+    options = ("--model", model, "--steps", 2, "--num-images", 3)
+    bars = run("generate", PROMPT, *options).err
+    assert bars.count("6/6") and "3/3 S-CFG" in bars and "2/2" not in bars
+    assert run("generate", "a " * 40, *options, "--quiet").err == ""
+
+
+@pytest.mark.parametrize("command, there", [
+    (("generate",), "scfg.png"), (("generate", "--num-images", 2), "scfg-0002.png"), (("masks",), "masks.npz"),
+    (("compare",), "compare.png"),
+])  # fmt: skip
+def test_no_clobber_keeps_what_is_there(run: Run, command: tuple, there: str) -> None:
+    Path(there).write_text("mine")
+    result = run(command[0], PROMPT, *command[1:], "--no-clobber", "--model", "there/is-none")
+    assert result.status == 2 and f"--no-clobber: {there} exists already" in result.error
+    assert Path(there).read_text() == "mine" and os.listdir() == [there]
+
+
+REFUSED = {
+    "a pickled lora": (["--lora", "style.ckpt"], "'style.ckpt' must be a .safetensors file"),
+    "a scale without a file": (["--lora", "nope.safetensors:0.5"], "there is no file 'nope.safetensors'"),
+    "no scheduler": (["--scheduler", "Nope"], "'Nope' is not one that this model can use; use DDIM"),
+    "offloading from the CPU": (["--offload", "model", "--device", "cpu"], "there is no GPU to free"),
+    "no setting": (["--set", "nope=1"], "nope"),
+    "no value": (["--set", "rate_max"], "must be NAME=VALUE, such as rate_max=1.5"),
+    "a bad value": (["--set", "rate_max=-1"], "rate_max"),
+    "settings of plain guidance": (["--set", "rate_max=2", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "fidelity of plain guidance": (["--fidelity", "paper", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "a file of plain guidance": (["--config", "nope.json", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "no name": (["--out", ""], "--out is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_one_line(run: Run, model: Path, case: str) -> None:
+    arguments, message = REFUSED[case]
+    result = run("generate", PROMPT, "--model", model, *arguments)
+    assert result.status == 2 and message in result.error and not os.listdir()
+
+
+def test_a_lora_of_another_model_is_refused(run: Run, model: Path) -> None:
+    save_file({"unet.nothing.here.lora.down.weight": torch.zeros(2, 2)}, "other.safetensors")
+    result = run("generate", PROMPT, "--model", model, "--lora", "other.safetensors")
+    assert result.status and "--lora: 'other.safetensors'" in result.error and os.listdir() == ["other.safetensors"]
