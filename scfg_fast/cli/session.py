@@ -96,7 +96,8 @@ def _add_loras(pipe: Any, loras: list[tuple[str, float]]) -> None:
             if name not in {adapter for part in pipe.get_list_adapters().values() for adapter in part}:
                 raise CommandError(f"--lora: {path!r} has no weights for this model")
     if loras:
-        pipe.set_adapters(names, [scale for _, scale in loras])
+        with failures_as("--lora: the scales cannot be set"):
+            pipe.set_adapters(names, [scale for _, scale in loras])
 
 
 def _scheduler(pipe: Any, name: str) -> Any:

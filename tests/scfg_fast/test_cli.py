@@ -32,6 +32,7 @@ from scfg_fast import SCFGConfig
 from scfg_fast.cli import commands, images, main
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from scfg_fast.models import bundled_pipeline
 from scfg_fast.pictures import sheets
 from scfg_fast.regions import Regions, token_labels
 
@@ -714,8 +715,8 @@ def test_help_fits_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, command
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA weights for the UNet of `model`, as the pipeline saves them."""
-    pipe = tiny_sd_pipeline(sample_size=8, max_tokens=16, dtype=torch.float32)
+    """LoRA weights for the bundled model's UNet, as the pipeline saves them."""
+    pipe = bundled_pipeline()
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -726,20 +727,23 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "style.safetensors"
 
 
-def test_a_lora_is_the_librarys(run: Run, model: Path, lora: Path) -> None:
-    options = ("--model", model, "--steps", 3, "--guidance-scale", 5)
-    pictures = {}
-    for scale in (None, 1.0, 0.25):
-        loras = () if scale is None else ("--lora", lora if scale == 1.0 else f"{lora}:{scale}")
-        assert run("generate", PROMPT, *options, *loras).status == 0
-        pictures[scale] = pixels("scfg.png")
-        pipe = open_pipeline(model)
-        if scale is not None:
-            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="style")
-            pipe.set_adapters(["style"], [scale])
+@pytest.mark.slow
+def test_loras_are_the_librarys(run: Run, lora: Path) -> None:
+    pictures = []
+    for scales in ((), (1.0,), (0.25, 0.5)):
+        named = [argument for scale in scales for argument in ("--lora", lora if scale == 1.0 else f"{lora}:{scale}")]
+        assert run("generate", PROMPT, "--steps", 2, *named).status == 0
+        pipe = bundled_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        names = [f"style{number}" for number in range(len(scales))]
+        for name in names:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=name)
+        if names:
+            pipe.set_adapters(names, list(scales))
         scfg_fast.enable(pipe)
-        assert (pictures[scale] == sample(pipe, guidance_scale=5.0)).all()
-    assert (pictures[1.0] != pictures[None]).any() and (pictures[1.0] != pictures[0.25]).any()
+        pictures.append(pixels("scfg.png"))
+        assert (pictures[-1] == sample(pipe, guidance_scale=5.0, num_inference_steps=2)).all()
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "eulerdiscrete"])
