@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .._version import __version__
-from ..methods import METHODS, method
+from ..methods import METHODS_HELP, method
 from . import commands
 from .batch import batch
 from .errors import one_line
@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=_method,
         default=("scfg",),
-        help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
+        help=f"{METHODS_HELP}, or a combination such as scfg+linear (default scfg)",
     )
     _add_model(generate, adapted=True)
 
@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=_method,
         nargs="+",
-        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows "
+        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows "
         "its time",
     )
     _add_guidance(compare)

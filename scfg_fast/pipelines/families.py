@@ -163,6 +163,7 @@ FAMILIES = (
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         ("transformer",),
     ),
+    Family("AuraFlow", ("AuraFlowPipeline",), ("transformer",), scale=argument_scale),
     Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=argument_scale),
     Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=argument_scale),
     Family("Sana", ("SanaPipeline",), ("transformer",), scale=argument_scale),

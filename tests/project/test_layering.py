@@ -27,7 +27,7 @@ LEFT_TO_RIGHT = (
     {"patch", "inversion", "guider"},
     {"watching"},
     {"__init__"},
-    {"batch"},
+    {"batch", "community"},
     {"cli"},
     {"__main__"},
 )
@@ -53,7 +53,8 @@ NEVER = {
     "guider": {"pipelines", "pictures", "models", "env"},
     "watching": {"step", "pipelines", "pictures", "models", "env", "inversion", "guider"},
     "batch": {"capture", "denoisers", "step", "pictures", "guider"},
-    "cli": {"guider"},
+    "community": {"capture", "denoisers", "step", "pictures", "guider", "batch"},
+    "cli": {"guider", "community"},
 }
 
 PACKAGES = {
@@ -68,6 +69,7 @@ PACKAGES = {
         "inversion",
         "guider",
         "batch",
+        "community",
         "cli",
     },
     "transformers": {"models", "cli"},

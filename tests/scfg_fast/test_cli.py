@@ -114,7 +114,7 @@ def test_generate_is_what_the_library_makes(run: Run, model: Path) -> None:
     assert os.listdir() == ["scfg.png"]
 
 
-METHODS = ["cfg", "scfg", "paper", "linear", "clamp-cosine", "interval", "cfgpp", "scfg+sine"]
+METHODS = ["cfg", "scfg", "paper", "linear", "clamp-cosine:2", "interval:0.2:0.8", "cfgpp", "scfg+sine"]
 
 
 @pytest.mark.slow
@@ -152,13 +152,15 @@ def test_compare_at_equal_dose_adds_plain_guidance_at_the_scale_that_the_method_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["linear", "scfg+cosine", "cfgpp"])
+@pytest.mark.parametrize("method", ["linear", "scfg+cosine", "cfgpp", "interval:0.2:0.8"])
 def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Path, method: str) -> None:
     options = ("--model", model, "--steps", 3, "--seed", 4, "--guidance-scale", 5)
     assert run("generate", PROMPT, *options, "--guidance", method).status == 0
     pipe = open_pipeline(model)
     if method == "cfgpp":
         schedule = CFGPlusPlus(lam_for_mean_weight(5.0, pipe.scheduler, 3))
+    elif method.startswith("interval"):
+        schedule = WeightSchedule(interval=(0.2, 0.8))
     else:
         schedule = WeightSchedule(method.split("+")[-1])
     scfg_fast.enable(pipe, None if "scfg" in method else SCFGConfig(rates="none"), schedule=schedule)
@@ -168,7 +170,8 @@ def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Pat
 
 @pytest.mark.parametrize("method, message", [
     ("magic", "'magic' is unknown; use cfg, scfg"), ("scfg+paper", "at most one of cfg, scfg, paper"),
-    ("linear+sine", "at most one of linear"),
+    ("linear+sine", "at most one of linear"), ("interval", "'interval': write interval:START:STOP, in numbers"),
+    ("clamp-linear:two", "write clamp-linear:FLOOR, in numbers"), ("linear:2", "'linear:2': write linear"),
 ])  # fmt: skip
 def test_methods_that_make_no_sense(run: Run, method: str, message: str) -> None:
     result = run("generate", PROMPT, "--guidance", method)
