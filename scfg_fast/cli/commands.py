@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..methods import GUIDANCE_NAMES, set_method
-from .errors import CommandError, failures_as, writing
+from .errors import CommandError, escaped, failures_as, say, writing
 from .images import caption_of, enable_scfg, labels_of, note_if_cut, record_of, sample_image, write_png
 from .session import BUNDLED, DTYPES, OneBar, Session, check_device, load
 
@@ -225,12 +225,12 @@ def masks(args: argparse.Namespace) -> int:
         title=args.prompt,
         subtitle=caption_of(record, GUIDANCE_NAMES["scfg"]),
     )
-    print(_format_table(shown, labels))
+    say(_format_table(shown, labels))
     write_png(path, sheet, record)
     npz = path.with_suffix(".npz")
     with writing(npz):
         save_regions_npz(npz, steps, labels=[labels], metadata=record)
-    print(npz)
+    say(str(npz))
     return 0
 
 
@@ -243,7 +243,7 @@ def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 1
     shares: dict[int, float] = {}
     for table in tables:
         for token, row in table.items():
-            names[token] = row_name(row, labels)
+            names[token] = escaped(row_name(row, labels))
             shares[token] = shares.get(token, 0.0) + row.share
     tokens = sorted(shares, key=lambda token: (-shares[token], token))
     width = max(len("region"), *(len(names[token]) for token in tokens[:most]))
@@ -325,19 +325,19 @@ def doctor(args: argparse.Namespace) -> int:
     try:
         device, dtype = check_device(args.device, args.dtype)
     except CommandError:
-        print(report(environment()))
+        say(report(environment()))
         raise
-    print(report(environment(device, DTYPES[dtype])))
+    say(report(environment(device, DTYPES[dtype])))
     name = args.model or BUNDLED
-    print(f"\nModel {name}", flush=True)
+    say(f"\nModel {name}")
     import scfg_fast
 
     session = load(args)
     support = scfg_fast.supports(session.pipe)
-    print(f"  {'pipeline':<16} {type(session.pipe).__name__}, {type(session.pipe.scheduler).__name__}")
-    print(f"  {'S-CFG':<16} {'supported' if support.supported else 'not supported'}")
+    say(f"  {'pipeline':<16} {type(session.pipe).__name__}, {type(session.pipe.scheduler).__name__}")
+    say(f"  {'S-CFG':<16} {'supported' if support.supported else 'not supported'}")
     for index, layer in enumerate(support.layers):
-        print(f"  {'captured layers' if index == 0 else '':<16} {layer}")
+        say(f"  {'captured layers' if index == 0 else '':<16} {layer}")
     for index, reason in enumerate(support.reasons):
-        print(f"  {'because' if index == 0 else '':<16} {reason}")
+        say(f"  {'because' if index == 0 else '':<16} {reason}")
     return 0 if support.supported else 1

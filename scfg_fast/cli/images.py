@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from .errors import CommandError, failures_as, one_line, writing
+from .errors import CommandError, failures_as, one_line, say, writing
 from .session import Session
 
 if TYPE_CHECKING:
@@ -131,4 +131,4 @@ def write_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
         info.add_text(key, str(value))
     with writing(path), replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
-    print(path)
+    say(str(path))

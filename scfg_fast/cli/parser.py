@@ -42,6 +42,14 @@ class _Parser(argparse.ArgumentParser):
 def _prompt(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the prompt is empty; write what the picture should show")
+    return _text(text)
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8; check the terminal's encoding") from None
     return text
 
 
@@ -59,14 +67,20 @@ def _size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def _integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+MAX_STEPS = 1000
+"""Of the schedules that models are trained with."""
+
+MAX_SEED = 2**63 - 1
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= value <= most:
-            limits = f"at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"it must be {limits}, got {value}")
         return value
 
@@ -180,8 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=_method,
         nargs="+",
-        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows "
-        "its time",
+        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows its time",
     )
     _add_guidance(compare)
     _add_model(compare, adapted=True)
@@ -201,10 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_picture(parser: argparse.ArgumentParser, out: str, num_images: str | None = None) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("picture")
-    group.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    group.add_argument("--negative", metavar="TEXT", type=_text, help="what the picture should not show")
     group.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
-    group.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
-    group.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of the noise (default 0)")
+    group.add_argument(
+        "--steps", metavar="N", type=_integer(1, MAX_STEPS), help="of the sampler (default: the model's)"
+    )
+    group.add_argument("--seed", metavar="N", type=_integer(0, MAX_SEED), default=0, help="of the noise (default 0)")
     if num_images is not None:
         group.add_argument("--num-images", metavar="N", type=_integer(1), default=1, help=num_images)
     group.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out})")
@@ -225,16 +240,20 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--max-attempts", metavar="N", type=_integer(1), default=3,
         help="attempts at a micro-batch that may die before its rows run alone (default 3)",
     )  # fmt: skip
-    job.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of rows without a seed (default 0)")
+    job.add_argument(
+        "--seed", metavar="N", type=_integer(0, MAX_SEED), default=0, help="of rows without a seed (default 0)"
+    )
     job.add_argument("--retry-errors", action="store_true", help="make micro-batches with error rows again")
     instead = job.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="say how far the job is; reads only")
     instead.add_argument("--export", metavar="DIR2", help="write its images as PNG files with a metadata.jsonl")
     job.add_argument("--shards", action="store_true", help="with --export: Parquet shards instead")
     picture = parser.add_argument_group("picture, where a row has no other")
-    picture.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    picture.add_argument("--negative", metavar="TEXT", type=_text, help="what the picture should not show")
     picture.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
-    picture.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
+    picture.add_argument(
+        "--steps", metavar="N", type=_integer(1, MAX_STEPS), help="of the sampler (default: the model's)"
+    )
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

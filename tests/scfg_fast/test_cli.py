@@ -30,6 +30,7 @@ import scfg_fast
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.cli import commands, images, main
+from scfg_fast.cli.errors import CommandError, explain
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.models import bundled_pipeline
@@ -476,8 +477,8 @@ BAD_ARGUMENTS = {
     "no steps": (["generate", PROMPT, "--steps", "0"], "at least 1, got 0"),
     "half a step": (["generate", PROMPT, "--steps", "2.5"], "not a whole number"),
     "no images": (["generate", PROMPT, "--num-images", "0"], "at least 1, got 0"),
-    "seed negative": (["generate", PROMPT, "--seed=-1"], "at least 0, got -1"),
-    "seed too large": (["generate", PROMPT, "--seed", str(2**63)], "at least 0"),
+    "seed negative": (["generate", PROMPT, "--seed=-1"], "from 0 to 9223372036854775807, got -1"),
+    "seed too large": (["generate", PROMPT, "--seed", str(2**63)], "from 0 to 9223372036854775807"),
     "too many panels": (["masks", PROMPT, "--panels", "9"], "from 1 to 8, got 9"),
     "unknown guidance": (["generate", PROMPT, "--guidance", "magic"], "is unknown; use cfg, scfg"),
     "unknown dtype": (["generate", PROMPT, "--dtype", "fp8"], "invalid choice: 'fp8'"),
@@ -813,3 +814,54 @@ def test_a_lora_of_another_model_is_refused(run: Run, model: Path) -> None:
     save_file({"unet.nothing.here.lora.down.weight": torch.zeros(2, 2)}, "other.safetensors")
     result = run("generate", PROMPT, "--model", model, "--lora", "other.safetensors")
     assert result.status and "--lora: 'other.safetensors'" in result.error and os.listdir() == ["other.safetensors"]
+
+
+# Hostile surroundings
+
+UNFIT = {
+    "too many steps": (["--steps", 1001], "from 1 to 1000, got 1001"),
+    "a prompt that is no text": (["--negative", "caf\udce9"], "is not UTF-8"),
+    "a long argument": (["--config", "x" * 5000], " ... "),
+    "control characters": (["--config", "a\x1b[31m\x07"], "a\\x1b[31m\\x07"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_is_typed_cannot_disturb_the_terminal(run: Run, case: str) -> None:
+    arguments, message = UNFIT[case]
+    result = run("generate", PROMPT, *arguments)
+    assert result.status == 2 and message in result.error and not os.listdir()
+    assert len(result.error) < 1200 and result.error[:-1].isprintable()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("output", ["closed", "/dev/full"])
+@pytest.mark.parametrize("command", ["masks", "--help"])
+def test_nobody_reads_standard_output(model: Path, tmp_path: Path, command: str, output: str, buffered: bool) -> None:
+    """All files are there, the status is 0, and there is at most a line about it."""
+    arguments = ["--help"] if command == "--help" else [command, PROMPT, "--model", str(model), "--steps", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    if not buffered:
+        environment["PYTHONUNBUFFERED"] = "1"
+    if output == "closed":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(output, os.O_WRONLY)
+    try:
+        line = [sys.executable, "-m", "scfg_fast", *arguments]
+        result = subprocess.run(line, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    errors = [line for line in result.stderr.splitlines() if "S-CFG, seed" not in line and line]
+    assert result.returncode == 0 and len(errors) <= (output != "closed"), result.stderr
+    assert sorted(os.listdir(tmp_path)) == ([] if command == "--help" else ["masks.npz", "masks.png"])
+
+
+def test_an_interrupt_that_a_library_wraps_is_an_interrupt() -> None:
+    wrapped = RuntimeError("Failed to import")
+    wrapped.__cause__ = KeyboardInterrupt()
+    outer = CommandError("the model cannot be loaded")
+    outer.__context__ = wrapped
+    assert explain(outer) == ("interrupted", 130)
