@@ -38,6 +38,7 @@ _TEMPLATE = '''"""{name} of diffusers with S-CFG on, for `from_pretrained(model,
 Written by `python -m scfg_fast.community`. `scfg_kwargs` of a call overrides any parameter of `SCFGConfig`;
 `{{"enabled": False}}` is plain guidance.
 """
+
 # mypy: ignore-errors
 
 import functools
