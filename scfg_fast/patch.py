@@ -22,7 +22,7 @@ from scfg_kernels import available_backends
 from .capture.layers import choose_layers
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CaptureSet, HookedDenoiser, claimed, installed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.unet import UNet
 from .guidance.characteristic import CharacteristicGuidance
@@ -33,7 +33,6 @@ from .pipelines.families import cells_of, default_config, denoisers_of, family_o
 from .regions import Regions
 from .step.context import Stats
 from .step.hook import GuidanceHook
-from .step.scheduler import stepping
 
 _HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 
@@ -171,13 +170,9 @@ class Handle:
             names = tuple(dict.fromkeys(block.info.name for block in blocks))  # two denoisers have the same
             self._regions, self.stats = None, Stats(names, _backends(pipe, config))
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
-            for each in hooked:
-                undo.enter_context(installed(each.module, each.blocks))
             undo.callback(hook.remove)
-            for denoiser in called:
-                hook.install(denoiser)
-            if hook.corrections.around_scheduler:
-                undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
+            hook.install(called)
+            args, kwargs = hook.watch_callbacks(inspect.signature(original), args, kwargs)
             return original(pipe, *args, **kwargs)
 
     def _publish(self, step: int, regions: Regions) -> None:

@@ -32,7 +32,6 @@ class JointAttentionCapture:
 
     def __init__(self, inner, read: Reader, config: SCFGConfig) -> None:
         self.inner = inner
-        self.active = True
         self.read = read
         self.fidelity, self.powers, self.backend = config.fidelity, config.powers, config.backend
         self.layout = BatchLayout()
@@ -54,7 +53,7 @@ class JointAttentionCapture:
         **kwargs,
     ) -> torch.Tensor:
         self.tokens = self.start = None
-        if self.active and encoder_hidden_states is not None and attention_mask is None:
+        if encoder_hidden_states is not None and attention_mask is None:
             self._observe(self.read(attn, hidden_states, encoder_hidden_states))
         return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
@@ -85,7 +84,7 @@ class TransformerCapture:
     block leaves: `tokens`, `start` and `layout` as in `CrossAttentionCapture`.
 
     Attributes:
-        inner, active: as in `_Capture`.
+        inner: as in `_Capture`.
         geometry: of the latents, set before every step.
         one_stream: whether text and image come as one sequence, so that the reader must be told where they part.
     """
@@ -94,7 +93,6 @@ class TransformerCapture:
         self, inner, read: Reader, config: SCFGConfig, level: int, start_token: str, *, last: TransformerCapture | None
     ) -> None:
         self.inner = inner
-        self.active = True
         self.read = read
         self.last = self if last is None else last
         self.level = level
@@ -114,7 +112,7 @@ class TransformerCapture:
 
     def __call__(self, attn, *args, **kwargs):
         geometry = self.last.geometry
-        if self.active and geometry is not None:
+        if geometry is not None:
             if self.one_stream:
                 size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
                 self._observe(self.read(attn, *args, **kwargs, image_tokens=size), self.last)

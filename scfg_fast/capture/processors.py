@@ -75,8 +75,7 @@ class _Capture:
     """Common part: wraps the user's processor and observes, beside its output, what the layer compares.
 
     Attributes:
-        inner: the processor that the layer had; put back by the caller after the pipeline call.
-        active: whether this step needs maps; if not, the inner processor runs alone.
+        inner: the user's processor, while it captures.
         observe: q [B, H, N, d] and k [B, H, T, d] -> what is observed; here the head-mean map [B, N, T].
         attend_and_observe: q, k, v -> the attention output [B, H, N, d], and that.
     """
@@ -86,13 +85,12 @@ class _Capture:
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         self.inner = inner
-        self.active = True
         self.backend = config.backend
         self.fused = type(inner) is AttnProcessor2_0
 
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs):
         """The layer's output, and what was observed, or None if this call cannot be captured."""
-        capture = self.active and attention_mask is None and attn.spatial_norm is None
+        capture = attention_mask is None and attn.spatial_norm is None
         if not (capture and self.fused):
             out = self.inner(
                 attn,

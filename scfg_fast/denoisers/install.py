@@ -1,7 +1,8 @@
 """Capture processors in a denoiser: which objects, for how long, and for whom.
 
-Between calls the model is stock. For one call, or one pass of a modular pipeline, a denoiser is claimed, its chosen
-layers get capture processors, and at the end the very objects that were there are back.
+Between two evaluations the model is stock: the user's own processors are in it, whatever they are by then. For one
+evaluation whose maps are wanted, the chosen layers get capture processors around them. A call, or a pass of a modular
+pipeline, claims the denoiser, so that no other puts captures into it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _CLAIMED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _CLAIM_LOCK = threading.Lock()
 
 
-@dataclass(frozen=True)
 class CapturedBlock:
-    """A block and its processors; kept between calls, so that compiled graphs find the same objects.
+    """A block and its capture processors; kept between calls, so that compiled graphs find the same objects.
+
+    It keeps neither the model nor the user's processors alive: of these, it remembers the classes.
 
     Attributes:
         info: the block.
@@ -40,42 +42,68 @@ class CapturedBlock:
         captures: their processors; the last one holds what the block leaves.
     """
 
-    info: BlockInfo
-    layers: tuple[str, ...]
-    captures: tuple[Any, ...]
+    def __init__(self, info: BlockInfo, module: torch.nn.Module, denoiser: Denoiser, config: SCFGConfig) -> None:
+        self.info = info
+        self.layers = denoiser.layers()
+        self.captures: tuple[Any, ...] = ()
+        self._module = weakref.ref(module)
+        self._denoiser, self._config, self._found = denoiser, config, info
+        self._classes: list[weakref.ref[type]] = []
 
-    def take(self) -> BlockMaps:
-        """What the block left in its last run; dropped there."""
+    def is_of(self, module: torch.nn.Module) -> bool:
+        """Whether this is the block that it was made for."""
+        return self._module() is module
+
+    def put_in(self, layout: BatchLayout, geometry: Geometry) -> None:
+        """Capture the next evaluation, around the processors that the layers have now.
+
+        A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor
+        goes into the layer's `__dict__`, where attribute access looks first.
+        """
+        attentions = self._attentions()
+        processors = [attn.processor for attn in attentions]
+        if any(type(processor).__name__.startswith("PAG") for processor in processors):
+            return  # perturbed-attention guidance, whose layers the pipeline chose to spoil in a part of the batch
+        classes: list[type] = [type(processor) for processor in processors]
+        if [reference() for reference in self._classes] != classes:
+            self.info, self.captures = self._denoiser.wrap(self._found, self._block(), self._config)
+            self._classes = [weakref.ref(cls) for cls in classes]
+        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
+        for attn, capture, processor in zip(attentions, self.captures, processors, strict=True):
+            capture.inner = processor
+            attn.__dict__["processor"] = capture
+
+    def take_out(self) -> BlockMaps:
+        """What the block left. The user's processors are back, the very objects; what was changed meanwhile stays."""
+        if not self.captures or self._module() is None:
+            return BlockMaps(None, None)
         last = self.captures[-1]
         maps = BlockMaps(last.tokens, last.start)
-        last.tokens = last.start = None
+        for attn, capture in zip(self._attentions(), self.captures, strict=True):
+            if attn.__dict__.get("processor") is capture:
+                del attn.__dict__["processor"]
+                if "processor" not in attn._modules:
+                    attn.__dict__["processor"] = capture.inner
+            capture.release()
         return maps
 
-    def prepare(self, active: bool, layout: BatchLayout, geometry: Geometry) -> None:
-        """For the next run of the denoiser."""
-        for capture in self.captures:
-            capture.active = active
-        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
+    def _block(self) -> Any:
+        return self._module()
 
-    def deactivate(self) -> None:
-        """The user's own processors alone, until it is prepared again."""
-        for capture in self.captures:
-            capture.active = False
+    def _attentions(self) -> list[Any]:
+        block = self._block()
+        return [getattr(block, name) if name else block for name in self.layers]
 
 
 class CaptureSet:
-    """The capture processors that one user of a denoiser has, made when they are first needed.
-
-    They hold on to the model's own processors only while they are installed.
-    """
+    """The captured blocks that one user of a denoiser has, made when they are first needed."""
 
     def __init__(self) -> None:
         self._blocks: list[CapturedBlock] = []
-        self._inner: list[weakref.ref] = []
         self._settings: tuple = ()
 
     def blocks(self, model: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
-        """Processors for the chosen blocks: those of the last time, unless something under them changed.
+        """The chosen blocks: those of the last time, unless the model or the configuration is another.
 
         Raises:
             ValueError: the model has none of the layers that `config` names.
@@ -83,18 +111,14 @@ class CaptureSet:
         denoiser = denoiser_of(model)
         if config.rates != "regions" or denoiser is None:
             return []
-        modules: dict[str, Any] = {info.name: (info, module) for info, module in denoiser.blocks(model)}
-        chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
-        names = denoiser.layers()
-        inner = [module.get_submodule(name).processor for _, module in chosen for name in names]
-        settings = ([info.name for info, _ in chosen], config.cell, config.fidelity, config.powers, config.backend)
-        if self._settings != settings or [reference() for reference in self._inner] != inner:
-            wrapped = [denoiser.wrap(info, module, config) for info, module in chosen]
-            self._blocks = [CapturedBlock(info, names, captures) for info, captures in wrapped]
-            self._inner, self._settings = [weakref.ref(processor) for processor in inner], settings
-        captures = [capture for block in self._blocks for capture in block.captures]
-        for capture, processor in zip(captures, inner, strict=True):
-            capture.inner = processor
+        found = list(denoiser.blocks(model))
+        modules = {info.name: module for info, module in found}
+        chosen = choose_layers([info for info, _ in found], config)
+        settings = ([info.name for info in chosen], config.cell, config.fidelity, config.powers, config.backend)
+        known = self._settings == settings and all(block.is_of(modules[block.info.name]) for block in self._blocks)
+        if not known:
+            self._blocks = [CapturedBlock(info, modules[info.name], denoiser, config) for info in chosen]
+            self._settings = settings
         return self._blocks
 
 
@@ -106,6 +130,16 @@ class HookedDenoiser:
     denoiser: Denoiser
     blocks: Sequence[CapturedBlock]
 
+    def put_in(self, layout: BatchLayout, geometry: Geometry) -> None:
+        """Capture the next evaluation."""
+        for block in self.blocks:
+            block.put_in(layout, geometry)
+
+    def take_out(self) -> list[tuple[BlockInfo, BlockMaps]]:
+        """What every block left; the model is stock again."""
+        left = [(block, block.take_out()) for block in self.blocks]
+        return [(block.info, maps) for block, maps in left]
+
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module under a `torch.compile` wrapper."""
@@ -114,7 +148,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def claimed(model: torch.nn.Module) -> Iterator[None]:
-    """The denoiser for this call alone, from before its processors are read until they are back.
+    """The denoiser for this call alone.
 
     Raises:
         RuntimeError: it is inside another call, of this thread or another.
@@ -131,51 +165,37 @@ def claimed(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def installed(model: torch.nn.Module, blocks: Sequence[CapturedBlock]) -> Iterator[None]:
-    """The capture processors in place of the user's, which come back, the very objects, whatever happens.
-
-    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
-    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
-    """
-    before: list[tuple[dict[str, Any], bool, Any]] = []
-    try:
-        for block in blocks:
-            module = model.get_submodule(block.info.name)
-            for name, processor in zip(block.layers, block.captures, strict=True):
-                attn: Any = module.get_submodule(name)
-                for store in (attn.__dict__, attn._modules):
-                    before.append((store, "processor" in store, store.get("processor")))
-                attn.__dict__["processor"] = processor
-        yield
-    finally:
-        for store, present, processor in reversed(before):
-            if present:
-                store["processor"] = processor
-            else:
-                store.pop("processor", None)
-        for block in blocks:
-            for capture in block.captures:
-                capture.release()
-
-
-@contextlib.contextmanager
-def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
-    """A pre-hook and a hook, with keyword arguments, on an object that a pipeline calls.
+def hooked(
+    model: torch.nn.Module, before: Callable[..., Any], end: Callable[[], None], after: Callable[..., Any]
+) -> Iterator[None]:
+    """Around every evaluation of an object that a pipeline calls, with keyword arguments.
 
     A model that was compiled in place traces its hooks into the graph, so there the compiled call itself is wrapped;
     `before` cannot change its arguments.
+
+    Args:
+        model: the object.
+        before: the last pre-hook, (module, args, kwargs).
+        end: called first after the evaluation, also if it raised an `Exception`; before the user's own hooks.
+        after: the last hook, (module, args, kwargs, output). Also called after an `Exception`, with output None.
     """
     compiled = model.__dict__.get("_compiled_call_impl")
     with contextlib.ExitStack() as undo:
         if compiled is None:
             undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+            first = model.register_forward_hook(lambda *_: end(), prepend=True, always_call=True)
+            undo.callback(first.remove)
+            undo.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         else:
 
             def call(*args, **kwargs):
-                before(model, args, kwargs)
-                output = compiled(*args, **kwargs)
-                rewritten = after(model, args, kwargs, output)
+                output = rewritten = None
+                try:
+                    before(model, args, kwargs)
+                    output = compiled(*args, **kwargs)
+                finally:
+                    end()
+                    rewritten = after(model, args, kwargs, output)
                 return output if rewritten is None else rewritten
 
             undo.callback(setattr, model, "_compiled_call_impl", compiled)
@@ -183,19 +203,41 @@ def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[.
         yield
 
 
-def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
-    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
+HARMLESS_HOOKS = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+"""Hooks of diffusers that do not look at the batch."""
 
-    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
+
+def can_halve(denoiser: torch.nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether an evaluation may have the conditional half of the batch alone. Walks through all modules.
+
+    Not where another batch size would cost a compilation, or meet features cached from a full step: caches replace the
+    forward of blocks, or are diffusers hooks (offloading and casting do so too and are harmless). Not where somebody
+    looks at the batch: hooks, and attention processors that are not diffusers' own. Not with attention arguments, whose
+    batch dimension is unknown.
     """
-    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+    if arguments.get("cross_attention_kwargs"):
+        return False
     for module in denoiser.modules():
         state = vars(module)
         if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
-            return True
+            return False
         registry = state.get("_diffusers_hook")
-        if registry is not None and not set(registry.hooks) <= harmless:
-            return True
+        if registry is not None and not set(registry.hooks) <= HARMLESS_HOOKS:
+            return False
         if "forward" in state and registry is None and "_hf_hook" not in state:
-            return True
-    return False
+            return False
+        if any(not _is_from(hook, __package__) for hook in (*_hooks(module, "forward"), *_hooks(module, "forward_pre"))):
+            return False
+        processor = getattr(module, "processor", None)
+        if processor is not None and not _is_from(type(processor), "diffusers"):
+            return False
+    return True
+
+
+def _hooks(module: torch.nn.Module, kind: str) -> list[Any]:
+    return list(getattr(module, f"_{kind}_hooks").values())
+
+
+def _is_from(thing: Any, package: str | None) -> bool:
+    """Whether a class or a function is defined in a package."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == str(package).partition(".")[0]

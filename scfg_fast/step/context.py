@@ -47,7 +47,7 @@ class Stats:
         backend: operator -> `"torch"` or `"triton"` for this pipeline's device and dtype; empty before the first call.
             Operands beyond a kernel's limits (see `SCFGConfig.backend`) are computed by torch all the same.
         bytes: bytes of maps kept from the layers to the end of a step (the largest step).
-        steps_applied: denoising steps guided by S-CFG.
+        steps_applied: denoising steps guided by S-CFG; steps of all runs, where a call has several.
         steps_skipped: reason -> number of steps that were left to plain guidance.
         weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
         samples: samples that the denoiser computed; a step whose weight is 1 needs half, Characteristic and loss
@@ -123,3 +123,18 @@ class CallContext:
     size: tuple[int, int] | None = None
     switch: str = "guidance_scale > 1"
     undone_by: str = ""
+
+    @property
+    def renoises(self) -> bool:
+        """Whether CFG++ takes the scheduler's steps apart."""
+        return bool(getattr(self.schedule, "renoises", lambda _: False)(self.scheduler))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a method needs more of a step than its prediction: noise levels, and the denoiser again."""
+        return self.renoises or self.characteristic is not None or self.loss is not None
+
+    @property
+    def needs_levels(self) -> bool:
+        """Whether anything asks for noise levels."""
+        return self.corrects or (self.schedule is not None and self.schedule.needs_levels)

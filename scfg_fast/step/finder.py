@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from scfg_kernels import guide, guide_pixels, segment_and_guide
 
-from ..capture.layers import BlockInfo
+from ..capture.layers import BlockInfo, grid_size
 from ..capture.maps import BlockMaps, StepMaps, collect
 from ..config import SCFGConfig
+from ..regions import Regions
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -29,6 +30,13 @@ class RegionFinder:
         self._config = config
         self._token_mask = token_mask
         self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
+
+    def begin(self, latent_size: tuple[int, int]) -> bool:
+        """For a step on latents of this (H, W): whether there are regions of an earlier one; forgets those of another
+        size."""
+        if self.segments is not None and self.segments[0].shape[1:] != grid_size(*latent_size, self._config.cell):
+            self.segments = None
+        return self.segments is not None
 
     def take(
         self, layers: Sequence[tuple[BlockInfo, BlockMaps]], latent_size: tuple[int, int]
@@ -78,20 +86,45 @@ class RegionFinder:
         return guide(uncond, cond, token_index, foreground, weight, num_tokens=num_tokens, **options)
 
 
-def guide_by_pixel(
-    config: SCFGConfig,
-    uncond: torch.Tensor,
-    cond: torch.Tensor,
-    weight: float,
-    rewrite: str = "guided",
-    rescale: float = 0.0,
-    copies: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(result, rate) of `scfg_kernels.guide_pixels` for `rates="pixels"`."""
-    return guide_pixels(
-        uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
-        rewrite=rewrite, rescale=rescale, copies=copies, backend=config.backend,
-    )  # fmt: skip
+class AppliedRates:
+    """The rates of one prediction: of regions, from maps or kept, or of pixels. Called, they guide.
+
+    Args:
+        config: of the call.
+        finder: of the regions.
+        maps: of this step, or None where regions are kept.
+        rescale: phi of guidance_rescale, where the pipeline leaves that to the guided prediction (guiders).
+
+    Attributes:
+        rate: [B, 1, H, W] once called, else None.
+    """
+
+    def __init__(
+        self, config: SCFGConfig, finder: RegionFinder, maps: StepMaps | None, rescale: float = 0.0
+    ) -> None:
+        self.rate: torch.Tensor | None = None
+        self._config, self._finder, self._maps, self._rescale = config, finder, maps, rescale
+
+    def __call__(
+        self, uncond: torch.Tensor, cond: torch.Tensor, weight: float, rewrite: str = "guided", copies: int = 1
+    ) -> torch.Tensor:
+        """The guided prediction, or what stands in for u (`rewrite="unconditional"`); see `scfg_kernels.guide`."""
+        config = self._config
+        if config.rates == "pixels":
+            result, self.rate = guide_pixels(
+                uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
+                rewrite=rewrite, rescale=self._rescale, copies=copies, backend=config.backend,
+            )  # fmt: skip
+        else:
+            result, self.rate = self._finder.guide(self._maps, uncond, cond, weight, rewrite, self._rescale, copies)
+        return result
+
+    def regions(self, step: int) -> Regions | None:
+        """The regions that the rates are of; None of pixels, or before a call."""
+        if self.rate is None or self._finder.segments is None or self._config.rates != "regions":
+            return None
+        token_index, foreground, _ = self._finder.segments
+        return Regions(step, token_index, foreground, self.rate)
 
 
 def guide_plainly(
