@@ -26,18 +26,19 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
+from .capture.layers import BlockInfo
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CapturedBlock, CaptureSet, claimed, installed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
-from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
-from .step.context import SCFGWarning, Stats
-from .step.finder import RegionFinder, Segments, guide_by_pixel
+from .step.context import CallContext, SCFGWarning, Stats
+from .step.finder import AppliedRates, RegionFinder
+from .step.plan import StepPlan, StepState, plan
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -81,7 +82,13 @@ class SCFGGuidance(ClassifierFreeGuidance):
         if self.scfg_config.tokens != "all":
             raise ValueError("SCFGGuidance: a guider does not see the prompt's text; use tokens='all'")
         self._captures = CaptureSet()
-        self._blocks: list[CapturedBlock] = []
+        # A guider is asked for the guided prediction itself: whatever else the pipeline uses is no concern of the plan.
+        self._context = CallContext(
+            samples=0,
+            guidance_scale=lambda _: self.guidance_scale,
+            guidance_rescale=lambda: self.guidance_rescale,
+            num_steps=lambda: self._num_inference_steps or 1,
+        )
         self._pass: contextlib.ExitStack | None = None
         self._warned = False
         self._begin()
@@ -90,7 +97,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         """Forget the run before."""
         self.regions: Regions | None = None
         self.stats = Stats()
-        self._maps: dict[str, list[BlockMaps]] = {}
+        self._maps: dict[str, list[tuple[BlockInfo, BlockMaps]]] = {}
         self._finder = RegionFinder(self.scfg_config)
         self._guided_steps = 0
         self._negative: list[torch.Tensor] = []
@@ -108,7 +115,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
 
     def prepare_inputs(self, data: Any) -> list[Any]:
         """As for plain guidance; until it is decided which half the foreground is read from, notes the embeddings."""
-        if self._foreground is None and self._needs_maps():
+        if self._foreground is None and self._plan().regions == "find":
             pairs = [value for name, value in data.items() if name in ("prompt_embeds", "encoder_hidden_states")]
             self._negative = [pair[1] for pair in pairs if isinstance(pair, tuple) and pair[1] is not None]
         return super().prepare_inputs(data)
@@ -116,7 +123,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
         self._close()
-        if not self._acts():
+        planned = self._plan()
+        if planned.reason is not None:
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
@@ -130,7 +138,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
             )
         branch = "conditional" if self.is_conditional else "unconditional"
         self._view = known.view(model)
-        capture = self._needs_maps()
+        capture = planned.regions == "find"
         if capture:
             self._foreground = self._foreground or self._half_of_foreground(known)
             capture = branch == "conditional" or self._foreground == "unconditional"
@@ -142,8 +150,8 @@ class SCFGGuidance(ClassifierFreeGuidance):
     ) -> None:
         """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
         blocks = self._captures.blocks(model, self.scfg_config) if capture else []
+        captured = HookedDenoiser(model, known, blocks)
         if capture:
-            self._blocks = blocks
             self.stats.layers = tuple(block.info.name for block in blocks)
         layout = BatchLayout(1, self._foreground or "unconditional", branch)
         # Compiled in place, `forward` is traced; the compiled call is what can be surrounded.
@@ -157,12 +165,12 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 size = None if self._geometry is None else (self._geometry.height, self._geometry.width)
                 sample = argument(args, kwargs, 0, known.sample)
                 self._geometry = known.geometry(model, sample, kwargs, size)
-                with claimed(model), installed(model, blocks):
-                    for block in blocks:
-                        block.prepare(True, layout, self._geometry)
-                    output = forward(*args, **kwargs)
-                    self._maps[branch] = [block.take() for block in blocks]
-                    return output
+                with claimed(model):
+                    try:
+                        captured.put_in(layout, self._geometry)
+                        return forward(*args, **kwargs)
+                    finally:
+                        self._maps[branch] = captured.take_out()
             finally:
                 self._close()
 
@@ -186,22 +194,19 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 images) get plain guidance.
         """
         maps, self._maps = self._maps, {}
-        if pred_uncond is None or not self._acts():
+        planned = self._plan()
+        if pred_uncond is None or planned.reason is not None:
             return super().forward(pred_cond, pred_uncond)
         config = self.scfg_config
-        weight = float(self.guidance_scale)
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
         cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
-        rescale = self.guidance_rescale if geometry.frames == 1 else 0.0
-        if config.rates == "pixels":
-            guided, _ = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
-        else:
-            step_maps = self._take_maps(maps, geometry) if maps else None
-            if step_maps is None and self._finder.segments is None:
-                raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
-            guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
-            token_index, foreground, _ = cast(Segments, self._finder.segments)
-            self.regions = Regions(cast(int, self._step), token_index, foreground, rate)
+        rescale = planned.rescale if geometry.frames == 1 else 0.0
+        step_maps = self._take_maps(maps, geometry) if planned.regions == "find" else None
+        if planned.regions != "none" and step_maps is None and self._finder.segments is None:
+            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+        rates = AppliedRates(config, self._finder, step_maps, rescale)
+        guided = rates(uncond, cond, planned.weight)
+        self.regions = rates.regions(planned.index) or self.regions
         others = pred_cond
         if cond.numel() < pred_cond.numel():
             others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
@@ -210,21 +215,19 @@ class SCFGGuidance(ClassifierFreeGuidance):
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         self._guided_steps += 1
         self.stats.steps_applied += 1
-        self.stats.weights.append(float(self.guidance_scale))
+        self.stats.weights.append(planned.weight)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _acts(self) -> bool:
-        """Whether this step is more than plain guidance."""
-        config = self.scfg_config
-        if config.rates == "none" or not self._is_cfg_enabled():
-            return False
-        return in_part(self._step or 0, self._num_inference_steps or 1, config.start, config.stop)
-
-    def _needs_maps(self) -> bool:
-        """Whether this step needs maps."""
-        if not self._acts() or self.scfg_config.rates != "regions":
-            return False
-        return self._finder.segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
+    def _plan(self) -> StepPlan:
+        """What this step does."""
+        return plan(self._context, self.scfg_config, StepState(
+            index=self._step or 0,
+            count=self._num_inference_steps or 1,
+            scale=float(self.guidance_scale) if self._is_cfg_enabled() else 1.0,
+            rescale=float(self.guidance_rescale),
+            guided_steps=self._guided_steps,
+            has_regions=self._finder.segments is not None,
+        ))  # fmt: skip
 
     def _half_of_foreground(self, known: Denoiser) -> str:
         """Which half the foreground is read from in this run; see `SCFGConfig.foreground`."""
@@ -236,9 +239,11 @@ class SCFGGuidance(ClassifierFreeGuidance):
         zeroed = any(not bool(embeddings.any()) for embeddings in negative)
         return "conditional" if zeroed else "unconditional"
 
-    def _take_maps(self, maps: dict[str, list[BlockMaps]], geometry: Geometry) -> StepMaps | None:
-        halves = zip(self._blocks, maps["conditional"], maps[cast(str, self._foreground)], strict=True)
-        layers = [(block.info, BlockMaps(cond.tokens, deciding.start)) for block, cond, deciding in halves]
+    def _take_maps(
+        self, maps: dict[str, list[tuple[BlockInfo, BlockMaps]]], geometry: Geometry
+    ) -> StepMaps | None:
+        pairs = zip(maps["conditional"], maps[cast(str, self._foreground)], strict=True)
+        layers = [(info, BlockMaps(cond.tokens, deciding.start)) for (info, cond), (_, deciding) in pairs]
         step_maps, missing = self._finder.take(layers, (geometry.height, geometry.width))
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         if missing and not self._warned:
