@@ -1,14 +1,30 @@
 PYTHON ?= python
 
-.PHONY: lint test test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+.PHONY: check lint package test test-all test-twins test-ptx aot simulated tables bench bench-gpu overhead plot
+
+# Under a minute on 2 cores: style, who imports whom, the torch implementations, every unit; nothing that compiles.
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n0 -q -m "not slow" tests/project tests/scfg_fast tests/kernels
 
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# The source distribution, the wheel made from it, and what PyPI would say of both.
+package:
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+
 test:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
+
+# Also the simulator's own tests, for changes of lab/ptxsim and new versions of Triton.
+test-all:
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests training lab
 
 test-twins:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/triton
@@ -26,7 +42,7 @@ tables:
 	$(PYTHON) -m benchmarks.aot
 	$(PYTHON) -m benchmarks.simulated
 	$(PYTHON) -m benchmarks.agreement
-	PYTHONPATH=.:kernels $(PYTHON) -m tests.kernels.triton.attention_counters
+	PYTHONPATH=.:kernels $(PYTHON) -m tests.benchmarks.attention_counters
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu

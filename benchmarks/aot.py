@@ -51,7 +51,7 @@ from scfg_kernels._launch import (
 )
 
 from lab import ptxsim
-from lab.ptxsim import RecordedLaunch, recorded
+from lab.ptxsim import FLOAT_ATOMIC, RecordedLaunch, recorded
 
 from .gpu import grid
 from .report import environment
@@ -511,7 +511,6 @@ _SASS_MIX = {
     "atomic": r"ATOM|RED\b|REDG|REDAS",
     "branch": r"BRA",
 }
-PTX_FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.(?:[\w:]+\.)*(?:b?f16(?:x2)?|f32|f64)\b")
 _PTX_MATRIX = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"mma\.sync"}
 
 
@@ -543,7 +542,7 @@ def _nvidia(launch: RecordedLaunch) -> dict[str, Any]:
         loop_spills=code.in_loops().count("LDL|STL"),
         innermost_spills=code.in_innermost_loops().count("LDL|STL"),
         matrix=next((name for name, pattern in _PTX_MATRIX.items() if re.search(pattern, ptx)), ""),
-        float_atomics=len(PTX_FLOAT_ATOMIC.findall(ptx)),
+        float_atomics=len(FLOAT_ATOMIC.findall(ptx)),
         loads=_by_bytes(code.named(loads), _sass_bytes),
         innermost_loads=_by_bytes(code.in_innermost_loops().named(loads), _sass_bytes),
         stores=_by_bytes(code.named(r"STG"), _sass_bytes),

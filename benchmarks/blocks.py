@@ -32,6 +32,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from scfg_kernels import segment_and_guide, self_attention_map
 
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, Spread, allocated_peak, interleaved
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import choose_layers, holds_map
@@ -41,7 +42,7 @@ from scfg_fast.denoisers.unet import find_blocks
 from . import overhead, registry
 from .report import RESULTS, Report
 
-UNETS = {"sdxl": overhead.SDXL_UNET, "sd15": overhead.SD15_UNET}
+UNETS = {"sdxl": SDXL_UNET, "sd15": SD15_UNET}
 BY_MAP = "captured, by its map"
 CHOICES = ("all", "one-per-transformer")
 

@@ -1,15 +1,15 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|presence|place|characteristic|solver [--pictures N] [--steps N...] [--judge D]
+    python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps N...] [--judge D]
 
 `methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
 and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
 clamped schedules more). `presence` and `place`: loss guidance with the bundled classifier, to draw a noun that the
 prompt leaves open, and to put one in a corner. `characteristic`: residuals of the fixed point over its iterations,
-with the ridge projection and without; `solver`: the same, one setting at a time as in the published code.
+with the ridge projection and without.
 
 Pictures are scored by a classifier: the bundled one, or with `--judge D` (a folder) one that
-`python -m scfg_fast.models.training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
+`python -m training.judge --data FOLDER --seed S` trained apart from it. Loss guidance steers by the
 bundled one, so that only another says whether it drew the noun or an adversarial pattern; both are reported.
 
 Writes `benchmarks/results/guidance-TASK.csv` and `.json`.
@@ -32,12 +32,19 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import scfg_fast
+from lab.referee import assess, load_judge, summarise
+from lab.scenes import RELATIONS, Scene, SceneObject, with_article
 from scfg_fast import SCFGConfig
-from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from scfg_fast.guidance import (
+    Augment,
+    CFGPlusPlus,
+    CharacteristicGuidance,
+    CharacteristicSolver,
+    LossGuidance,
+    WeightSchedule,
+)
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
 from scfg_fast.models.classifier import NOUNS, SceneClassifier, bundled_classifier
-from scfg_fast.models.training.judge import assess, load_judge, summarise
-from scfg_fast.models.training.scenes import RELATIONS, Scene, SceneObject, with_article
 
 from .report import RESULTS, ROOT, Report
 
@@ -230,20 +237,11 @@ def loss(
 
 PROJECTIONS = {
     "ridge": CharacteristicGuidance(max_iterations=20),
-    "identity": CharacteristicGuidance(projection="identity", max_iterations=20),
+    "identity": CharacteristicGuidance(max_iterations=20, solver=CharacteristicSolver("identity")),
 }
-SOLVERS = {
-    "default": CharacteristicGuidance(max_iterations=20),
-    "annealed": CharacteristicGuidance(max_iterations=20, anneal=0.4),
-    "warm": CharacteristicGuidance(max_iterations=20, reuse=1.0),
-    "per channel": CharacteristicGuidance(max_iterations=20, bases=1),
-}
-"""The default, and one thing at a time as published."""
 
 
 def characteristic(
-    task: str,
-    settings: dict[str, CharacteristicGuidance],
     report: Report,
     judge: SceneClassifier,
     pictures: int,
@@ -254,11 +252,11 @@ def characteristic(
     pipe = open_pipeline()
     handle = scfg_fast.enable(pipe, PLAIN)
     prompts = [caption(noun, i) for i, noun in enumerate(WANTED)][:pictures]
-    for (name, chosen), scale, steps in itertools.product(settings.items(), (SCALE, 15.0), step_counts):
+    for (name, chosen), scale, steps in itertools.product(PROJECTIONS.items(), (SCALE, 15.0), step_counts):
         handle.characteristic = chosen
         done = sample(pipe, handle, prompts, steps, scale)
         curves = handle.stats.characteristic
-        case = dict(case=f"{task}/{name}/g{scale:g}/steps{steps}", op=task, sizes=f"steps{steps}")
+        case = dict(case=f"characteristic/{name}/g{scale:g}/steps{steps}", op="characteristic", sizes=f"steps{steps}")
         used = torch.stack([curve.iterations for curve in curves]).float()
         agreed = torch.stack([curve.converged for curve in curves]).float()
         for metric, unit, value in (
@@ -279,8 +277,7 @@ TASKS = {
     "methods": methods,
     "presence": partial(loss, "presence"),
     "place": partial(loss, "place"),
-    "characteristic": partial(characteristic, "characteristic", PROJECTIONS),
-    "solver": partial(characteristic, "solver", SOLVERS),
+    "characteristic": characteristic,
 }
 
 

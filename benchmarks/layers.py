@@ -36,11 +36,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from scfg_kernels import guide, segment_and_guide
 
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, Spread
 from scfg_fast import SCFGConfig
 from scfg_fast.capture.layers import BlockInfo, middles
 from scfg_fast.capture.maps import StepMaps, collect
-from scfg_fast.denoisers.install import CaptureSet, installed
+from scfg_fast.denoisers.install import CaptureSet
 
 from . import overhead, registry
 from .guidance import SCALE, open_pipeline, pair
@@ -121,12 +122,13 @@ class Capture:
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
-        self._blocks = CaptureSet().blocks(unet, SCFGConfig(layers="all"))
+        self._installation = CaptureSet().choose(unet, SCFGConfig(layers="all"))
+        self._blocks = self._installation.blocks
         self.infos = [block.info for block in self._blocks]
         self._undo = ExitStack()
 
     def __enter__(self) -> Capture:
-        self._undo.enter_context(installed(self.unet, self._blocks))
+        self._undo.enter_context(self._installation)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -188,7 +190,7 @@ def bundled(pictures: int, steps: int) -> Compared:
 
 def random_steps(arch: str, seeds: Sequence[int], size: int | None) -> Compared:
     """A real-size UNet with random weights: one step per seed, other weights, texts and noise each time."""
-    config = {"sd15": overhead.SD15_UNET, "sdxl": overhead.SDXL_UNET}[arch]
+    config = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}[arch]
     compared: Compared | None = None
     side = size // 8 if size else config["sample_size"]
     for seed in seeds:

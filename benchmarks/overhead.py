@@ -44,6 +44,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 
 import scfg_fast
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, CountOps, Spread, allocated_peak, interleaved, ratios, resident_peak
 from lab.reference.official import LiteralCaptureProcessor, LiteralStore
 from lab.tiny.unets import tiny_sd_pipeline
@@ -65,27 +66,6 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 class DisagreementError(RuntimeError):
     """Ours and the literal port do not compute the same latents; nothing may be timed."""
-
-
-SD15_UNET: dict[str, Any] = dict(
-    sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-)
-"""The UNet of Stable Diffusion 1.5."""
-
-SDXL_UNET: dict[str, Any] = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-"""The UNet of SDXL base 1.0: 2.57 G parameters, 60 transformer blocks at latent / 4 and 10 at latent / 2."""
 
 
 def sharpen(model: _Module) -> _Module:
@@ -191,13 +171,13 @@ class Subject:
         registry.oracle.gaussian_kernel_3x3(0.5, unet.dtype)
         rng = torch.Generator().manual_seed(0)
         width = unet.config.cross_attention_dim
-        self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng)
-        self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng)
+        self.embeds = torch.randn(2, 1, registry.TOKENS, width, generator=rng).to(unet.dtype)
+        self.latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng).to(unet.dtype)
         self.more: dict[str, torch.Tensor] = {}
         if isinstance(self.pipe, StableDiffusionXLPipeline):
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             names = ("negative_pooled_prompt_embeds", "pooled_prompt_embeds")
-            self.more = dict(zip(names, torch.randn(2, 1, pooled, generator=rng), strict=True))
+            self.more = dict(zip(names, torch.randn(2, 1, pooled, generator=rng).to(unet.dtype), strict=True))
 
     def _call(self) -> torch.Tensor:
         return self.pipe(

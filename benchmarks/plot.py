@@ -259,7 +259,7 @@ def plot_convergence(rows: Sequence[Row], details: dict[str, list[dict[str, Any]
 def picture_of(rows: Sequence[Row]) -> Callable[..., Path] | None:
     """What draws these rows; None if nothing does: layer choices, blocks, overhead without operators are tables."""
     metrics = {row.metric for row in rows}
-    if any(row.op in ("characteristic", "solver") for row in rows):
+    if any(row.op == "characteristic" for row in rows):
         return plot_convergence
     if {"time_ratio", "ops_inside_extra"} <= metrics:
         return plot_overhead

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,7 +17,9 @@ _FIDELITIES = ("official", "paper")
 _LAYERS = ("auto", "all", "one-per-transformer")
 _TOKENS = ("all", "words")
 _FOREGROUNDS = ("auto", "unconditional", "conditional")
-_BENCHMARKS = ("auto", "foreground", "image")
+_REFERENCES = ("auto", "foreground", "image")
+_COMBINATIONS = ("cfg", "apg", "cfg-zero")
+_DOSES = ("as-published", "matched")
 _BACKENDS = ("auto", "triton", "torch")
 
 PAPER: dict[str, Any] = dict(fidelity="paper", blur_sigma=0.0, rate_min=None, rate_max=None, max_scale=None)
@@ -58,9 +62,20 @@ class SCFGConfig:
         foreground: the half of the batch whose start token decides what is foreground: `"unconditional"` as in the
             code, `"conditional"`, or `"auto"`: unconditional, unless the pipeline replaces an empty negative prompt by
             zeros (SDXL, Kolors). Zeros make that half attend to all tokens alike, which leaves no foreground at all.
-        benchmark: whose mean guidance norm every region is brought to: `"foreground"`, `"image"` for that of the whole
+        reference: whose mean guidance norm every region is brought to: `"foreground"`, `"image"` for that of the whole
             image, or `"auto"`: the foreground, but the image in the first stage of DeepFloyd IF with
-            `fidelity="official"`, as in the code.
+            `fidelity="official"`, as in the code. `benchmark` is its former name and still accepted.
+        dose: `"as-published"`, or `"matched"`: the rates of each step and image are multiplied by the one factor that
+            makes its effective weight (`handle.stats.effective_weights`) the weight of the step, so that methods can be
+            compared at one guidance_scale. The factor comes after the clamps, and before `guidance_rescale`.
+        combine: how the two predictions are mixed: `"cfg"`, `"apg"` (arXiv 2410.02416) or `"cfg-zero"` (arXiv
+            2503.18886), with the rates on its direction; see `scfg_fast.guidance.mixing`. `start` and `stop` are about
+            the rates, not about this.
+        eta: of APG, how much of the direction along the conditional prediction stays; 1 for all of it.
+        adaptive_projected_guidance_momentum: of APG; None for none. The paper's are negative.
+        adaptive_projected_guidance_rescale: of APG, the length of the direction above which it is shortened; 0 for
+            none.
+        zero_init_steps: of CFG-Zero*, how many steps begin the run with a prediction of zero.
         backend: `"auto"`, `"triton"` or `"torch"`. `"auto"` takes Triton for what its kernels can compute and torch for
             the rest; the others mean just that, or an error that lists every reason.
 
@@ -83,7 +98,13 @@ class SCFGConfig:
     reuse_every: int = 1
     tokens: str = "all"
     foreground: str = "auto"
-    benchmark: str = "auto"
+    reference: str = "auto"
+    dose: str = "as-published"
+    combine: str = "cfg"
+    eta: float = 1.0
+    adaptive_projected_guidance_momentum: float | None = None
+    adaptive_projected_guidance_rescale: float = 15.0
+    zero_init_steps: int = 1
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -104,8 +125,20 @@ class SCFGConfig:
             yield f"tokens={self.tokens!r} is unknown, use one of {_TOKENS}"
         if self.foreground not in _FOREGROUNDS:
             yield f"foreground={self.foreground!r} is unknown, use one of {_FOREGROUNDS}"
-        if self.benchmark not in _BENCHMARKS:
-            yield f"benchmark={self.benchmark!r} is unknown, use one of {_BENCHMARKS}"
+        if self.reference not in _REFERENCES:
+            yield f"reference={self.reference!r} is unknown, use one of {_REFERENCES}"
+        if self.dose not in _DOSES:
+            yield f"dose={self.dose!r} is unknown, use one of {_DOSES}"
+        if self.combine not in _COMBINATIONS:
+            yield f"combine={self.combine!r} is unknown, use one of {_COMBINATIONS}"
+        for name in ("eta", "adaptive_projected_guidance_momentum", "adaptive_projected_guidance_rescale"):
+            value = getattr(self, name)
+            least = 0.0 if name == "adaptive_projected_guidance_rescale" else -float("inf")
+            none = value is None and name == "adaptive_projected_guidance_momentum"
+            if not none and not (_is_number(value) and least <= value and abs(value) < float("inf")):
+                yield f"{name} must be a finite number{' of at least 0' if least == 0.0 else ''}, got {value!r}"
+        if not _is_int(self.zero_init_steps) or self.zero_init_steps < 0:
+            yield f"zero_init_steps must be an integer of at least 0, got {self.zero_init_steps!r}"
         if self.backend not in _BACKENDS:
             yield f"backend={self.backend!r} is unknown, use one of {_BACKENDS}"
         for name in ("cell", "powers", "reuse_every"):
@@ -157,7 +190,7 @@ class SCFGConfig:
         """The published code for DeepFloyd IF, with `overrides`: the only clamp is `max_scale`.
 
         `enable(pipe)` and `supports(pipe)` take this for an IF pipeline where no configuration is given. What else
-        differs there, the layers and the benchmark, is what `"auto"` means for IF.
+        differs there, the layers and the reference, is what `"auto"` means for IF.
         """
         return cls(**{**DEEPFLOYD, **overrides})
 
@@ -173,6 +206,7 @@ class SCFGConfig:
 
     def replace(self, **changes: Any) -> SCFGConfig:
         """A copy with `changes`. Raises ValueError for a name that is not a parameter."""
+        changes = _renamed(changes)
         _refuse_unknown(changes)
         return dataclasses.replace(self, **changes)
 
@@ -183,8 +217,14 @@ class SCFGConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SCFGConfig:
         """Inverse of `to_dict`. Raises ValueError for a name that is not a parameter."""
+        values = _renamed(values)
         _refuse_unknown(values)
         return cls(**values)
+
+    @property
+    def benchmark(self) -> str:
+        """`reference`, by its former name."""
+        return self.reference
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -217,6 +257,28 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters by their present names: `benchmark` became `reference`."""
+    if "benchmark" not in values:
+        return values
+    if "reference" in values:
+        raise ValueError("SCFGConfig: benchmark is the former name of reference; give reference alone")
+    return {"reference" if name == "benchmark" else name: value for name, value in values.items()}
+
+
+def _accept_former_names(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of `SCFGConfig`, for parameters by their former names too."""
+
+    @functools.wraps(init)
+    def __init__(self: SCFGConfig, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **_renamed(kwargs))
+
+    return __init__
+
+
+SCFGConfig.__init__ = _accept_former_names(SCFGConfig.__init__)  # type: ignore[method-assign]
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:

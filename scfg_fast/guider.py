@@ -33,12 +33,13 @@ from .denoisers.base import Denoiser
 from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
+from .guidance.mixing import distances
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
 from .step.context import CallContext, SCFGWarning, Stats
-from .step.finder import AppliedRates, RegionFinder
-from .step.plan import StepPlan, StepState, plan
+from .step.finder import Combination, RegionFinder, mixer_of
+from .step.plan import StepPlan, StepState, plan, zero_step
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -82,7 +83,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         if self.scfg_config.tokens != "all":
             raise ValueError("SCFGGuidance: a guider does not see the prompt's text; use tokens='all'")
         self._captures = CaptureSet()
-        # A guider is asked for the guided prediction itself: whatever else the pipeline uses is no concern of the plan.
+        # A guider is asked for the guided prediction itself: what else the pipeline does with it is not its concern.
         self._context = CallContext(
             samples=0,
             guidance_scale=lambda _: self.guidance_scale,
@@ -99,6 +100,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self.stats = Stats()
         self._maps: dict[str, list[tuple[BlockInfo, BlockMaps]]] = {}
         self._finder = RegionFinder(self.scfg_config)
+        self._mixer = mixer_of(self.scfg_config)
         self._guided_steps = 0
         self._negative: list[torch.Tensor] = []
         self._foreground: str | None = None  # decided at the first pass that is captured
@@ -124,12 +126,12 @@ class SCFGGuidance(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         self._close()
         planned = self._plan()
-        if planned.reason is not None:
+        if planned.reason is not None and self._mixer is None:
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
         if known is None or known.conditional_first:  # which takes both groups in one list, where a guider has one
-            if self.scfg_config.rates == "pixels":
+            if planned.regions == "none":
                 return  # needs no attention, and takes predictions as images
             readable = ", ".join(name for name, one in TRANSFORMERS.items() if not one.conditional_first)
             raise ValueError(
@@ -149,10 +151,10 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self, denoiser: torch.nn.Module, model: torch.nn.Module, known: Denoiser, branch: str, capture: bool
     ) -> None:
         """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
-        blocks = self._captures.blocks(model, self.scfg_config) if capture else []
-        captured = HookedDenoiser(model, known, blocks)
+        captured = None
         if capture:
-            self.stats.layers = tuple(block.info.name for block in blocks)
+            captured = HookedDenoiser(model, known, self._captures.choose(model, self.scfg_config))
+            self.stats.layers = tuple(block.info.name for block in captured.blocks)
         layout = BatchLayout(1, self._foreground or "unconditional", branch)
         # Compiled in place, `forward` is traced; the compiled call is what can be surrounded.
         name = "forward" if denoiser.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
@@ -166,8 +168,10 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 sample = argument(args, kwargs, 0, known.sample)
                 self._geometry = known.geometry(model, sample, kwargs, size)
                 with claimed(model):
+                    if captured is None:
+                        return forward(*args, **kwargs)
+                    captured.put_in(layout, self._geometry)
                     try:
-                        captured.put_in(layout, self._geometry)
                         return forward(*args, **kwargs)
                     finally:
                         self._maps[branch] = captured.take_out()
@@ -194,28 +198,41 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 images) get plain guidance.
         """
         maps, self._maps = self._maps, {}
-        planned = self._plan()
-        if pred_uncond is None or planned.reason is not None:
+        self.stats.weights.append(1.0 if pred_uncond is None else float(self.guidance_scale))
+        self.stats.distances.append(None)
+        self.stats.images = pred_cond.shape[0]
+        config, planned = self.scfg_config, self._plan()
+        if zero_step(config, planned.index):
+            if pred_uncond is not None:
+                self.stats.distances[-1] = distances(
+                    pred_uncond, pred_cond, 0.0, None, -pred_uncond, 0.0, len(pred_cond)
+                )
+            return GuiderOutput(pred=torch.zeros_like(pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
+        if pred_uncond is None or not (planned.reason is None or config.combine != "cfg"):
             return super().forward(pred_cond, pred_uncond)
-        config = self.scfg_config
+        weight, samples = float(self.guidance_scale), pred_cond.shape[0]
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
         cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
-        rescale = planned.rescale if geometry.frames == 1 else 0.0
-        step_maps = self._take_maps(maps, geometry) if planned.regions == "find" else None
+        whole = geometry.frames > 1 or self._mixer is not None  # rescaled here: over a video, or what was mixed here
+        step_maps = self._take_maps(maps, geometry) if planned.regions == "find" and maps else None
         if planned.regions != "none" and step_maps is None and self._finder.segments is None:
             raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
-        rates = AppliedRates(config, self._finder, step_maps, rescale)
-        guided = rates(uncond, cond, planned.weight)
-        self.regions = rates.regions(planned.index) or self.regions
+        rescale = 0.0 if whole else self.guidance_rescale
+        combination = Combination(config, self._finder, step_maps, self._mixer, planned, samples, rescale)
+        guided = combination(uncond, cond, weight)
+        self.regions = combination.regions() or self.regions
+        self.stats.distances[-1] = distances(
+            uncond, cond, weight, combination.rate, combination.moved, self.guidance_rescale, samples
+        )
         others = pred_cond
         if cond.numel() < pred_cond.numel():
             others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
         pred = view.close(guided, others, geometry)
-        if self.guidance_rescale > 0.0 and geometry.frames > 1:  # over a whole video, not each of its frames
+        if self.guidance_rescale > 0.0 and whole:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
-        self._guided_steps += 1
-        self.stats.steps_applied += 1
-        self.stats.weights.append(planned.weight)
+        if planned.reason is None:
+            self._guided_steps += 1
+            self.stats.steps_applied += 1
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _plan(self) -> StepPlan:
@@ -224,7 +241,6 @@ class SCFGGuidance(ClassifierFreeGuidance):
             index=self._step or 0,
             count=self._num_inference_steps or 1,
             scale=float(self.guidance_scale) if self._is_cfg_enabled() else 1.0,
-            rescale=float(self.guidance_rescale),
             guided_steps=self._guided_steps,
             has_regions=self._finder.segments is not None,
         ))  # fmt: skip
@@ -239,9 +255,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         zeroed = any(not bool(embeddings.any()) for embeddings in negative)
         return "conditional" if zeroed else "unconditional"
 
-    def _take_maps(
-        self, maps: dict[str, list[tuple[BlockInfo, BlockMaps]]], geometry: Geometry
-    ) -> StepMaps | None:
+    def _take_maps(self, maps: dict[str, list[tuple[BlockInfo, BlockMaps]]], geometry: Geometry) -> StepMaps | None:
         pairs = zip(maps["conditional"], maps[cast(str, self._foreground)], strict=True)
         layers = [(info, BlockMaps(cond.tokens, deciding.start)) for (info, cond), (_, deciding) in pairs]
         step_maps, missing = self._finder.take(layers, (geometry.height, geometry.width))

@@ -15,15 +15,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .files import replacing
-
-if TYPE_CHECKING:
-    pass
 
 _DRAWN = {
     "contact_sheet": "sheets",
@@ -50,7 +47,7 @@ class Regions:
     Attributes:
         step: index of the step in its pipeline call, from 0.
         token_index: [B, h, w] int64, the token that owns each cell.
-        foreground: [B, h, w] bool, the cells whose mean guidance is the benchmark of all regions.
+        foreground: [B, h, w] bool, the cells whose mean guidance is the reference of all regions.
         rate: [B, 1, H, W] floating point, the factor on the guidance scale at each latent pixel.
     """
 
@@ -211,7 +208,7 @@ def save_regions_npz(
 
         step         [S] int64            index of each step, from 0
         token_index  [S, B, h, w] int64   the token that owns each cell
-        foreground   [S, B, h, w] bool    the cells that are the benchmark
+        foreground   [S, B, h, w] bool    the cells that are the reference
         rate         [S, B, 1, H, W] f32  the factor on the guidance scale
         cell         [] int64             latent pixels per side of a cell
         labels       [B, T] text          names of the tokens, if given

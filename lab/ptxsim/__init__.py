@@ -7,10 +7,12 @@ from .driver import DEVICES, Launch
 from .errors import SimError
 from .machine import launch
 from .memory import GlobalMemory
+from .parser import FLOAT_ATOMIC
 from .recording import TARGETS, RecordedLaunch, recorded
 
 __all__ = [
     "DEVICES",
+    "FLOAT_ATOMIC",
     "TARGETS",
     "Counters",
     "GlobalMemory",

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from .errors import SimError
 
+FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.(?:[\w:]+\.)*(?:b?f16(?:x2)?|f32|f64)\b")
+"""A floating-point atomic or reduction in PTX text."""
+
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
 _PARAMETER = re.compile(r"\.param\s+(?P<attributes>.*?)(?P<name>[\w$]+)\s*(?P<array>\[\d*\])?\s*$", re.S)
 _GUARD = re.compile(r"@(!?)([%\w$]+)\s+")

@@ -28,8 +28,9 @@ class Literal:
             self.conditioning["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled[::-1]), "time_ids": sizes}
         self.unet, self.scheduler = pipe.unet, pipe.scheduler
         self.scheduler.set_timesteps(steps)
-        noise = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.start = torch.cat(noise).to(pipe.unet.dtype) * self.scheduler.init_noise_sigma
+        shape, dtype = (1, 4, 16, 16), pipe.unet.dtype
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
+        self.start = torch.cat(noise) * self.scheduler.init_noise_sigma
 
     def halves(self, uncond_input: torch.Tensor, cond_input: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(unconditional, conditional) prediction, [B, 4, 16, 16] each; differentiable."""

@@ -1,4 +1,7 @@
-"""Real pipelines with tiny transformers, random weights and given prompt embeddings; latents out."""
+"""Real pipelines with tiny transformers, random weights and given prompt embeddings; latents out.
+
+They compute in fp64 unless another dtype is asked for, for the reason that `lab.tiny.unets` gives.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from typing import Any
 
 import diffusers
 import torch
+from torch.utils._pytree import tree_map
 
 from lab.reference.transformers import Layout
+from lab.tiny.unets import silent
 
 BATCH, STEPS = 3, 3
 
@@ -19,18 +24,29 @@ class Tiny:
     """A pipeline to test.
 
     Attributes:
-        pipeline: makes it.
-        call: makes the arguments of a call for some of the three prompts.
+        build: makes it in fp32.
+        arguments: makes the arguments of a call for some of the three prompts, in fp32.
         layout: for the reference.
         layers: attention modules of a block, in the order in which they run.
         text_tokens: text keys.
     """
 
-    pipeline: Callable[[], Any]
-    call: Callable[..., dict[str, Any]]
+    build: Callable[[], Any]
+    arguments: Callable[..., dict[str, Any]]
     layout: Layout
     layers: tuple[str, ...]
     text_tokens: int
+
+    def pipeline(self, dtype: torch.dtype = torch.float64) -> Any:
+        """The pipeline, its models in `dtype`."""
+        return silent(self.build(), dtype)
+
+    def call(self, picks: list[int], dtype: torch.dtype = torch.float64, **others: Any) -> dict[str, Any]:
+        """Arguments of a call for some of the three prompts, floating-point tensors in `dtype`."""
+        return tree_map(
+            lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
+            self.arguments(picks, **others),
+        )
 
 
 def sharpened(model: torch.nn.Module, gain: float) -> Any:
@@ -50,9 +66,7 @@ def made(cls: str, gain: float = 2.5, **options: Any) -> Any:
 
 
 def assembled(cls: str, **components: Any) -> Any:
-    pipe = getattr(diffusers, cls)(**components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return getattr(diffusers, cls)(**components)
 
 
 def embeddings(seed: int, *shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `scfg-fast generate | masks | compare | doctor`, the same as `python -m scfg_fast ...`.
+"""The command line: `scfg-fast generate | masks | compare | batch | doctor`, the same as `python -m scfg_fast ...`.
 
 Results go to stdout, everything else to stderr. An error is one line on stderr; the exit status is 0, 2 for bad input,
 1 for a failure while running, 130 for an interrupt. A file appears under its name whole or not at all. Heavy packages

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CommandError, writing
+from ..methods import GUIDANCE_NAMES, set_method
+from .errors import CommandError, failures_as, writing
 from .images import caption_of, enable_scfg, labels_of, note_if_cut, record_of, sample_image, write_png
-from .methods import GUIDANCE_NAMES, set_method
 from .session import BUNDLED, DTYPES, Session, check_device, load
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _read_text(name: str, what: str) -> str:
         raise CommandError(f"the {what} {name!r} cannot be read: {error.strerror}") from None
 
 
-def _read_config(args: argparse.Namespace) -> SCFGConfig:
+def read_config(args: argparse.Namespace) -> SCFGConfig:
     from ..config import SCFGConfig
 
     if args.config is None:
@@ -84,7 +84,7 @@ def _output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def _check_scale(scale: float | None, guidance: str) -> None:
+def check_scale(scale: float | None, guidance: str) -> None:
     if scale is None:
         return
     if guidance == "scfg" and scale <= 1.0:
@@ -99,17 +99,18 @@ def _check_scale(scale: float | None, guidance: str) -> None:
 def generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
     guidance, kind = "+".join(args.guidance), "cfg" if args.guidance == ("cfg",) else "scfg"
-    _check_scale(args.guidance_scale, kind)
-    config = _read_config(args) if kind == "scfg" else None
+    check_scale(args.guidance_scale, kind)
+    config = read_config(args) if kind == "scfg" else None
     path = _output_path(args)
     session = load(args)
     values = session.arguments(args)
-    _check_scale(values["guidance_scale"], kind)
+    check_scale(values["guidance_scale"], kind)
     label = GUIDANCE_NAMES["cfg"]
     if config is not None:
         config = _config_for(session, args, config)
         handle = enable_scfg(session, config)
-        label = set_method(session, handle, args.guidance, values, config)
+        with failures_as("+".join(args.guidance)):
+            label = set_method(session.pipe, handle, args.guidance, values, config)
         config = handle.config
     from ..pictures.sheets import image_grid
 
@@ -151,12 +152,12 @@ def _folded(items: list, columns: int) -> list[list]:
 
 
 def masks(args: argparse.Namespace) -> int:
-    _check_scale(args.guidance_scale, "scfg")
-    config = _read_config(args)
+    check_scale(args.guidance_scale, "scfg")
+    config = read_config(args)
     path = _output_path(args)
     session = load(args)
     values = session.arguments(args)
-    _check_scale(values["guidance_scale"], "scfg")
+    check_scale(values["guidance_scale"], "scfg")
     steps: list[Regions] = []
     config = _config_for(session, args, config)
     enable_scfg(session, config, lambda _, regions: steps.append(regions.clone().cpu()))
@@ -219,12 +220,12 @@ def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 1
 
 
 def compare(args: argparse.Namespace) -> int:
-    _check_scale(args.guidance_scale, "scfg")
-    config = _read_config(args)
+    check_scale(args.guidance_scale, "scfg")
+    config = read_config(args)
     path = _output_path(args)
     session = load(args)
     values = session.arguments(args)
-    _check_scale(values["guidance_scale"], "scfg")
+    check_scale(values["guidance_scale"], "scfg")
     steps: list[Regions] = []
     config = _config_for(session, args, config)
     handle = enable_scfg(session, config, lambda _, regions: steps.append(regions.clone()) if args.regions else None)
@@ -242,7 +243,8 @@ def compare(args: argparse.Namespace) -> int:
         captions.append([])
         steps.clear()
         for parts in methods:
-            label = set_method(session, handle, parts, values, config)
+            with failures_as("+".join(parts)):
+                label = set_method(session.pipe, handle, parts, values, config)
             if handle.config.rates == "regions":
                 steps.clear()
             if args.methods:  # first calls load and compile: not what is timed

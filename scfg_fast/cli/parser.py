@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .._version import __version__
+from ..methods import METHODS, method
 from . import commands
+from .batch import batch
 from .errors import one_line
-from .methods import METHODS, method
 from .session import DTYPES
 
 MIN_SIZE = 64
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   scfg-fast masks "a red apple left of a blue car" --out regions.png
   scfg-fast compare "a red apple left of a blue car" --num-images 4 --regions
   scfg-fast generate "a boy in a red shirt" --model OWNER/NAME
+  scfg-fast batch prompts.jsonl --out images
   scfg-fast doctor
 """
 
@@ -86,6 +88,13 @@ def _device(text: str) -> str:
     return text
 
 
+def _method(text: str) -> tuple[str, ...]:
+    try:
+        return method(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; imports nothing heavy."""
     parser = _Parser(
@@ -113,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     guidance.add_argument(
         "--guidance",
         metavar="METHOD",
-        type=method,
+        type=_method,
         default=("scfg",),
         help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
     )
@@ -139,13 +148,21 @@ def build_parser() -> argparse.ArgumentParser:
     picture.add_argument(
         "--methods",
         metavar="METHOD",
-        type=method,
+        type=_method,
         nargs="+",
         help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows the "
         "mean weight that was applied and its time",
     )
     _add_guidance(compare)
     _add_model(compare)
+
+    job = command("batch", batch, "Make an image for every row of a prompt file, once, whatever dies.")
+    job.add_argument("prompts", metavar="PROMPTS", nargs="?", help="a .jsonl, .csv or .parquet file of rows")
+    _add_job(job)
+    _add_guidance(job).add_argument(
+        "--guidance", metavar="METHOD", type=_method, default=("scfg",), help="as for generate (default scfg)"
+    )
+    _add_model(job)
 
     doctor = command("doctor", commands.doctor, "Versions, devices, backends, and whether a model can use S-CFG.")
     _add_model(doctor)
@@ -163,6 +180,29 @@ def _add_picture(parser: argparse.ArgumentParser, out: str, num_images: str | No
     group.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out})")
     parser.set_defaults(default_out=out)
     return group
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("job")
+    job.add_argument("--out", metavar="DIR", required=True, help="the job's folder, or a URI such as s3://bucket/path")
+    job.add_argument("--batch-size", metavar="N", type=_integer(1), default=4, help="images per call (default 4)")
+    job.add_argument("--workers", metavar="N", type=_integer(1), default=1, help="1 needs no Ray (default 1)")
+    job.add_argument("--num-gpus", metavar="X", type=_number, help="per worker, on Ray (default 1 where there are any)")
+    job.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster; auto for the one of this machine")
+    job.add_argument(
+        "--max-attempts", metavar="N", type=_integer(1), default=3,
+        help="attempts at a micro-batch that may die before its rows run alone (default 3)",
+    )  # fmt: skip
+    job.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of rows without a seed (default 0)")
+    job.add_argument("--retry-errors", action="store_true", help="make micro-batches with error rows again")
+    instead = job.add_mutually_exclusive_group()
+    instead.add_argument("--status", action="store_true", help="say how far the job is; reads only")
+    instead.add_argument("--export", metavar="DIR2", help="write its images as PNG files with a metadata.jsonl")
+    job.add_argument("--shards", action="store_true", help="with --export: Parquet shards instead")
+    picture = parser.add_argument_group("picture, where a row has no other")
+    picture.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    picture.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
+    picture.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

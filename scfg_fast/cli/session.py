@@ -18,8 +18,6 @@ from .errors import CommandError, failures_as, one_line
 
 BUNDLED = "bundled"
 
-BUNDLED_DEFAULTS = {"guidance_scale": 5.0, "num_inference_steps": 25, "height": 256, "width": 256}
-
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -39,7 +37,9 @@ class Session:
 
     def arguments(self, args: argparse.Namespace) -> dict[str, Any]:
         """Size, steps, scale and negative prompt of a call, with the model's defaults where the user named none."""
-        values = dict(BUNDLED_DEFAULTS) if self.model == BUNDLED else _call_defaults(self.pipe, self.model)
+        from ..models import BUNDLED_CALL
+
+        values = dict(BUNDLED_CALL) if self.model == BUNDLED else _call_defaults(self.pipe, self.model)
         if args.guidance_scale is not None:
             values["guidance_scale"] = args.guidance_scale
         if args.steps is not None:
@@ -52,7 +52,7 @@ class Session:
 
 
 def load(args: argparse.Namespace) -> Session:
-    source, name = _find_model(args.model)
+    source, name = find_model(args.model)
     device, dtype = check_device(args.device, args.dtype)
     args.cleanup.enter_context(quiet(args.debug))
     pipe = _load_pipeline(source, name, dtype)
@@ -84,7 +84,7 @@ def check_device(name: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype
 
 
-def _find_model(model: str | None) -> tuple[str, str]:
+def find_model(model: str | None) -> tuple[str, str]:
     """(what to load, its name for people). Folders are checked; anything that could be a hub id is passed on."""
     if model is None or model == BUNDLED:
         from ..models import bundled_model_path
@@ -113,10 +113,13 @@ def _load_pipeline(source: str, name: str, dtype: str) -> Any:
     import diffusers
     import torch
 
+    from ..models.loading import load_pipeline
+
     dtype_argument = "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
-    options = {dtype_argument: getattr(torch, DTYPES[dtype]), "use_safetensors": True}
+    options = {dtype_argument: getattr(torch, DTYPES[dtype])}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(source, **options)
+        folder = source if os.path.isdir(source) else diffusers.DiffusionPipeline.download(source, use_safetensors=True)
+        return load_pipeline(folder, exact=name == BUNDLED, **options)
     except Exception as error:
         raise _load_failure(source, name, error) from error
 

@@ -1,8 +1,8 @@
 """Capture processors in a denoiser: which objects, for how long, and for whom.
 
-Between two evaluations the model is stock: the user's own processors are in it, whatever they are by then. For one
-evaluation whose maps are wanted, the chosen layers get capture processors around them. A call, or a pass of a modular
-pipeline, claims the denoiser, so that no other puts captures into it.
+A denoiser is claimed for one call, or for one pass of a modular pipeline. Its chosen layers get capture processors for
+one evaluation at a time. Between evaluations, so in the user's callbacks too, each layer has the user's own processor,
+and what the user does to it holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,10 +31,9 @@ _CLAIMED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _CLAIM_LOCK = threading.Lock()
 
 
+@dataclass(frozen=True)
 class CapturedBlock:
-    """A block and its capture processors; kept between calls, so that compiled graphs find the same objects.
-
-    It keeps neither the model nor the user's processors alive: of these, it remembers the classes.
+    """A block and its processors; kept between calls, so that compiled graphs find the same objects.
 
     Attributes:
         info: the block.
@@ -42,84 +41,112 @@ class CapturedBlock:
         captures: their processors; the last one holds what the block leaves.
     """
 
-    def __init__(self, info: BlockInfo, module: torch.nn.Module, denoiser: Denoiser, config: SCFGConfig) -> None:
-        self.info = info
-        self.layers = denoiser.layers()
-        self.captures: tuple[Any, ...] = ()
-        self._module = weakref.ref(module)
-        self._denoiser, self._config, self._found = denoiser, config, info
-        self._classes: list[weakref.ref[type]] = []
+    info: BlockInfo
+    layers: tuple[str, ...]
+    captures: tuple[Any, ...]
 
-    def is_of(self, module: torch.nn.Module) -> bool:
-        """Whether this is the block that it was made for."""
-        return self._module() is module
-
-    def put_in(self, layout: BatchLayout, geometry: Geometry) -> None:
-        """Capture the next evaluation, around the processors that the layers have now.
-
-        A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor
-        goes into the layer's `__dict__`, where attribute access looks first.
-        """
-        attentions = self._attentions()
-        processors = [attn.processor for attn in attentions]
-        if any(type(processor).__name__.startswith("PAG") for processor in processors):
-            return  # perturbed-attention guidance, whose layers the pipeline chose to spoil in a part of the batch
-        classes: list[type] = [type(processor) for processor in processors]
-        if [reference() for reference in self._classes] != classes:
-            self.info, self.captures = self._denoiser.wrap(self._found, self._block(), self._config)
-            self._classes = [weakref.ref(cls) for cls in classes]
-        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
-        for attn, capture, processor in zip(attentions, self.captures, processors, strict=True):
-            capture.inner = processor
-            attn.__dict__["processor"] = capture
-
-    def take_out(self) -> BlockMaps:
-        """What the block left. The user's processors are back, the very objects; what was changed meanwhile stays."""
-        if not self.captures or self._module() is None:
-            return BlockMaps(None, None)
+    def take(self) -> BlockMaps:
+        """What the block left in its last run; dropped there."""
         last = self.captures[-1]
         maps = BlockMaps(last.tokens, last.start)
-        for attn, capture in zip(self._attentions(), self.captures, strict=True):
-            if attn.__dict__.get("processor") is capture:
-                del attn.__dict__["processor"]
-                if "processor" not in attn._modules:
-                    attn.__dict__["processor"] = capture.inner
-            capture.release()
+        last.tokens = last.start = None
         return maps
 
-    def _block(self) -> Any:
-        return self._module()
-
-    def _attentions(self) -> list[Any]:
-        block = self._block()
-        return [getattr(block, name) if name else block for name in self.layers]
+    def prepare(self, layout: BatchLayout, geometry: Geometry) -> None:
+        """For the next evaluation of the denoiser."""
+        self.captures[-1].layout, self.captures[-1].geometry = layout, geometry
 
 
 class CaptureSet:
-    """The captured blocks that one user of a denoiser has, made when they are first needed."""
+    """The capture processors that one user of a denoiser has, made when they are first needed.
+
+    They hold on to the model and to its own processors only while they are installed.
+    """
 
     def __init__(self) -> None:
-        self._blocks: list[CapturedBlock] = []
+        self.blocks: list[CapturedBlock] = []
+        self.kinds: list[list[weakref.ref[type]]] = []
+        """Per block, the classes of the processors that its own were made for."""
         self._settings: tuple = ()
 
-    def blocks(self, model: torch.nn.Module, config: SCFGConfig) -> list[CapturedBlock]:
-        """The chosen blocks: those of the last time, unless the model or the configuration is another.
+    def choose(self, model: torch.nn.Module, config: SCFGConfig) -> Installation:
+        """The chosen blocks of a model, with the processors of the last time unless the settings changed.
 
         Raises:
             ValueError: the model has none of the layers that `config` names.
         """
         denoiser = denoiser_of(model)
-        if config.rates != "regions" or denoiser is None:
-            return []
-        found = list(denoiser.blocks(model))
-        modules = {info.name: module for info, module in found}
-        chosen = choose_layers([info for info, _ in found], config)
-        settings = ([info.name for info in chosen], config.cell, config.fidelity, config.powers, config.backend)
-        known = self._settings == settings and all(block.is_of(modules[block.info.name]) for block in self._blocks)
-        if not known:
-            self._blocks = [CapturedBlock(info, modules[info.name], denoiser, config) for info in chosen]
-            self._settings = settings
-        return self._blocks
+        chosen: list[tuple[BlockInfo, torch.nn.Module]] = []
+        if config.rates == "regions" and denoiser is not None:
+            modules = {info.name: (info, module) for info, module in denoiser.blocks(model)}
+            chosen = [modules[info.name] for info in choose_layers([info for info, _ in modules.values()], config)]
+        settings = ([info.name for info, _ in chosen], config.cell, config.fidelity, config.powers, config.backend)
+        if self._settings != settings:
+            self.blocks, self.kinds, self._settings = [], [], settings
+        installation = Installation(self, denoiser, config, chosen)
+        installation.renew()
+        return installation
+
+
+class Installation:
+    """Capture processors in the layers of one model, as a context manager: for one evaluation of the model.
+
+    A processor with weights of its own (IP-Adapter) is a registered submodule. It stays one: the capture processor goes
+    into the layer's `__dict__`, where attribute access looks first, so offloading and `state_dict` miss nothing.
+    """
+
+    def __init__(
+        self,
+        captures: CaptureSet,
+        denoiser: Denoiser | None,
+        config: SCFGConfig,
+        modules: Sequence[tuple[BlockInfo, torch.nn.Module]],
+    ) -> None:
+        self._captures = captures
+        self._denoiser = denoiser
+        self._config = config
+        self._modules = modules
+        names = () if denoiser is None else denoiser.layers()
+        self._layers: list[list[Any]] = [[module.get_submodule(name) for name in names] for _, module in modules]
+        self._before: list[tuple[dict[str, Any], Any, Any]] = []
+
+    @property
+    def blocks(self) -> list[CapturedBlock]:
+        """The blocks, in the order of the model."""
+        return self._captures.blocks
+
+    def renew(self) -> None:
+        """Make processors for the blocks whose own are of another class than those before."""
+        blocks, kinds = self._captures.blocks, self._captures.kinds
+        for place, ((info, module), layers) in enumerate(zip(self._modules, self._layers, strict=True)):
+            present = [type(layer.processor) for layer in layers]
+            if place < len(blocks) and [kind() for kind in kinds[place]] == present:
+                continue
+            denoiser = cast(Denoiser, self._denoiser)
+            info, captures = denoiser.wrap(info, module, self._config)
+            blocks[place : place + 1] = [CapturedBlock(info, denoiser.layers(), captures)]
+            kinds[place : place + 1] = [[weakref.ref(kind) for kind in present]]
+            for capture in captures:
+                capture.release()
+
+    def __enter__(self) -> Installation:
+        self.renew()
+        for block, layers in zip(self.blocks, self._layers, strict=True):
+            for capture, layer in zip(block.captures, layers, strict=True):
+                capture.inner = layer.processor
+                self._before.append((layer.__dict__, layer.__dict__.get("processor"), capture))
+                layer.__dict__["processor"] = capture
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for store, processor, capture in reversed(self._before):
+            if store.get("processor") is capture:  # or somebody has put another one there
+                if processor is None:
+                    del store["processor"]
+                else:
+                    store["processor"] = processor
+            capture.release()
+        self._before.clear()
 
 
 @dataclass(frozen=True)
@@ -128,17 +155,23 @@ class HookedDenoiser:
 
     module: torch.nn.Module
     denoiser: Denoiser
-    blocks: Sequence[CapturedBlock]
+    installation: Installation
+
+    @property
+    def blocks(self) -> list[CapturedBlock]:
+        return self.installation.blocks
 
     def put_in(self, layout: BatchLayout, geometry: Geometry) -> None:
         """Capture the next evaluation."""
+        self.installation.__enter__()
         for block in self.blocks:
-            block.put_in(layout, geometry)
+            block.prepare(layout, geometry)
 
     def take_out(self) -> list[tuple[BlockInfo, BlockMaps]]:
         """What every block left; the model is stock again."""
-        left = [(block, block.take_out()) for block in self.blocks]
-        return [(block.info, maps) for block, maps in left]
+        left = [(block.info, block.take()) for block in self.blocks]
+        self.installation.__exit__()
+        return left
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -148,7 +181,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def claimed(model: torch.nn.Module) -> Iterator[None]:
-    """The denoiser for this call alone.
+    """The denoiser for this call alone, from before its processors are read until they are back.
 
     Raises:
         RuntimeError: it is inside another call, of this thread or another.
@@ -203,6 +236,19 @@ def hooked(
         yield
 
 
+@contextlib.contextmanager
+def evaluations(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how often an object that a pipeline calls was called inside the block."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    with hooked(model, counted, lambda: None, lambda *_: None):
+        yield lambda: count
+
+
 HARMLESS_HOOKS = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
 """Hooks of diffusers that do not look at the batch."""
 
@@ -226,7 +272,9 @@ def can_halve(denoiser: torch.nn.Module, arguments: dict[str, Any]) -> bool:
             return False
         if "forward" in state and registry is None and "_hf_hook" not in state:
             return False
-        if any(not _is_from(hook, __package__) for hook in (*_hooks(module, "forward"), *_hooks(module, "forward_pre"))):
+        if any(
+            not _is_from(hook, __package__) for hook in (*_hooks(module, "forward"), *_hooks(module, "forward_pre"))
+        ):
             return False
         processor = getattr(module, "processor", None)
         if processor is not None and not _is_from(type(processor), "diffusers"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .augment import Augment
 from .cfgpp import CFGPlusPlus
-from .characteristic import CharacteristicGuidance
+from .characteristic import CharacteristicGuidance, CharacteristicSolver
 from .loss import LossGuidance
 from .schedules import SHAPES, WeightSchedule
 from .steps import Step, StepWeight, step_levels
@@ -20,6 +20,7 @@ __all__ = [
     "Augment",
     "CFGPlusPlus",
     "CharacteristicGuidance",
+    "CharacteristicSolver",
     "LossGuidance",
     "Step",
     "StepWeight",

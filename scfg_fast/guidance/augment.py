@@ -9,10 +9,12 @@ is smoother: for l <= C and changes with density p, l_hat is C * integral ||grad
 One copy A, in this order, on images x [B, C, H, W]:
 
     color       x + b;  mean_c + s (x - mean_c), mean over channels;  mean + k (x - mean), mean over the picture
-    translate   whole pixels, zeros move in
-    resize      zoom z about the centre, bilinear, zeros outside: R_H(z) x R_W(z)^T with
-                R_n(z)[i, j] = max(0, 1 - |(i + 1/2 - n/2) / z + n/2 - 1/2 - j|)
-    cutout      a box of zeros
+    translate   whole pixels, `fill` moves in
+    resize      bilinear to int(z n) pixels a side, then the middle n of them, or a border of `fill` around them
+    cutout      a box of `fill`
+
+`fill` is 0.5, the grey that is 0 in the range [-1, 1] of the published code; 0 in latents. One zoom z is shared by all
+copies of an evaluation, as there; everything else is drawn for each.
 
 The draws are host numbers from a CPU generator, one set per copy, shared by all samples of a batch: a batch is each
 sample alone, and the device changes nothing. The zoom is two matrix products and the rest slices, so the backward pass
@@ -41,7 +43,7 @@ class Draw:
         saturation: s, factor on the distance to the pixel's mean over channels.
         contrast: k, factor on the distance to the picture's mean.
         shift: pixels (down, right).
-        zoom: z, above 1 enlarges.
+        zoom: z, above 1 enlarges; a side of n pixels becomes one of int(z n).
         box: (top, bottom, left, right), half open and inside the picture, or None.
     """
 
@@ -60,7 +62,7 @@ class Augment:
     Args:
         copies: |T|; 10 in the paper, 20 in its code. The loss sees one copy of the batch at a time: time grows with
             the copies, memory does not.
-        translate: largest shift as a fraction of each side, in [0, 0.5].
+        translate: largest shift as a fraction of each side, in [0, 0.5], rounded to whole pixels.
         resize: zoom in [1 - resize, 1 + resize], in [0, 1).
         color: in [0, 1]; brightness within +- color / 4, saturation in 1 +- color, contrast in 1 +- color / 2. For RGB
             in [0, 1] only: 0 for latents.
@@ -91,15 +93,11 @@ class Augment:
         if reasons:
             raise ValueError("Augment: " + "; ".join(reasons))
 
-    @classmethod
-    def none(cls, copies: int = 1) -> Augment:
-        """Copies of the picture as it is; the mean over them is the plain loss."""
-        return cls(copies=copies, translate=0.0, resize=0.0, color=0.0, cutout=0.0)
-
     def draws(self, generator: torch.Generator, height: int, width: int) -> list[Draw]:
         """The random numbers of all copies, for pictures of H x W.
 
-        Every copy takes eight uniforms, whatever is left out: leaving one out changes no other.
+        Every copy takes eight uniforms, whatever is left out: leaving one out changes no other. The zoom is that of the
+        first copy for all.
 
         Raises:
             ValueError: the generator is not on the CPU.
@@ -110,25 +108,27 @@ class Augment:
                 f"{generator.device}. Use torch.Generator().manual_seed(seed)"
             )
         uniforms = torch.rand(self.copies, 8, generator=generator, dtype=torch.float64).tolist()
-        return [self._draw(row, height, width) for row in uniforms]
+        zoom = 1.0 + self.resize * (2.0 * uniforms[0][5] - 1.0)
+        return [self._draw(row, zoom, height, width) for row in uniforms]
 
-    def _draw(self, u: list[float], height: int, width: int) -> Draw:
+    def _draw(self, u: list[float], zoom: float, height: int, width: int) -> Draw:
         rows, columns = (_span(self.cutout, side, place) for side, place in ((height, u[6]), (width, u[7])))
         return Draw(
             brightness=self.color * (u[0] - 0.5) / 2.0,
             saturation=1.0 + self.color * (2.0 * u[1] - 1.0),
             contrast=1.0 + self.color * (u[2] - 0.5),
             shift=(_shift(self.translate, height, u[3]), _shift(self.translate, width, u[4])),
-            zoom=1.0 + self.resize * (2.0 * u[5] - 1.0),
+            zoom=zoom,
             box=(*rows, *columns) if rows[0] < rows[1] and columns[0] < columns[1] else None,
         )
 
-    def apply(self, images: Tensor, draw: Draw) -> Tensor:
+    def apply(self, images: Tensor, draw: Draw, fill: float = 0.5) -> Tensor:
         """One copy of a batch, differentiable.
 
         Args:
             images: [B, C, H, W], floating, RGB in about [0, 1] for `color`; values outside are kept.
             draw: one of `draws`.
+            fill: the value outside of the picture and in the box; 0.5 is grey, for latents take 0.
 
         Returns:
             [B, C, H, W] of the same dtype; `images` itself where the draw changes nothing.
@@ -148,20 +148,21 @@ class Augment:
             images = _recolor(images, draw)
         if draw.shift != (0, 0):
             down, right = draw.shift
-            images = F.pad(images, (right, -right, down, -down))
-        if draw.zoom != 1.0:
-            height, width = images.shape[2:]
-            images = _zoom_matrix(height, draw.zoom, images) @ images @ _zoom_matrix(width, draw.zoom, images).mT
+            images = F.pad(images, (right, -right, down, -down), value=fill)
+        height, width = images.shape[2:]
+        if _zoomed(height, draw.zoom) != height or _zoomed(width, draw.zoom) != width:
+            rows, columns = _zoom_matrix(height, draw.zoom, images), _zoom_matrix(width, draw.zoom, images)
+            images = rows @ (images - fill) @ columns.mT + fill  # rows of zeros, outside of the picture, give the fill
         if draw.box is not None:
             top, bottom, left, right = draw.box
             images = images.clone()
-            images[:, :, top:bottom, left:right] = 0.0
+            images[:, :, top:bottom, left:right] = fill
         return images
 
 
 def _shift(strength: float, side: int, uniform: float) -> int:
     """A whole number of pixels, each of -most .. most equally likely."""
-    most = int(strength * side)
+    most = int(strength * side + 0.5)
     return int(uniform * (2 * most + 1)) - most
 
 
@@ -184,8 +185,21 @@ def _recolor(images: Tensor, draw: Draw) -> Tensor:
     return images
 
 
+def _zoomed(side: int, zoom: float) -> int:
+    """Pixels of a resized side."""
+    return max(1, int(zoom * side))
+
+
 def _zoom_matrix(side: int, zoom: float, like: Tensor) -> Tensor:
-    """[side, side]: bilinear weights of the source pixels (columns) in each zoomed pixel (rows)."""
+    """[side, side]: bilinear weights of the source pixels (columns) in each pixel of the result (rows).
+
+    The side is resized to n = int(zoom side) pixels, whose source is (i + 1/2) side / n - 1/2, held at the border; the
+    result has the middle of them, or zeros around them.
+    """
+    size = _zoomed(side, zoom)
     pixels = torch.arange(side, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    source = (pixels + 0.5 - side / 2.0) / zoom + (side / 2.0 - 0.5)
-    return (1.0 - (source[:, None] - pixels).abs()).clamp(min=0.0).to(like.dtype)  # [side, side]
+    place = pixels + (size - side) // 2 if size >= side else pixels - (side - size) // 2
+    source = ((place + 0.5) * (side / size) - 0.5).clamp(0.0, side - 1.0)
+    weights = (1.0 - (source[:, None] - pixels).abs()).clamp(min=0.0)
+    inside = (place >= 0) & (place < size)
+    return torch.where(inside[:, None], weights, 0.0).to(like.dtype)  # [side, side]

@@ -14,42 +14,32 @@ x is in the variance-preserving space that the denoiser sees, sqrt(abar) x0 + sq
 pixels, all of this pixel by pixel. With P = 1 the result is exact for Gaussian densities; with equal covariances, or
 where eps_u - eps_c is constant, it is plain guidance although dx is not 0.
 
-P is the identity or a ridge projection onto directions taken from g = sqrt(1 - abar) (eps_u(x) - eps_c(x)):
+P is the identity or, by default, a ridge projection onto one direction per image,
+g = sqrt(1 - abar) (eps_u(x) - eps_c(x)):
 
-    P = A (A^T A + reg)^-1 A^T = A A^T / (1 + reg)       A: pieces of g with disjoint support, of Euclidean norm 1
+    P = a a^T / (1 + reg)              a = g / ||g||, reg without a unit
 
-one piece per image, or n per channel, each with the values between two n-quantiles of the channel. Because A^T A = 1
-the published floor of 1e-4 under the eigenvalues never acts, reg has no unit, and the problem is solved in the
-coordinates A^T dx: 1 or n C numbers per sample. reg falls along the run, from `regularization` to nearly 0:
-reg_t = regularization (abar_T / abar_t)^(1 / regularization_range), with abar_T at the first step.
+so the problem has one unknown per image, a^T dx. reg falls along the run as published, from the end of the trained
+table: reg_t = regularization abar_T / abar_t, with abar_T the table's last level. A run whose first step lies at a
+higher level starts with a smaller reg. With zero terminal SNR, abar_T = 0, there is no regularisation.
 
 Solver: Anderson acceleration, since plain iteration diverges where the method is of use: for Gaussians of variances
 0.302 and 1 its Jacobian sqrt(1 - abar) ((1 + omega) eps_u' - omega eps_c') has spectral radius 1.42 at omega 9, abar
 0.9. Least squares per sample, by modified Gram-Schmidt over the last differences; dependent ones are left out. The
 samples of a batch share nothing: the bits of one do not depend on its mates if those of `predict` do not.
 
-What differs from the published code (its defaults for `anneal` and `reuse` are 0.4 and 1; see what was measured):
+Where this differs from the published code:
 
-* Annealing. Published, reg starts at 5 and is an unknown of the Anderson system itself. Here sqrt(reg) relaxes by the
-  factor 1 - `anneal` per iteration, and the residual that is tested always is that of the step's own reg_t, so that the
-  answer does not depend on the annealing, only its price does.
-* The history keeps images before the factor 1 / (1 + reg), so that its residuals are those of the present reg.
-* At dx = 0 the pipeline has evaluated both predictions: directions and first residual cost nothing. The first step is
-  dx = g, P = 1, as published. A warm start is projected onto the new directions, and the residual at 0 is the first
-  entry of its history. The accepted evaluation is the result, no last one follows.
+* That code also anneals reg within a step, starts from the last step's shift, offers several directions per channel
+  and damps the iteration. Annealing and the warm start leave the equation as it is. Measured with the bundled model
+  (3 pictures of 10 DDIM steps in float32, at most 20 evaluations, guidance 5 and 15; commit 8fe9cb5), in evaluations
+  per step of the samples that converged: as here 3.9 and 4.5, annealed 9.7 and 8.4, warm 4.2 and 4.2, one direction per
+  channel 7.2 and 7.3. So none of them is built.
+* At dx = 0 the pipeline has evaluated both predictions: the direction and the first residual cost nothing. The first
+  step is dx = g, P = 1, as published. The accepted evaluation is the result, no last one follows.
 * x and the tolerance are variance-preserving with every scheduler. With sigma-space samplers the published dx is larger
   by 1 / sqrt(abar), and its test stricter by as much.
 * A sample with a NaN or an infinity ends there; published, it changes the least squares of the whole batch.
-
-Measured with the bundled model: 3 pictures of 10 DDIM steps in float32, at most 20 evaluations, with guidance 5 and 15
-(`python -m benchmarks.guidance solver --pictures 3 --steps 10`, benchmarks/results/guidance-solver.csv). Evaluations
-are means over the samples that converged, of 30 in all:
-
-* the default: 3.9 at guidance 5, 4.5 at 15, where 2 did not converge;
-* `anneal=0.4`: 9.7, and 8.4 with 1 that did not converge;
-* `reuse=1`: 4.2 and 4.2. It saves nothing at guidance 5; at 15 all converged;
-* `bases=1`, per channel: 7.2 and 7.3, up to 17;
-* the identity: 2 of 60 converged (`characteristic` in the place of `solver`; guidance-characteristic.csv).
 
 Source: Zheng and Lan, "Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale",
 ICML 2024 (arXiv 2312.07586), and the behaviour of its published web UI extension.
@@ -59,15 +49,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 PROJECTIONS = ("ridge", "identity")
-_FIRST_REGULARIZATION = 5.0
-"""Where the annealing starts, unless `regularization` is larger."""
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(input of the unconditional prediction, of the conditional one) -> (eps_u, eps_c), noise predictions.
@@ -76,47 +64,61 @@ All [B, C, H, W], the inputs in the dtype of the sample."""
 
 
 @dataclass(frozen=True)
-class CharacteristicGuidance:
-    """Settings of characteristic guidance; the module has the formulas. Useful where `guidance_scale` is large.
+class CharacteristicSolver:
+    """How the fixed point is solved: for experts, the defaults are the recommendation.
 
     Args:
         projection: P, `"ridge"` or `"identity"`. The identity has as many unknowns as the latents: exact for Gaussians,
-            hard to solve for networks.
-        bases: directions of the ridge projection: 0 for one per image, n >= 1 for n per channel.
-        regularization: reg at the first step of the run; 0 for none.
-        regularization_range: larger values keep reg up for longer.
-        anneal: in (0, 1], relaxation of sqrt(reg) towards the step's value per iteration. 1 for no annealing, which
-            takes about half of the evaluations (see the module).
-        tolerance: a sample is done when the root mean square of its residual over C, H, W is below it; in units of x,
-            whose own is about 1.
-        max_iterations: most evaluations of both predictions in a step, beyond the pipeline's own. A sample that is not
-            done then gets plain guidance in this step.
-        memory: differences that Anderson acceleration keeps; never more than there are unknowns, so 1 with
-            `bases=0`. 0 for plain iteration.
-        step_size: damping of the iteration, 1 for none.
-        reuse: how much of the last step's shift to start from, 0 for a cold start.
-        start: fraction of the steps after which it begins; before it, plain guidance.
-        stop: fraction of the steps at which it ends; the authors save time with 0.4.
+            hard to solve for networks (with the bundled model 2 of 60 samples converged in 20 evaluations).
+        memory: differences that Anderson acceleration keeps with the identity; 0 for plain iteration. The ridge
+            projection has one unknown and keeps at most one.
         early_stop: stop when every sample is done, which reads one flag from the device per iteration. False: none is
-            read, always `max_iterations` evaluations, the same result bit by bit.
+            read, always `max_iterations` evaluations, the same result bit for bit.
 
     Raises:
         ValueError: a value is out of range; the message lists every one.
     """
 
     projection: str = "ridge"
-    bases: int = 0
+    memory: int = 2
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        reasons = []
+        if self.projection not in PROJECTIONS:
+            reasons.append(f"projection={self.projection!r} is unknown, use one of {PROJECTIONS}")
+        if not _is_int(self.memory) or self.memory < 0:
+            reasons.append(f"memory must be an integer of at least 0, got {self.memory!r}")
+        if not isinstance(self.early_stop, bool):
+            reasons.append(f"early_stop must be True or False, got {self.early_stop!r}")
+        if reasons:
+            raise ValueError("CharacteristicSolver: " + "; ".join(reasons))
+
+
+@dataclass(frozen=True)
+class CharacteristicGuidance:
+    """Settings of characteristic guidance; the module has the formulas. Useful where `guidance_scale` is large.
+
+    Args:
+        regularization: reg at the last level of the trained table, where noise is strongest; 0 for none.
+        tolerance: a sample is done when the root mean square of its residual over C, H, W is below it; in units of x,
+            whose own is about 1.
+        max_iterations: most evaluations of both predictions in a step, beyond the pipeline's own. A sample that is not
+            done then gets plain guidance in this step.
+        start: fraction of the steps after which it begins; before it, plain guidance.
+        stop: fraction of the steps at which it ends; the authors save time with 0.4.
+        solver: see `CharacteristicSolver`.
+
+    Raises:
+        ValueError: a value is out of range; the message lists every one.
+    """
+
     regularization: float = 1.0
-    regularization_range: float = 1.0
-    anneal: float = 1.0
     tolerance: float = 1e-4
     max_iterations: int = 50
-    memory: int = 2
-    step_size: float = 1.0
-    reuse: float = 0.0
     start: float = 0.0
     stop: float = 1.0
-    early_stop: bool = True
+    solver: CharacteristicSolver = field(default_factory=CharacteristicSolver)
 
     def __post_init__(self) -> None:
         reasons = list(self._reasons())
@@ -124,69 +126,29 @@ class CharacteristicGuidance:
             raise ValueError("CharacteristicGuidance: " + "; ".join(reasons))
 
     def _reasons(self) -> Iterator[str]:
-        if self.projection not in PROJECTIONS:
-            yield f"projection={self.projection!r} is unknown, use one of {PROJECTIONS}"
-        for name, least in (("bases", 0), ("max_iterations", 1), ("memory", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                yield f"{name} must be an integer of at least {least}, got {value!r}"
-        for name in ("regularization", "reuse"):
-            value = getattr(self, name)
-            if not _is_number(value) or value < 0.0:
-                yield f"{name} must be a number of at least 0, got {value!r}"
-        for name in ("regularization_range", "tolerance", "step_size"):
-            value = getattr(self, name)
-            if not _is_number(value) or value <= 0.0:
-                yield f"{name} must be a positive number, got {value!r}"
-        if not _is_number(self.anneal) or not 0.0 < self.anneal <= 1.0:
-            yield f"anneal must be above 0 and at most 1, got {self.anneal!r}"
+        if not _is_number(self.regularization) or self.regularization < 0.0:
+            yield f"regularization must be a number of at least 0, got {self.regularization!r}"
+        if not _is_number(self.tolerance) or self.tolerance <= 0.0:
+            yield f"tolerance must be a positive number, got {self.tolerance!r}"
+        if not _is_int(self.max_iterations) or self.max_iterations < 1:
+            yield f"max_iterations must be an integer of at least 1, got {self.max_iterations!r}"
         if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start <= self.stop <= 1.0):
             yield f"start and stop must satisfy 0 <= start <= stop <= 1, got {self.start!r} and {self.stop!r}"
-        if not isinstance(self.early_stop, bool):
-            yield f"early_stop must be True or False, got {self.early_stop!r}"
+        if not isinstance(self.solver, CharacteristicSolver):
+            yield f"solver must be a CharacteristicSolver, got {self.solver!r}"
 
-    def target_regularization(self, alpha_bar: float, first_alpha_bar: float | None = None) -> float:
-        """reg_t of a step at level `alpha_bar`; `regularization` at and before the first step of the run.
+    def regularization_at(self, alpha_bar: float, last_alpha_bar: float | None = None) -> float:
+        """reg_t of a step at level `alpha_bar`, never above `regularization`.
 
         Args:
             alpha_bar: level of the step, in [0, 1].
-            first_alpha_bar: abar_T, the level of the run's first step; None if this is it.
+            last_alpha_bar: abar_T, the last level of the trained table; None for one that is the step's own.
         """
-        if self.projection == "identity":
+        if self.solver.projection == "identity":
             return 0.0
-        if first_alpha_bar is None or alpha_bar <= first_alpha_bar:
+        if last_alpha_bar is None or alpha_bar <= last_alpha_bar:
             return float(self.regularization)
-        return self.regularization * (first_alpha_bar / alpha_bar) ** (1.0 / self.regularization_range)
-
-    def _applied_regularization(self, target: float, iteration: int) -> float:
-        """reg of the update in an iteration: 0 in the first, then annealed from the start value to the target."""
-        if self.projection == "identity" or iteration == 0:
-            return 0.0
-        last, first = math.sqrt(target), math.sqrt(max(_FIRST_REGULARIZATION, self.regularization))
-        return (last + (1.0 - self.anneal) ** iteration * (first - last)) ** 2
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What a step leaves for the warm start of the next.
-
-    Attributes:
-        dx: [B, C, H, W], float32 or float64, in units of x; 0 for samples that fell back to plain guidance.
-        alpha_bar: level of the step that it belongs to.
-    """
-
-    dx: Tensor
-    alpha_bar: float
-
-    def at(self, alpha_bar: float) -> Tensor:
-        """dx carried to another level: times abar_prev (1 - abar) / (abar (1 - abar_prev)), which is the ratio of
-        squared sigmas and 1 at equal levels; 0 where that is undefined, from noiseless or to pure noise."""
-        before, after = self.alpha_bar, alpha_bar
-        if before == after:
-            return self.dx
-        if before >= 1.0 or after <= 0.0:
-            return torch.zeros_like(self.dx)
-        return self.dx * (before * (1.0 - after) / (after * (1.0 - before)))
+        return self.regularization * last_alpha_bar / alpha_bar
 
 
 @dataclass(frozen=True)
@@ -196,7 +158,7 @@ class Solution:
     Attributes:
         guided: [B, C, H, W], dtype of the sample: u + weight (c - u) of the evaluation that was accepted, in float32 or
             float64; of the given predictions for a sample that was not.
-        shift: the accepted dx; 0 for a sample without one.
+        shift: [B, C, H, W], float32 or float64, the accepted dx in units of x; 0 for a sample without one.
         converged: [B] bool.
         iterations: [B] int64, evaluations of `predict` up to the end of the sample; the batch pays the largest.
         residuals: [K, B], float32 or float64: root mean square residual at dx = 0 and after each evaluation; a sample
@@ -204,7 +166,7 @@ class Solution:
     """
 
     guided: Tensor
-    shift: Shift
+    shift: Tensor
     converged: Tensor
     iterations: Tensor
     residuals: Tensor
@@ -218,8 +180,7 @@ def solve(
     weight: float | Tensor,
     alpha_bar: float,
     settings: CharacteristicGuidance,
-    previous: Shift | None = None,
-    first_alpha_bar: float | None = None,
+    last_alpha_bar: float | None = None,
 ) -> Solution:
     """Solve one step's fixed point for every sample of the batch, each by itself.
 
@@ -234,8 +195,7 @@ def solve(
         weight: 1 + omega, a number or a tensor that broadcasts to x, such as a map [B, 1, H, W].
         alpha_bar: level of the step, in [0, 1].
         settings: see `CharacteristicGuidance`; `start` and `stop` are the caller's affair.
-        previous: shift of the step before, same shape as x; None for a cold start.
-        first_alpha_bar: level of the run's first step, for the regularisation; None if this is it.
+        last_alpha_bar: last level of the trained table, for the regularisation; None for the step's own.
 
     Returns:
         A `Solution`; nothing in it is written to later.
@@ -244,16 +204,15 @@ def solve(
         ValueError: shapes, dtypes or levels do not fit; the message lists every reason. Or `predict` returns another
             shape.
     """
-    _check(sample, uncond, cond, weight, alpha_bar, previous, first_alpha_bar)
+    _check(sample, uncond, cond, weight, alpha_bar, last_alpha_bar)
     dtype = torch.promote_types(sample.dtype, torch.float32)
     x, u, c = sample.to(dtype), uncond.to(dtype), cond.to(dtype)
     gamma = weight.to(dtype) if isinstance(weight, Tensor) else float(weight)
     omega = gamma - 1.0
     scale = math.sqrt(1.0 - alpha_bar)
-    space = _Space.of(scale * (u - c), settings)
-    memory = min(settings.memory, space.unknowns)
-    target = settings.target_regularization(alpha_bar, first_alpha_bar)
-    warm = settings.reuse > 0.0 and previous is not None
+    space = _Space.of(scale * (u - c), settings.solver)
+    memory = min(settings.solver.memory, space.unknowns)
+    reg = settings.regularization_at(alpha_bar, last_alpha_bar)
 
     batch = x.shape[0]
     guided = u + gamma * (c - u)
@@ -275,7 +234,7 @@ def solve(
                 )
             u, c = u.to(dtype), c.to(dtype)
         image = space.coordinates(scale * (u - c))
-        error = _norm(y - image / (1.0 + target)) / math.sqrt(x[0].numel())
+        error = _norm(y - image / (1.0 + reg)) / math.sqrt(x[0].numel())
         shown = torch.where(active, error, shown)
         residuals.append(shown)
         iterations = torch.where(active, iteration, iterations)
@@ -284,79 +243,58 @@ def solve(
         guided = torch.where(_over_field(accepted), u + gamma * (c - u), guided)
         converged = converged | accepted
         active = active & ~(accepted | lost)
-        if iteration == settings.max_iterations or (settings.early_stop and not bool(active.any())):
+        if iteration == settings.max_iterations or (settings.solver.early_stop and not bool(active.any())):
             break
 
         history = [*history[-memory:], (y, image)] if memory else [(y, image)]
-        if iteration == 0 and warm and previous is not None:
-            update = space.coordinates(settings.reuse * previous.at(alpha_bar).to(dtype))
-        else:
-            applied = settings._applied_regularization(target, iteration)
-            update = _anderson(history, 1.0 / (1.0 + applied), settings.step_size)
+        # The first step is that of P = 1, as published.
+        update = _anderson(history, 1.0 if iteration == 0 else 1.0 / (1.0 + reg))
         y = torch.where(active[:, None], update, y)
         y = torch.where(lost[:, None], 0.0, y)
-    shift = Shift(torch.where(_over_field(converged), space.field(y), 0.0), float(alpha_bar))
+    shift = torch.where(_over_field(converged), space.field(y), 0.0)
     return Solution(guided.to(sample.dtype), shift, converged, iterations, torch.stack(residuals))
 
 
 @dataclass(frozen=True)
 class _Space:
-    """The unknowns: all of dx, or its coordinates along orthonormal directions.
+    """The unknowns: all of dx, or its coordinate along one direction per sample.
 
     Attributes:
         shape: (B, C, H, W).
-        basis: A^T, [B, groups, pieces, elements of a group], one group per image or per channel; rows of norm 1, or 0
-            where a piece is empty. None for the identity.
+        direction: a, [B, C H W], rows of norm 1, or 0 where the predictions agree. None for the identity.
     """
 
     shape: Sequence[int]
-    basis: Tensor | None
+    direction: Tensor | None
 
     @classmethod
-    def of(cls, direction: Tensor, settings: CharacteristicGuidance) -> _Space:
-        """The space of the settings' projection.
+    def of(cls, direction: Tensor, solver: CharacteristicSolver) -> _Space:
+        """The space of the solver's projection.
 
         Args:
             direction: g [B, C, H, W], the first residual up to its sign.
         """
-        if settings.projection == "identity":
+        if solver.projection == "identity":
             return cls(direction.shape, None)
-        batch, channels = direction.shape[:2]
-        rows = direction.reshape(batch, channels if settings.bases else 1, 1, -1)
-        pieces = rows
-        if settings.bases > 1:
-            count, size = settings.bases, rows.shape[-1]
-            ordered = rows.sort(dim=-1).values
-            piece = torch.zeros_like(rows, dtype=torch.int64)
-            for i in range(1, count):
-                piece = piece + (rows >= ordered[..., i * size // count, None])
-            index = torch.arange(count, device=rows.device)[:, None]
-            pieces = torch.where(piece == index, rows, 0.0)
-        norm = torch.stack([one.square().sum(-1, keepdim=True).sqrt() for one in pieces])
-        return cls(direction.shape, pieces / norm.clamp_min(torch.finfo(rows.dtype).tiny ** 0.5))
+        rows = direction.flatten(1)
+        return cls(direction.shape, rows / _norm(rows)[:, None].clamp_min(torch.finfo(rows.dtype).tiny ** 0.5))
 
     @property
     def unknowns(self) -> int:
         """Per sample."""
-        if self.basis is None:
-            return math.prod(self.shape[1:])
-        return self.basis.shape[1] * self.basis.shape[2]
+        return math.prod(self.shape[1:]) if self.direction is None else 1
 
     def coordinates(self, field: Tensor) -> Tensor:
-        """A^T field: [B, C, H, W] -> [B, unknowns]."""
-        if self.basis is None:
-            return field.reshape(self.shape[0], -1)
-        rows = field.reshape(self.shape[0], self.basis.shape[1], 1, -1)
-        return torch.stack([(a * row).sum(-1).flatten() for a, row in zip(self.basis, rows, strict=True)])
+        """a^T field: [B, C, H, W] -> [B, unknowns]."""
+        return field.flatten(1) if self.direction is None else _dot(self.direction, field.flatten(1))
 
     def field(self, coordinates: Tensor) -> Tensor:
-        """A y: [B, unknowns] -> [B, C, H, W]."""
-        if self.basis is None:
-            return coordinates.reshape(*self.shape)
-        return (self.basis * coordinates.reshape(*self.basis.shape[:3], 1)).sum(2).reshape(*self.shape)
+        """a y: [B, unknowns] -> [B, C, H, W]."""
+        whole = coordinates if self.direction is None else self.direction * coordinates
+        return whole.reshape(*self.shape)
 
 
-def _anderson(history: Sequence[tuple[Tensor, Tensor]], factor: float, step_size: float) -> Tensor:
+def _anderson(history: Sequence[tuple[Tensor, Tensor]], factor: float) -> Tensor:
     """Next iterate of y = factor image(y), from the last ones.
 
     Subtracts from the newest iterate the combination of earlier differences that makes its residual smallest, then
@@ -367,7 +305,6 @@ def _anderson(history: Sequence[tuple[Tensor, Tensor]], factor: float, step_size
     Args:
         history: (y, image), [B, unknowns] each, newest last.
         factor: 1 / (1 + reg).
-        step_size: of the last step.
     """
     (newest, newest_residual), *earlier = [(y, y - factor * image) for y, image in reversed(history)]
     y, residual = newest, newest_residual
@@ -386,7 +323,7 @@ def _anderson(history: Sequence[tuple[Tensor, Tensor]], factor: float, step_size
         kept.append((axis_y, axis_r))
         along = _dot(axis_r, residual)
         y, residual = y - along * axis_y, residual - along * axis_r
-    return y - step_size * residual
+    return y - residual
 
 
 # Sums run over one sample at a time: a reduction over a whole batch may add in an order that depends on its size.
@@ -405,6 +342,10 @@ def _over_field(mask: Tensor) -> Tensor:
     return mask[:, None, None, None]
 
 
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -415,15 +356,14 @@ def _check(
     cond: Tensor,
     weight: float | Tensor,
     alpha_bar: float,
-    previous: Shift | None,
-    first_alpha_bar: float | None,
+    last_alpha_bar: float | None,
 ) -> None:
     """Raise ValueError with every reason why `solve` cannot take these."""
     reasons = []
     shape = tuple(sample.shape)
     if len(shape) != 4 or 0 in shape or not sample.is_floating_point():
         reasons.append(f"sample must be floating-point [B, C, H, W] and not empty, got {sample.dtype} {shape}")
-    for name, tensor in (("uncond", uncond), ("cond", cond), ("previous", sample if previous is None else previous.dx)):
+    for name, tensor in (("uncond", uncond), ("cond", cond)):
         if tuple(tensor.shape) != shape or tensor.device != sample.device:
             got = f"{tuple(tensor.shape)} on {tensor.device}"
             reasons.append(f"{name} must match the sample, {shape} on {sample.device}, got {got}")
@@ -437,8 +377,8 @@ def _check(
             )
     elif not _is_number(weight):
         reasons.append(f"weight must be a finite number or a tensor, got {weight!r}")
-    for name, level in (("alpha_bar", alpha_bar), ("first_alpha_bar", first_alpha_bar)):
-        if not (_is_number(level) and 0.0 <= level <= 1.0) and not (level is None and name == "first_alpha_bar"):
+    for name, level in (("alpha_bar", alpha_bar), ("last_alpha_bar", last_alpha_bar)):
+        if not (_is_number(level) and 0.0 <= level <= 1.0) and not (level is None and name == "last_alpha_bar"):
             reasons.append(f"{name} must be a number in [0, 1], got {level!r}")
     if reasons:
         raise ValueError("characteristic guidance: " + "; ".join(reasons))

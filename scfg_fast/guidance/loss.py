@@ -11,7 +11,6 @@ the step, all norms and means those of one sample, over C, H and W:
     normalized   rho g / ||g||                                               rho; 1
     freedom      rho RMS(eps) sqrt(1 - abar) / sqrt(abar) c1 / RMS(g) g      as said, with RMS(g) gone; 1
                  c1 = sqrt(abar') (1 - abar / abar') / (1 - abar)
-    sqrt-alpha   rho sqrt(abar) g                                            rho sqrt(abar) ||g||; k
 
 c1 is the weight of x0 in the mean of q(x' | x, x0). Time travel (algorithm 3) goes back from x' to x's noise level and
 repeats the step: x = sqrt(b) x' + sqrt(1 - b) n, b = abar / abar'.
@@ -22,13 +21,12 @@ denoiser in half precision neither loses a small gradient nor overflows on a lar
 in memory, and the decoder's graph is gone before the denoiser is differentiated.
 
 Other than published: norms are per sample, so that a batch is each sample alone, where the published code takes one
-norm over batch and copies; and a gradient of exactly zero moves nothing, where that code's guard has no effect.
-Polyak's length grows as the gradient vanishes: use a loss whose slope does not vanish at its minimum, such as an
-unsquared distance.
+norm over batch and copies; a gradient of exactly zero moves nothing, where that code's guard has no effect. Polyak's
+length grows as the gradient vanishes: use a loss whose slope stays above zero at its minimum, as an unsquared distance.
 
 Source: Shen et al., "Understanding and Improving Training-free Loss-based Diffusion Guidance", NeurIPS 2024 (arXiv
-2403.12404); freedom and sqrt-alpha are the step lengths of Yu et al., "FreeDoM", ICCV 2023 (arXiv 2303.09833), as the
-former's code has them for text and for its face tasks, normalized is its code for motion.
+2403.12404); freedom is the step length of Yu et al., "FreeDoM", ICCV 2023 (arXiv 2303.09833), as the former's code has
+it for text, normalized is its code for motion.
 """
 
 from __future__ import annotations
@@ -44,13 +42,14 @@ from .augment import Augment, Draw
 from .predictions import denoised, denoising, noise_of, wide
 from .steps import in_part
 
-RULES = ("gradient", "polyak", "normalized", "freedom", "sqrt-alpha")
+RULES = ("gradient", "polyak", "normalized", "freedom")
 SPACES = ("pixels", "latents")
 PREDICTIONS = ("guided", "conditional")
-PUBLISHED_SCALES = {"gradient": 1.0, "polyak": 0.001, "normalized": 1.0, "freedom": 0.02, "sqrt-alpha": 0.2}
-"""rho of the published code: motion (gradient, normalized), faces by text (polyak, freedom), segmentation (sqrt-alpha).
+PUBLISHED_SCALES = {"gradient": 1.0, "polyak": 0.001, "normalized": 1.0, "freedom": 0.04}
+"""rho of the published commands: motion (gradient, normalized), faces by text (polyak), ImageNet by text (freedom).
 
-That of gradient, polyak and sqrt-alpha goes with the units of the loss and has to be found for another one."""
+That code multiplies 0.02 with `--rho_scale` for freedom: 2 with augmentation and time travel (0.04, here), 0.1 without,
+its baseline (0.002). The scales of gradient and polyak go with the units of the loss: find them for another loss."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,11 @@ class LossGuidance:
         prediction: x0_hat from the `"guided"` prediction or from the `"conditional"` one, at half the cost.
         augment: average over random changes of x0_hat; None for x0_hat itself.
         repeats: how often each step inside `travel` is run; the published code has 1 for faces, 10 for ImageNet.
-        travel: (start, stop), fractions of the run with time travel; (0.2, 0.7) in the published code.
+        travel: (start, stop), fractions of the run with time travel; (0.19, 0.7) in the published code, where 100 steps
+            have it at timesteps 800 to 300.
         start: fraction of the run after which loss guidance begins.
-        stop: fraction at which it ends; 0.8 (segmentation) or 0.9 (sketch) in the published code.
+        stop: fraction at which it ends; 0.79 (segmentation) or 0.89 (sketch) in the published code, where 100
+            steps are guided above timestep 200 or 100.
         checkpointing: recompute the denoiser's blocks in the backward pass, for less memory. For whoever runs the
             denoiser: `loss_gradient` does not read it.
         seed: of the augmentations' and time travel's random numbers.
@@ -224,8 +225,6 @@ def update(settings: LossGuidance, gradient: Tensor, eps: Tensor, alpha_bar: flo
     gradient, eps = gradient.to(dtype), eps.to(dtype)
     if settings.rule == "gradient":
         step = settings.rho * gradient
-    elif settings.rule == "sqrt-alpha":
-        step = settings.rho * alpha_bar**0.5 * gradient
     else:
         # Divided by its largest entry first: squares of a small gradient would underflow.
         largest = gradient.abs().amax((1, 2, 3), keepdim=True)
@@ -313,7 +312,10 @@ def _gradient_of_picture(
 
 def _gradient_of_copy(settings: LossGuidance, picture: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
     leaf = picture.detach().requires_grad_(True)
-    loss = settings.loss_fn(leaf if settings.augment is None or draw is None else settings.augment.apply(leaf, draw))
+    fill = 0.5 if settings.space == "pixels" else 0.0  # grey in RGB, the mean in latents
+    loss = settings.loss_fn(
+        leaf if settings.augment is None or draw is None else settings.augment.apply(leaf, draw, fill)
+    )
     _check_loss(loss, picture.shape[0])
     (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss), allow_unused=True)
     if gradient is None:

@@ -104,5 +104,23 @@ def step_levels(scheduler: Any, start: Any = None) -> tuple[list[tuple[float, fl
     return pairs[first:], flow
 
 
+def trained_level(scheduler: Any) -> float | None:
+    """The noise level at the end of the table that the model was trained with, sqrt((1 - abar) / abar).
+
+    Reads one number back from the scheduler's table: for once per call.
+
+    Args:
+        scheduler: a diffusers scheduler with `alphas_cumprod` or, without it, `config.sigma_max`.
+
+    Returns:
+        The level, inf for zero terminal SNR; None for a scheduler with neither.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is not None:
+        return _sigma(float(table[-1]))
+    largest = scheduler.config.get("sigma_max")
+    return None if largest is None else float(largest)
+
+
 def _sigma(alpha_bar: float) -> float:
     return ((1.0 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0.0 else math.inf

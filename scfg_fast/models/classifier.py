@@ -7,7 +7,7 @@ it steers the bundled model without training (`scfg_fast.guidance.LossGuidance`)
     loss = LossGuidance(classifier.presence_loss("star"), augment=Augment())
     loss = LossGuidance(classifier.place_loss("star", mask))
 
-It was trained on rendered scenes by ``scfg_fast.models.training.judge``; ``classifier/report.json`` has its score on
+It was trained on rendered scenes by ``training.judge``; ``classifier/report.json`` has its score on
 scenes that it never saw. It errs, and what was steered by it must be scored by another.
 """
 
@@ -19,12 +19,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
-from .training.judge import CELL, Judge
-from .training.sprites import OBJECTS
+from .vocabulary import BACKGROUNDS, COLORS, OBJECTS
 
 NOUNS = tuple(OBJECTS)
 """The nouns, in the order of the classifier's classes 1 to 40; class 0 is background."""
+
+CELL = 16
+"""Pixels per side of a judged cell in a 256-pixel picture."""
 
 PRESENT_CELLS = 12
 """Cells that an object is asked to fill; the smallest drawn one covers about as many."""
@@ -32,6 +35,30 @@ PRESENT_CELLS = 12
 _FILE = Path(__file__).parent / "classifier" / "model.safetensors"
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Judge(nn.Module):
+    """Dense classifier; float32 [B, 3, 128, 128] in [-1, 1] -> logits [B, 41, 16, 16], [B, 9, 16, 16] and [B, 19]."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        plan = [(3, 1, 2), (1, 2, 2), (2, 2, 1), (2, 3, 2), (3, 4, 1), (4, 4, 1)]
+        layers: list[nn.Module] = []
+        for index, (before, after, stride) in enumerate(plan):
+            inputs = before if index == 0 else before * width
+            layers += [
+                nn.Conv2d(inputs, after * width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(after * width),
+                nn.ReLU(),
+            ]
+        self.body = nn.Sequential(*layers)
+        self.object_head = nn.Conv2d(4 * width, len(NOUNS) + 1, 1)
+        self.color_head = nn.Conv2d(4 * width, len(COLORS), 1)
+        self.background_head = nn.Linear(4 * width, len(BACKGROUNDS))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        features = self.body(images)
+        return self.object_head(features), self.color_head(features), self.background_head(features.mean((2, 3)))
 
 
 class SceneClassifier:

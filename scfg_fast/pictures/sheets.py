@@ -89,7 +89,7 @@ def contact_sheet(
     _draw_color_bar(draw, margin, rates_top + 26, column, limit)
     notes = (
         "Top: each cell is coloured by the token that attends to it most. Bottom: the rate of each latent pixel; the "
-        "dark outline encloses the foreground, whose mean guidance is the benchmark. Lists: each region's share of the "
+        "dark outline encloses the foreground, whose mean guidance is the reference. Lists: each region's share of the "
         "cells and mean rate."
     )
     y = rates_top + 90

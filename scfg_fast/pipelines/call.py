@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
 from ..step.context import CallContext
-from .checks import check_corrections, check_inversion
-from .families import Family, denoisers_of, family_of
+from .checks import check_combination, check_corrections, check_inversion
+from .families import Family, denoisers_of, family_of, scale_of, stock_class
+from .interception import described
 
 
 def tokenizer_of(pipe: DiffusionPipeline) -> Any:
@@ -28,6 +30,37 @@ def tokenizer_of(pipe: DiffusionPipeline) -> Any:
     has only the second.
     """
     return getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+
+
+def read_arguments(
+    pipe: DiffusionPipeline, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a call by name, as the pipeline of diffusers would get them.
+
+    What a call takes as `**kwargs` counts as named. What it does not name has the default of the stock class.
+
+    Returns:
+        The arguments, or None if they do not fit the call.
+    """
+    try:
+        bound = inspect.signature(described(call)).bind(*args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    stock = inspect.signature(described(cast(Any, stock_class(pipe)).__call__)).parameters.values()
+    arguments = {p.name: p.default for p in stock if p.default is not p.empty}
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(bound.arguments[name])
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            arguments[name] = bound.arguments[name]
+    return arguments
+
+
+def names_a_prompt(pipe: DiffusionPipeline, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt, or its embeddings, can be read from the arguments of a call."""
+    arguments = read_arguments(pipe, call, args, kwargs) or {}
+    return any(arguments.get(name) is not None for name in ("prompt", "prompt_embeds"))
 
 
 def read_call(
@@ -69,6 +102,7 @@ def read_call(
     if type(pipe.scheduler).__name__ == "DDIMExactInverseScheduler":
         check_inversion(config, schedule, characteristic, loss)
     family = cast(Family, family_of(pipe))
+    check_combination(config, _guidance_rescale(pipe, arguments), schedule, characteristic, loss)
     check_corrections(pipe, family, arguments, schedule, characteristic, loss)
     per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     samples = len(prompts if prompts is not None else embeds) * per_prompt
@@ -87,7 +121,7 @@ def read_call(
         mask = word_mask(tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
     return CallContext(
         samples=samples,
-        guidance_scale=functools.partial(family.scale, pipe, arguments),
+        guidance_scale=functools.partial(scale_of(pipe), pipe, arguments),
         guidance_rescale=lambda: _guidance_rescale(pipe, arguments),
         num_steps=functools.partial(_num_steps, pipe, arguments),
         groups=lambda: 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2,
@@ -131,7 +165,8 @@ def _decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _guidance_rescale(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> float:
     """From the pipeline where it has the property, as callbacks may change it; some keep the bare argument; else 0."""
-    return float(getattr(pipe, "guidance_rescale", None) or arguments.get("guidance_rescale") or 0.0)
+    rescale = getattr(pipe, "guidance_rescale", None)
+    return float((arguments.get("guidance_rescale") if rescale is None else rescale) or 0.0)
 
 
 def _num_steps(pipe: Any, arguments: dict[str, Any]) -> int:

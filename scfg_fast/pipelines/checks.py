@@ -25,6 +25,29 @@ LOSS_SCHEDULERS = (
 """Schedulers whose next step starts from the sample that it is given, corrected or not."""
 
 
+def check_combination(
+    config: SCFGConfig,
+    rescale: float,
+    schedule: StepWeight | None,
+    characteristic: CharacteristicGuidance | None,
+    loss: LossGuidance | None,
+) -> None:
+    """Refuse what a rule other than plain mixing does not go with; `rescale` is guidance_rescale."""
+    if config.combine == "cfg":
+        return
+    reasons = []
+    if hasattr(schedule, "renoises"):
+        reasons.append("CFG++ renoises with the unconditional prediction, for plain mixing alone; use a WeightSchedule")
+    if characteristic is not None:
+        reasons.append("Characteristic Guidance solves for plain mixing; leave one of them out")
+    if loss is not None:
+        reasons.append("loss guidance differentiates plain mixing; leave one of them out")
+    if config.combine == "cfg-zero" and config.zero_init_steps > 0 and rescale > 0.0:
+        reasons.append("guidance_rescale divides by the spread of a prediction of zero; use zero_init_steps=0")
+    if reasons:
+        raise ValueError(f"scfg_fast: combine={config.combine!r}: {'; '.join(reasons)}")
+
+
 def check_inversion(
     config: SCFGConfig,
     schedule: StepWeight | None,
@@ -37,6 +60,8 @@ def check_inversion(
         wrong.append(f"schedule={type(schedule).__name__}")
     if (config.start, config.stop, config.reuse_every) != (0.0, 1.0, 1):
         wrong.append("start, stop or reuse_every")
+    if config.combine != "cfg":
+        wrong.append(f"combine={config.combine!r}")
     wrong += [name for name, there in (("characteristic", characteristic), ("loss", loss)) if there is not None]
     if wrong:
         raise ValueError(

@@ -17,15 +17,20 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..config import SCFGConfig
 from ..denoisers.install import unwrap
+from .interception import ancestry
 
 
 def _property_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
-    """The pipeline's property, which callbacks may change."""
-    return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+    """The pipeline's property, which callbacks may change. A subclass with a loop of its own may not set what the
+    property reads: there it is the argument."""
+    try:
+        return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+    except AttributeError:
+        return float(arguments["guidance_scale"])
 
 
-def _argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
-    """The bare argument, which no callback changes; but guidance may be switched off by the property."""
+def argument_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) -> float:
+    """The bare argument, which no callback changes. Guidance may still be switched off by the property."""
     return float(arguments["guidance_scale"]) if getattr(pipe, "do_classifier_free_guidance", True) else 1.0
 
 
@@ -48,6 +53,24 @@ def _wan_scale(pipe: Any, arguments: dict[str, Any], denoiser: torch.nn.Module) 
     return float(early if late is None or denoiser is unwrap(pipe.transformer) else late)
 
 
+ARGUMENT_SCALE = frozenset({
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionControlNetPAGInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    "StableDiffusionXLControlNetPAGPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+})  # fmt: skip
+"""Classes whose guidance line reads the argument `guidance_scale`, where others of their family read the property. A
+test compares this with the source of the installed diffusers."""
+
 SAME_LENGTH = "sets every guided token back to the length of the conditional prediction"
 
 TRUE_CFG = "true_cfg_scale > 1 and a negative_prompt; without them the model's own distilled guidance is all there is"
@@ -68,7 +91,7 @@ class Family:
         undone_by: what the pipeline does to the guided prediction that cancels most of any rate, or "".
         switch: the arguments that turn guidance on, for messages.
         config: what `enable` takes where no configuration is given: the published values.
-        benchmark: what `benchmark="auto"` means in the published code.
+        reference: what `reference="auto"` means in the published code.
         variance: whether the denoiser predicts a variance beside the noise.
     """
 
@@ -81,7 +104,7 @@ class Family:
     undone_by: str = ""
     switch: str = "guidance_scale > 1"
     config: SCFGConfig = field(default_factory=SCFGConfig)
-    benchmark: str = "foreground"
+    reference: str = "foreground"
     variance: bool = False
 
 
@@ -126,37 +149,37 @@ FAMILIES = (
     ),
     Family("Kolors", ("KolorsPipeline", "KolorsPAGPipeline")),
     Family(
-        "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=_argument_scale,
-        config=SCFGConfig.deepfloyd(), benchmark="image", variance=True,
+        "DeepFloyd IF, stage I", ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), scale=argument_scale,
+        config=SCFGConfig.deepfloyd(), reference="image", variance=True,
     ),
     Family(
         "DeepFloyd IF, stage II",
         ("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
-        scale=_argument_scale, config=SCFGConfig.deepfloyd(), variance=True,
+        scale=argument_scale, config=SCFGConfig.deepfloyd(), variance=True,
     ),
     Family(
         "Stable Diffusion 3",
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         ("transformer",),
     ),
-    Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=_argument_scale),
-    Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=_argument_scale),
-    Family("Sana", ("SanaPipeline",), ("transformer",), scale=_argument_scale),
+    Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=argument_scale),
+    Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=argument_scale),
+    Family("Sana", ("SanaPipeline",), ("transformer",), scale=argument_scale),
     Family("LTX-Video", ("LTXPipeline",), ("transformer",)),
     Family(
         "Flux", ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"), ("transformer",), True, _true_scale,
         packed=True, switch=TRUE_CFG,
     ),
-    Family("FLUX.2 klein base", ("Flux2KleinPipeline",), ("transformer",), True, _argument_scale, packed=True),
+    Family("FLUX.2 klein base", ("Flux2KleinPipeline",), ("transformer",), True, argument_scale, packed=True),
     Family(
-        "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, _argument_scale, packed=True
+        "Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"), ("transformer",), True, argument_scale, packed=True
     ),
     Family(
         "Qwen-Image", ("QwenImagePipeline",), ("transformer",), True, _true_scale, switch=TRUE_CFG,
         undone_by=SAME_LENGTH,
     ),
     Family("CogView4", ("CogView4Pipeline",), ("transformer",), True),
-    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, _argument_scale),
+    Family("Lumina 2", ("Lumina2Pipeline",), ("transformer",), True, argument_scale),
     Family(
         "Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("transformer",), scale=_offset_scale,
     ),
@@ -182,10 +205,24 @@ def why_not(pipe: DiffusionPipeline) -> str:
     return f"{name} is not supported{because}; this version supports {families} pipelines"
 
 
+def stock_class(pipe: DiffusionPipeline) -> type | None:
+    """The class of diffusers that a pipeline is of, or derived from, and that a family has; or None."""
+    names = {name for family in FAMILIES for name in family.pipelines}
+    found = (cls for cls in ancestry(type(pipe)) if cls.__name__ in names and cls.__module__.startswith("diffusers."))
+    return next(found, None)
+
+
 def family_of(pipe: DiffusionPipeline) -> Family | None:
     """The family of a pipeline, or None. A subclass of a pipeline belongs to its family."""
-    names = {cls.__name__ for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")}
-    return next((family for family in FAMILIES if not names.isdisjoint(family.pipelines)), None)
+    stock = stock_class(pipe)
+    return next((family for family in FAMILIES if stock is not None and stock.__name__ in family.pipelines), None)
+
+
+def scale_of(pipe: DiffusionPipeline) -> Callable[[Any, dict[str, Any], torch.nn.Module], float]:
+    """How the class of this pipeline reads its guidance scale; see `Family.scale`."""
+    if cast(type, stock_class(pipe)).__name__ in ARGUMENT_SCALE:
+        return argument_scale
+    return cast(Family, family_of(pipe)).scale
 
 
 def denoisers_of(pipe: Any) -> list[Any]:
@@ -200,12 +237,12 @@ def default_config(pipe: DiffusionPipeline) -> SCFGConfig:
     return SCFGConfig() if family is None else family.config
 
 
-def with_benchmark(pipe: DiffusionPipeline, config: SCFGConfig) -> SCFGConfig:
-    """The configuration with `benchmark` settled for this pipeline; the paper has one rule for all."""
-    if config.benchmark != "auto":
+def with_reference(pipe: DiffusionPipeline, config: SCFGConfig) -> SCFGConfig:
+    """The configuration with `reference` settled for this pipeline; the paper has one rule for all."""
+    if config.reference != "auto":
         return config
-    published = cast(Family, family_of(pipe)).benchmark
-    return config.replace(benchmark=published if config.fidelity == "official" else "foreground")
+    published = cast(Family, family_of(pipe)).reference
+    return config.replace(reference=published if config.fidelity == "official" else "foreground")
 
 
 def cells_of(pipe: Any, config: SCFGConfig) -> SCFGConfig:

@@ -88,7 +88,8 @@ def place_of(timestep: Any, timesteps: Any) -> int | None:
     repeated = all(stride == 0 or size == 1 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
     if not _share(timestep, timesteps) or timestep.dtype != timesteps.dtype or not repeated:
         return None
-    place, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(1, timesteps.stride(0)))
+    offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    place, rest = divmod(offset, max(1, timesteps.stride(0)))
     return place if rest == 0 and 0 <= place < len(timesteps) else None
 
 
@@ -103,9 +104,9 @@ def _are_same(timestep: Any, other: Any, timesteps: Any) -> bool | None:
     place, other_place = place_of(timestep, timesteps), place_of(other, timesteps)
     if place is not None and other_place is not None:
         return place == other_place
-    if isinstance(timestep, torch.Tensor) and isinstance(other, torch.Tensor):
-        if _share(timestep, other) and timestep.dim() == other.dim() == 0:  # of the pipeline's own list
-            return timestep.storage_offset() == other.storage_offset()
+    both = isinstance(timestep, torch.Tensor) and isinstance(other, torch.Tensor)
+    if both and _share(timestep, other) and timestep.dim() == other.dim() == 0:  # of the pipeline's own list
+        return bool(timestep.storage_offset() == other.storage_offset())
     value, other_value = _value(timestep), _value(other)
     return None if value is None or other_value is None else value == other_value
 

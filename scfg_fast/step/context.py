@@ -50,6 +50,9 @@ class Stats:
         steps_applied: denoising steps guided by S-CFG; steps of all runs, where a call has several.
         steps_skipped: reason -> number of steps that were left to plain guidance.
         weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
+        distances: for every step (||g - u||, ||t - u||), [B] each, on the denoiser's device, or None where the step is
+            plain; see `effective_weights`.
+        images: B, images of the call.
         samples: samples that the denoiser computed; a step whose weight is 1 needs half, Characteristic and loss
             guidance need more. A backward pass is not counted.
         characteristic: one entry per step that Characteristic Guidance was solved in.
@@ -62,6 +65,8 @@ class Stats:
     steps_applied: int = 0
     steps_skipped: dict[str, int] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
+    distances: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list, repr=False)
+    images: int = 0
     samples: int = 0
     characteristic: list[Convergence] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -72,8 +77,28 @@ class Stats:
         return [loss.tolist() for loss in self.losses]
 
     @property
+    def effective_weights(self) -> list[torch.Tensor]:
+        """The dose of every step so far and image, [B] each: ||g - u|| / ||t - u|| with u, t the denoiser's two
+        predictions and g the one that the scheduler gets, norms over the whole latent; 1 where t = u.
+
+        Plain guidance of scale s has s, the conditional prediction alone 1. `guidance_rescale` is part of g, what
+        perturbed attention adds is not. Reading it waits for no device; a plain step's tensor is on the CPU.
+        """
+        return [
+            torch.full((self.images,), weight) if pair is None else torch.where(pair[1] > 0.0, pair[0] / pair[1], 1.0)
+            for weight, pair in zip(self.weights, self.distances, strict=True)
+        ]
+
+    @property
+    def effective_weight(self) -> float:
+        """Mean of `effective_weights` over steps and images: the dose to match when methods are compared. Reading it
+        waits for the device; nan before the first step."""
+        weights = self.effective_weights
+        return sum(float(weight.double().mean()) for weight in weights) / len(weights) if weights else float("nan")
+
+    @property
     def mean_weight(self) -> float:
-        """Mean of `weights`, the dose to match when methods are compared; nan before the first step."""
+        """Mean of `weights`, without what rates and rules add (`effective_weight`); nan before the first step."""
         return sum(self.weights) / len(self.weights) if self.weights else float("nan")
 
 

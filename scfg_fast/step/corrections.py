@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 
 from ..denoisers.install import can_halve
-from ..guidance.characteristic import CharacteristicGuidance, Shift, solve
+from ..guidance.characteristic import CharacteristicGuidance, solve
 from ..guidance.loss import LossGuidance, loss_gradient, renoise, update
 from ..guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
+from ..guidance.steps import trained_level
 from .arguments import argument, copied, second_half
 from .context import CallContext, Convergence, Stats
 from .scheduler import SchedulerStep, rewind, snapshot
@@ -76,15 +77,12 @@ class Corrections:
         self._context = context
         self._stats = stats
         self._aside = aside
-        self._shift: Shift | None = None
-        self._first_alpha_bar: float | None = None
         self._random = torch.Generator().manual_seed(context.loss.seed) if context.loss is not None else None
 
     def characteristic(self, guided: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """Characteristic Guidance's prediction where it converged, `guided` elsewhere; [B, C, H, W] in its dtype."""
         settings, state = cast(CharacteristicGuidance, self._context.characteristic), self._state()
         alpha_bar, kind = state.alpha_bar, self._prediction_type()
-        self._first_alpha_bar = self._first_alpha_bar or alpha_bar
         sample = argument(state.args, state.kwargs, 0, "sample")[: cond.shape[0], : cond.shape[1]].to(wide(cond))
 
         def noise(prediction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -96,9 +94,8 @@ class Corrections:
 
         solution = solve(
             predict, sample, noise(uncond, sample), noise(cond, sample), state.weight, alpha_bar, settings,
-            self._shift, self._first_alpha_bar,
+            self._last_alpha_bar,
         )  # fmt: skip
-        self._shift = solution.shift
         self._stats.characteristic.append(
             Convergence(state.index, solution.iterations, solution.residuals, solution.converged)
         )
@@ -223,6 +220,12 @@ class Corrections:
         finally:
             if change:
                 module.disable_gradient_checkpointing()
+
+    @functools.cached_property
+    def _last_alpha_bar(self) -> float | None:
+        """abar at the end of the trained table; None where the scheduler has none. Asked once per call."""
+        level = trained_level(self._context.scheduler)
+        return None if level is None else alpha_bar_of(level)
 
     @functools.cached_property
     def _exploding(self) -> bool:

@@ -5,8 +5,8 @@ the maps, and `rewrite` has the algebra of what is returned. Steps that are not 
 object, untouched. No value is read back from the device in a step. (A schedule that needs noise levels has the
 scheduler's tables read once, before the first step.)
 
-Evaluations that are not the pipeline's own are stock and count nothing: in the user's callbacks, inside the scheduler's
-step or inside another evaluation, and those of another method (skip-layer guidance), which the pipeline combines itself.
+Evaluations that are not the pipeline's own are stock and count nothing: those in the user's callbacks, in the
+scheduler's step or in another evaluation, and those of skip-layer guidance, which the pipeline combines itself.
 
 Characteristic Guidance solves for its prediction here, by further calls of the denoiser. What must see the sample too,
 loss guidance and CFG++ in a multistep solver, happens around the scheduler's step.
@@ -17,105 +17,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from ..capture.layers import BlockInfo
-from ..capture.maps import BatchLayout, BlockMaps, StepMaps
+from ..capture.maps import BatchLayout, StepMaps
 from ..config import SCFGConfig
 from ..denoisers.install import IN_USE, HookedDenoiser, can_halve, hooked, unwrap
 from ..denoisers.unet import UNet
+from ..guidance.mixing import distances
 from ..guidance.steps import step_levels
-from ..layouts import Geometry
 from ..regions import Regions
 from .arguments import argument, copied, second_half
 from .clock import StepClock
 from .context import CallContext, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import AppliedRates, RegionFinder
+from .finder import Combination, RegionFinder, mixer_of
 from .plan import PLAIN_INSTEAD, StepPlan, StepState, plan
+from .records import Evaluation, Left, OpenStep, Run, are_one, joined
 from .rewrite import Rewrite, with_prediction
 from .scheduler import around_prediction, watched
 
 ONE_PASS = "the denoiser ran once: no guidance"
-
-Left = list[tuple[BlockInfo, BlockMaps]]
-
-
-@dataclass
-class Run:
-    """One way through the timesteps; the next begins with another.
-
-    Attributes:
-        corrections: of this run.
-        levels: noise levels before and after each step, where something asks, and whether they are flow times.
-        finders: regions, one finder for each window of a step.
-        guided_steps: steps guided so far.
-    """
-
-    corrections: Corrections
-    levels: tuple[list[tuple[float, float]], bool]
-    finders: list[RegionFinder] = field(default_factory=list)
-    guided_steps: int = 0
-
-
-@dataclass
-class Evaluation:
-    """One evaluation of the denoiser that belongs to a step.
-
-    Attributes:
-        hooked: the denoiser.
-        plan: of the step.
-        window: which of the step's windows this is, from 0.
-        finder: regions of this window.
-        geometry: of the latents.
-        sample: the object that the denoiser was called with.
-        args, kwargs: of the call, where a correction needs them.
-        branch: "both" groups of samples, or which of two passes this is.
-        finds: whether captured layers leave maps.
-        first: the conditional pass, in the unconditional one.
-        left: what the blocks left.
-        prediction: [B, C, H, W] of a conditional pass, until the unconditional one.
-    """
-
-    hooked: HookedDenoiser
-    plan: StepPlan
-    window: int
-    finder: RegionFinder
-    geometry: Geometry
-    sample: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    branch: str
-    finds: bool
-    first: Evaluation | None = None
-    left: Left = field(default_factory=list)
-    prediction: torch.Tensor | None = None
-
-
-@dataclass
-class OpenStep:
-    """The step that evaluations belong to now.
-
-    Attributes:
-        plan: what it does.
-        batch: samples that the denoiser got in its first window.
-        windows: how many windows it has had.
-        counted: whether it stands in the statistics.
-        waiting: conditional passes without their unconditional one.
-    """
-
-    plan: StepPlan
-    batch: int
-    windows: int = 0
-    counted: bool = False
-    waiting: list[Evaluation] = field(default_factory=list)
 
 
 class GuidanceHook:
@@ -144,6 +70,7 @@ class GuidanceHook:
         self._clock = StepClock(context.scheduler)
         self._warned: set[str] = set()
         self._undo = contextlib.ExitStack()
+        self.stats.images = context.samples
         # What changes in the course of a call:
         self._run: Run | None = None
         self._step: OpenStep | None = None
@@ -173,20 +100,6 @@ class GuidanceHook:
             yield
         finally:
             self._aside -= 1
-
-    def watch_callbacks(self, signature: inspect.Signature, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of the pipeline's call, with its callbacks run `aside`.
-
-        Args:
-            signature: of the class's call.
-            args, kwargs: of the call, without the pipeline.
-        """
-        names = [*list(signature.parameters)[1:], *[""] * len(args)]
-        positional = [self._watched(name, value) for name, value in zip(names, args, strict=False)]
-        return tuple(positional), {name: self._watched(name, value) for name, value in kwargs.items()}
-
-    def _watched(self, name: str, value: Any) -> Any:
-        return Callback(value, self.aside) if "callback" in name and callable(value) else value
 
     # Around the scheduler
 
@@ -245,7 +158,7 @@ class GuidanceHook:
     def _second_pass(self, sample: Any) -> Evaluation | None:
         """The unconditional pass of two, or None: it gets the very latents of a conditional one."""
         waiting = self._step.waiting if self._step is not None else []
-        first = next((each for each in waiting if _are_one(each.sample, sample)), None)
+        first = next((each for each in waiting if are_one(each.sample, sample)), None)
         if first is None:
             return None
         waiting.remove(first)
@@ -255,9 +168,7 @@ class GuidanceHook:
             finds, first,
         )  # fmt: skip
 
-    def _first_pass(
-        self, module: torch.nn.Module, denoiser: HookedDenoiser, sample: Any, kwargs: dict
-    ) -> Evaluation:
+    def _first_pass(self, module: torch.nn.Module, denoiser: HookedDenoiser, sample: Any, kwargs: dict) -> Evaluation:
         """Any other evaluation: of a new step, or of another window of the present one."""
         geometry = denoiser.denoiser.geometry(denoiser.module, sample, kwargs, self.context.size)
         run, step = cast(Run, self._run), self._step
@@ -274,6 +185,7 @@ class GuidanceHook:
         if step is None:
             step = self._step = OpenStep(planned, len(sample))
             self.stats.weights.append(planned.weight if planned.scale > 1.0 else 1.0)
+            self.stats.distances.append(None)
         step.windows += 1
         finds = planned.regions == "find" or (planned.regions == "keep" and not has_regions)
         branch = "conditional" if self.context.two_pass else "both"
@@ -303,7 +215,7 @@ class GuidanceHook:
 
     def _begin_run(self, timestep: Any) -> Run:
         levels = step_levels(self.context.scheduler, timestep) if self.context.needs_levels else None
-        return Run(Corrections(self.context, self.stats, self.aside), levels or ([], False))
+        return Run(Corrections(self.context, self.stats, self.aside), mixer_of(self.config), levels or ([], False))
 
     def _close_step(self) -> bool:
         """Forget conditional passes that no other followed: the pipeline guided nothing in that step. Whether it was
@@ -333,7 +245,8 @@ class GuidanceHook:
             return None
         step, run, planned = cast(OpenStep, self._step), cast(Run, self._run), evaluation.plan
         first_pass = evaluation.branch == "conditional"
-        if not planned.changes and not self.context.corrects:
+        measured = planned.guided and planned.rescale > 0.0
+        if not planned.changes and not measured and not self.context.corrects:
             self._count(step, planned)
             if first_pass:
                 step.waiting.append(evaluation)  # only to know its second pass
@@ -343,7 +256,7 @@ class GuidanceHook:
         if first_pass:
             step.waiting.append(evaluation)
             return None
-        prediction, left = _joined(evaluation, self.context.foreground)
+        prediction, left = joined(evaluation, self.context.foreground)
         maps = self._collect(evaluation, left) if evaluation.finds else None
         if planned.regions != "none" and maps is None and evaluation.finder.segments is None:
             planned = planned.without_maps()
@@ -354,39 +267,63 @@ class GuidanceHook:
         corrections.step = self._describe(module, evaluation, prediction) if self.context.corrects else None
         shifted = planned.shifted and corrections.step is not None and corrections.step.guided
         planned = dataclasses.replace(planned, shifted=shifted)
+        combination = Combination(self.config, evaluation.finder, maps, run.mixer, planned, self.context.samples)
         if not planned.changes:
+            self._measure(planned, prediction, combination)
             return None
-        regions = None
+        whole = output[0]
         if planned.half:
-            rewritten, whole = torch.cat([prediction, prediction]), torch.cat([output[0], output[0]])
+            result, whole = torch.cat([prediction, prediction]), torch.cat([whole, whole])
+            result = torch.zeros_like(result) if planned.zero else result
         else:
-            applied = AppliedRates(self.config, evaluation.finder, maps)
             groups = 2 if self.context.two_pass else planned.groups
             rewrite = Rewrite(planned.scale, planned.weight, planned.rereads, groups, self.config)
-            solve = functools.partial(self._solve, corrections, applied) if shifted else None
-            rewritten = rewrite(prediction, applied if planned.reason is None else None, solve)
-            whole, regions = output[0], applied.regions(planned.index)
-            if applied.rate is not None and corrections.step is not None:
-                corrections.step.weight = planned.weight * applied.rate
+            solve = functools.partial(self._solve, planned, prediction, corrections, combination) if shifted else None
+            combines = planned.reason is None or planned.combines
+            result = rewrite(prediction, combination if combines else None, solve)
+            if combination.rate is not None and corrections.step is not None:
+                corrections.step.weight = planned.weight * combination.rate
+            if solve is None:
+                self._measure(planned, prediction, combination)
+        regions = combination.regions()
         if evaluation.first is not None:
-            rewritten = rewritten.chunk(2)[0]
+            result = result.chunk(2)[0]
         if self.on_regions is not None and regions is not None:
             with self.aside():
                 self.on_regions(planned.index, regions)
-        return with_prediction(output, view.close(rewritten, whole, evaluation.geometry))
+        return with_prediction(output, view.close(result, whole, evaluation.geometry))
 
     def _solve(
-        self, corrections: Corrections, applied: AppliedRates, guided: torch.Tensor, *halves: torch.Tensor
+        self,
+        planned: StepPlan,
+        prediction: torch.Tensor,
+        corrections: Corrections,
+        combination: Combination,
+        guided: torch.Tensor,
+        *halves: torch.Tensor,
     ) -> torch.Tensor:
         """Characteristic Guidance, with the rates of this step."""
         step = cast(StepInputs, corrections.step)
-        if applied.rate is not None:
-            step.weight = step.weight * applied.rate
-        return corrections.characteristic(guided, *halves)
+        if combination.rate is not None:
+            step.weight = planned.weight * combination.rate
+        solved = corrections.characteristic(guided, *halves)
+        self._measure(planned, prediction, combination, solved)
+        return solved
 
-    def _describe(
-        self, module: torch.nn.Module, evaluation: Evaluation, prediction: torch.Tensor
-    ) -> StepInputs | None:
+    def _measure(
+        self, planned: StepPlan, prediction: torch.Tensor, combination: Combination, solved: torch.Tensor | None = None
+    ) -> None:
+        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
+        solved for or mixed here, or with weight and rates."""
+        rate, moved = combination.rate, combination.moved
+        if not planned.guided or (rate is moved is solved is None and not planned.rescale > 0.0):
+            return
+        uncond, cond, *_ = prediction.chunk(2 if self.context.two_pass else planned.groups)
+        moved = moved if solved is None else solved - uncond
+        samples = self.context.samples
+        self.stats.distances[-1] = distances(uncond, cond, planned.weight, rate, moved, planned.rescale, samples)
+
+    def _describe(self, module: torch.nn.Module, evaluation: Evaluation, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
         planned = evaluation.plan
         groups = 2 if planned.guided and not planned.half else 1
@@ -433,46 +370,3 @@ class GuidanceHook:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"scfg_fast: {message} {instead}", SCFGWarning, stacklevel=2)
-
-
-class Callback:
-    """A user's callback, while which evaluations of the denoiser are stock; it passes for the user's own object, of
-    whose class diffusers makes something."""
-
-    def __init__(self, callback: Callable[..., Any], aside: Callable[[], contextlib.AbstractContextManager]) -> None:
-        self._callback, self._aside = callback, aside
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._aside():
-            return self._callback(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._callback, name)
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._callback)
-
-
-def _joined(evaluation: Evaluation, foreground: str) -> tuple[torch.Tensor, Left]:
-    """[u; t] and what the blocks left for both, of one evaluation or of two passes."""
-    prediction, left, first = cast(torch.Tensor, evaluation.prediction), evaluation.left, evaluation.first
-    if first is None:
-        return prediction, left
-    both = torch.cat([prediction, cast(torch.Tensor, first.prediction)])
-    first.prediction = None
-    if foreground != "unconditional":
-        return both, first.left
-    pairs = zip(first.left, left, strict=True)
-    return both, [(info, BlockMaps(cond.tokens, uncond.start)) for (info, cond), (_, uncond) in pairs]
-
-
-def _are_one(sample: Any, other: Any) -> bool:
-    """Whether two passes got the same latents: one object, or one piece of memory."""
-    if sample is other:
-        return True
-    if not isinstance(sample, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
-    same_memory = sample.untyped_storage()._cdata == other.untyped_storage()._cdata
-    like = (torch.Tensor.storage_offset, torch.Tensor.size, torch.Tensor.stride)
-    return same_memory and sample.dtype == other.dtype and all(of(sample) == of(other) for of in like)

@@ -68,6 +68,8 @@ class StepPlan:
         rereads: whether the pipeline also uses the conditional prediction.
         half: whether the conditional half of the batch alone is computed.
         shifted: whether Characteristic Guidance is solved.
+        combines: whether a rule other than classifier-free guidance mixes the predictions.
+        zero: whether the prediction is zero, in the first steps of CFG-Zero*.
         sigmas: noise level of the input, and the one that the step leads to, or None.
         rescale: phi of guidance_rescale.
         groups: groups of samples in a batch.
@@ -83,6 +85,8 @@ class StepPlan:
     rereads: bool = False
     half: bool = False
     shifted: bool = False
+    combines: bool = False
+    zero: bool = False
     sigmas: tuple[float, float] | None = None
     rescale: float = 0.0
     groups: int = 2
@@ -91,7 +95,8 @@ class StepPlan:
     @property
     def changes(self) -> bool:
         """Whether the step returns anything but the denoiser's own output."""
-        return self.guided and (self.reason is None or self.weight != self.scale or self.half or self.shifted)
+        other = self.weight != self.scale or self.half or self.shifted or self.combines
+        return self.guided and (self.reason is None or other)
 
     def without_maps(self) -> StepPlan:
         """The plan of a step in which no layer left a map, and there are no regions before it."""
@@ -126,8 +131,9 @@ def plan(context: CallContext, config: SCFGConfig, state: StepState) -> StepPlan
     two_halves = state.groups == 2 and not context.two_pass
     shifted = settings is not None and two_halves and weight != 1.0 and state.sigmas is not None
     reason = _reason_without_rates(config, state.index, state.count, weight)
+    zero = zero_step(config, state.index)
     due = not state.has_regions or state.guided_steps % config.reuse_every == 0
-    warnings = ()
+    warnings: tuple[tuple[str, str], ...] = ()
     if context.undone_by and config.rates != "none":
         warnings = ((f"this pipeline {context.undone_by}.", "Rates change directions there, not lengths."),)
     return StepPlan(
@@ -139,6 +145,8 @@ def plan(context: CallContext, config: SCFGConfig, state: StepState) -> StepPlan
         rereads=rereads,
         half=weight == 1.0 and two_halves and not context.renoises and state.can_halve(),
         shifted=shifted and settings is not None and in_part(state.index, state.count, settings.start, settings.stop),
+        combines=config.combine != "cfg" and (weight != 1.0 or zero),  # of weight 1 it is t by every rule
+        zero=zero,
         sigmas=state.sigmas,
         rescale=state.rescale,
         groups=state.groups,
@@ -172,6 +180,11 @@ def _reason_to_stay_out(context: CallContext, state: StepState, rereads: bool) -
             False,
         )
     return None, True
+
+
+def zero_step(config: SCFGConfig, index: int) -> bool:
+    """Whether the prediction of step `index` is zero: the first of CFG-Zero*."""
+    return config.combine == "cfg-zero" and index < config.zero_init_steps
 
 
 def step_weight(schedule: StepWeight | None, step: Step) -> float:

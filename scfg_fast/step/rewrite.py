@@ -18,8 +18,8 @@ import torch
 from ..config import SCFGConfig
 from .finder import guide_plainly
 
-Rates = Callable[..., torch.Tensor]
-"""(u, t, w, rewrite, copies) -> f = u + w r (t - u), once or twice; or u' of w = s with rewrite="unconditional"."""
+Combine = Callable[..., torch.Tensor]
+"""(u, t, w, rewrite, copies) -> f, once or twice; or u' of w = s with rewrite="unconditional": `finder.Combination`."""
 
 Solve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(f, u, t) -> another f."""
@@ -44,19 +44,19 @@ class Rewrite:
     config: SCFGConfig
 
     def __call__(
-        self, prediction: torch.Tensor, rates: Rates | None = None, solve: Solve | None = None
+        self, prediction: torch.Tensor, combine: Combine | None = None, solve: Solve | None = None
     ) -> torch.Tensor:
         """[G B, C, H, W] -> what to return in its place, same shape and dtype.
 
         Args:
             prediction: [u; t] or [u; t; others].
-            rates: applies the rates, or None for r = 1.
+            combine: applies rates and rules, or None for f = u + w (t - u).
             solve: makes another prediction of the guided one (Characteristic Guidance), or None.
         """
         uncond, cond, *others = prediction.chunk(self.groups)
         if self.rereads:
-            return torch.cat([self._unconditional(uncond, cond, rates, solve), cond, *others])
-        guided = self._guided(uncond, cond, rates, copies=1 if solve or len(uncond) == 1 else 2)
+            return torch.cat([self._unconditional(uncond, cond, combine, solve), cond, *others])
+        guided = self._guided(uncond, cond, combine, copies=1 if solve or len(uncond) == 1 else 2)
         if solve is not None:
             guided = solve(guided, uncond, cond)
         if len(guided) > len(uncond):
@@ -64,28 +64,28 @@ class Rewrite:
         return guided.expand(2, *guided.shape).flatten(0, 1)  # (f, f): of one image a view
 
     def _unconditional(
-        self, uncond: torch.Tensor, cond: torch.Tensor, rates: Rates | None, solve: Solve | None
+        self, uncond: torch.Tensor, cond: torch.Tensor, combine: Combine | None, solve: Solve | None
     ) -> torch.Tensor:
         """u' with u' + s (t - u') = f."""
         scale, weight = self.scale, self.weight
-        if solve is None and rates is not None and weight == scale:
+        if solve is None and combine is not None and weight == scale:
             # u' = u - s / (s - 1) (r - 1) (t - u): for r = 1 it is u, bit for bit
-            return rates(uncond, cond, weight, "unconditional", 1)
-        if solve is None and rates is None:
+            return combine(uncond, cond, weight, "unconditional", 1)
+        if solve is None and combine is None:
             # u' = u + (s - w) / (s - 1) (t - u), in one launch
             return guide_plainly(self.config, uncond, cond, (scale - weight) / (scale - 1.0))
-        guided = self._guided(uncond, cond, rates, copies=1)
+        guided = self._guided(uncond, cond, combine, copies=1)
         if solve is not None:
             guided = solve(guided, uncond, cond)
         # u' = (s t - f) / (s - 1)
         dtype = torch.promote_types(cond.dtype, torch.float32)
         return ((scale * cond.to(dtype) - guided.to(dtype)) / (scale - 1.0)).to(cond.dtype)
 
-    def _guided(self, uncond: torch.Tensor, cond: torch.Tensor, rates: Rates | None, copies: int) -> torch.Tensor:
+    def _guided(self, uncond: torch.Tensor, cond: torch.Tensor, combine: Combine | None, copies: int) -> torch.Tensor:
         """f, once or twice."""
-        if rates is not None:
+        if combine is not None:
             # f = u + w r (t - u)
-            return rates(uncond, cond, self.weight, "guided", copies)
+            return combine(uncond, cond, self.weight, "guided", copies)
         if self.weight == self.scale:
             # f = u + s (t - u), the pipeline's own line, bit for bit
             return uncond + self.weight * (cond - uncond)

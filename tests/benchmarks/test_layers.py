@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import blocks, layers, overhead, report
 from benchmarks.layers import ALL, METRICS, PLAIN, PREVIOUS, Capture, Compared
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB
 from lab.tiny.unets import tiny_sdxl_pipeline, tiny_sdxl_unet
 
@@ -62,8 +63,8 @@ def test_subsets_are_all_but_none_and_all(compared: Compared) -> None:
 
 
 def test_blocks_are_counted_and_timed() -> None:
-    assert blocks.counts(overhead.SDXL_UNET) == {"all": 60, "one-per-transformer": 6}
-    tiny = dict(overhead.SDXL_UNET, block_out_channels=(32, 64, 64), attention_head_dim=(1, 2, 2), sample_size=16)
+    assert blocks.counts(SDXL_UNET) == {"all": 60, "one-per-transformer": 6}
+    tiny = dict(SDXL_UNET, block_out_channels=(32, 64, 64), attention_head_dim=(1, 2, 2), sample_size=16)
     samples, allocated = blocks.measure(dict(tiny, cross_attention_dim=32), rounds=2)
     assert {len(values) for values in samples.values()} == {2} and min(map(min, samples.values())) >= 0.0
     assert set(allocated) == {"stock", "captured", "stock (again)"} and min(allocated.values()) > 0
@@ -71,7 +72,7 @@ def test_blocks_are_counted_and_timed() -> None:
 
 def test_large_blocks_are_measured_both_ways() -> None:
     """33x33 tokens at latent / 2, 32 channels: less is allocated where queries and keys are held."""
-    small = dict(overhead.SDXL_UNET, block_out_channels=(32, 32, 64), attention_head_dim=(1, 2, 2), sample_size=66)
+    small = dict(SDXL_UNET, block_out_channels=(32, 32, 64), attention_head_dim=(1, 2, 2), sample_size=66)
     samples, allocated = blocks.measure(dict(small, cross_attention_dim=32), rounds=1, level=2)
     assert samples.keys() >= allocated.keys() == {"stock", "captured", "stock (again)", blocks.BY_MAP}
     assert allocated["captured"] < allocated[blocks.BY_MAP]
@@ -87,7 +88,7 @@ def test_the_variants_of_sdxl() -> None:
 
 
 def test_random_unets_are_the_same_for_the_same_seed() -> None:
-    small = dict(overhead.SD15_UNET, block_out_channels=(32, 32, 32, 32), cross_attention_dim=16, attention_head_dim=2)
+    small = dict(SD15_UNET, block_out_channels=(32, 32, 32, 32), cross_attention_dim=16, attention_head_dim=2)
     first, again, other = (overhead.random_unet(small, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])

@@ -13,9 +13,10 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import DiffusionPipeline
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import Regions, SCFGWarning
-from tests.pipelines.test_coexistence import STEPS, relative, run
+from tests.pipelines.test_coexistence import STEPS, run
 
 
 @pytest.fixture(params=["sd", "sdxl"])

@@ -22,16 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scfg_fast
 from lab.measure import IMPLEMENTATIONS
 from lab.reference.replaced import replaced_run
+from lab.rounding import otherwise_rounded, relative
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import Regions, SCFGWarning
 
 STEPS = 4
 TOLERANCE = 5e-6
-
-
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
 
 
 def arguments(**overrides: Any) -> dict[str, Any]:
@@ -54,14 +50,11 @@ def factors(pipe: DiffusionPipeline) -> tuple[int, ...]:
     return (4,) if "XL" in type(pipe).__name__ else (4, 8)
 
 
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
 def assert_the_published_method(pipe: DiffusionPipeline, **overrides: Any) -> None:
     """Ours against the pipeline's own call with the guidance line replaced; stock again afterwards, to the bit."""
     plain = run(pipe, **overrides)
-    expected = replaced_run(pipe, arguments(**overrides), observe=True, factors=factors(pipe)).images
+    with otherwise_rounded(pipe):
+        expected = replaced_run(pipe, arguments(**overrides), observe=True, factors=factors(pipe)).images
     handle = scfg_fast.enable(pipe)
     actual = run(pipe, **overrides)
     assert handle.stats.steps_applied == STEPS and not handle.stats.steps_skipped
@@ -169,7 +162,7 @@ def test_a_replaced_scaled_dot_product_attention(pipe, monkeypatch) -> None:
 
     def approximate(query, key, value, *args, **kwargs):
         calls.append(query.shape)
-        return exact(0.98 * query, key, value, *args, **kwargs)
+        return exact(0.97 * query, key, value, *args, **kwargs)
 
     before = run(pipe)
     monkeypatch.setattr(F, "scaled_dot_product_attention", approximate)
@@ -330,7 +323,7 @@ def test_group_offload(kind: str) -> None:
 def test_layerwise_casting_to_fp8() -> None:
     """Weights are stored in 8 bits and cast for each layer; the maps come from the cast ones."""
     pipe = tiny_sd_pipeline()
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float64)
     assert torch.float8_e4m3fn in {parameter.dtype for parameter in pipe.unet.parameters()}
     assert_the_published_method(pipe)
 

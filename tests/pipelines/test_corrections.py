@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,16 +25,24 @@ from diffusers import (
 )
 
 import scfg_fast
+from lab.rounding import relative
 from lab.tiny.loops import NEGATIVES, PROMPTS, Literal
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.guidance import Augment, CFGPlusPlus, CharacteristicGuidance, LossGuidance, WeightSchedule
+from scfg_fast.guidance import (
+    Augment,
+    CFGPlusPlus,
+    CharacteristicGuidance,
+    CharacteristicSolver,
+    LossGuidance,
+    WeightSchedule,
+)
 from scfg_fast.pipelines.checks import LOSS_SCHEDULERS, overflows
 
 PLAIN = SCFGConfig(rates="none")
 STEPS = 4
 SCALE = 6.0
-TIGHT = CharacteristicGuidance(projection="identity", tolerance=1e-5, memory=4)
+TIGHT = CharacteristicGuidance(tolerance=1e-5, solver=CharacteristicSolver("identity", memory=4))
 
 
 def to_dark(x0: torch.Tensor) -> torch.Tensor:
@@ -50,20 +57,11 @@ def nothing(x0: torch.Tensor) -> torch.Tensor:
 LATENT_LOSS = LossGuidance(to_dark, scale=0.05, space="latents")
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request) -> DiffusionPipeline:
-    return tiny_sd_pipeline() if request.param == "sd" else tiny_sdxl_pipeline()
-
-
 def run(pipe, samples: tuple[int, ...] = (0, 1), **kwargs: Any) -> torch.Tensor:
     options = dict(num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent") | kwargs
     generators = [torch.Generator().manual_seed(seed) for seed in samples]
     prompts, negatives = ([texts[i] for i in samples] for texts in (PROMPTS, NEGATIVES))
     return pipe(prompts, negative_prompt=negatives, generator=generators, **options).images
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 # Loss guidance -------------------------------------------------------------------------------------------------------
@@ -76,12 +74,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: int) -> None:
     """Algorithms 2 and 3 of 2403.12404, written out with DDIM's own formulas."""
     pipe = tiny_sd_pipeline(prediction_type=kind) if family == "sd" else tiny_sdxl_pipeline()
-    pipe = pipe.to(dtype=torch.float64)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.double()
     pipe.scheduler.final_alpha_cumprod = pipe.scheduler.final_alpha_cumprod.double()
     rho, random = 0.05, torch.Generator().manual_seed(7)
     loop = Literal(pipe, STEPS)
-    x, alphas = loop.start, pipe.scheduler.alphas_cumprod.double()
+    start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    x, alphas = start, pipe.scheduler.alphas_cumprod.double()
     for t in loop.scheduler.timesteps:
         a, before = alphas[t], int(t) - 1000 // STEPS
         after = alphas[before] if before >= 0 else pipe.scheduler.final_alpha_cumprod.double()
@@ -104,10 +102,10 @@ def test_loss_guidance_is_the_published_loop(family: str, kind: str, repeats: in
         x = x_next
     settings = LossGuidance(to_dark, scale=rho, space="latents", repeats=repeats, seed=7)
     handle = scfg_fast.enable(pipe, PLAIN, loss=settings)
-    assert relative(run(pipe, latents=loop.start), x) < 5e-6
+    assert relative(run(pipe, latents=start), x) < 5e-6
     assert len(handle.stats.losses) == STEPS * repeats
     assert handle.stats.samples == 4 * STEPS * (2 * repeats), "evaluations: one for the step, one for the gradient"
-    assert relative(run(pipe, latents=loop.start, scfg_kwargs={"loss": None}), x) > 1e-3
+    assert relative(run(pipe, latents=start, scfg_kwargs={"loss": None}), x) > 1e-3
 
 
 def test_loss_guidance_is_the_same_in_either_scale() -> None:
@@ -116,7 +114,7 @@ def test_loss_guidance_is_the_same_in_either_scale() -> None:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     settings = LossGuidance(to_dark, scale=0.05, space="latents", repeats=2)
     scfg_fast.enable(pipe, PLAIN, loss=settings)
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     expected = run(pipe, latents=noise)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
     pipe.scheduler.set_timesteps(STEPS)
@@ -323,6 +321,27 @@ def test_a_part_of_the_run_is_shifted_and_the_rest_is_stock() -> None:
     assert [step.step for step in handle.stats.characteristic] == [0], "no guidance, no exaggeration of it"
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_regularisation_is_that_of_the_level_wherever_the_run_begins(
+    monkeypatch: pytest.MonkeyPatch, start: float
+) -> None:
+    """As published, anchored at the trained table's last level: a later start changes no other step's."""
+    pipe, seen = tiny_sd_pipeline(), []
+    original = CharacteristicGuidance.regularization_at
+
+    def recorded(settings: CharacteristicGuidance, *levels: float) -> float:
+        seen.append((levels[0], original(settings, *levels)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(CharacteristicGuidance, "regularization_at", recorded)
+    scfg_fast.enable(pipe, PLAIN, characteristic=CharacteristicGuidance(start=start))
+    run(pipe)
+    abar = pipe.scheduler.alphas_cumprod
+    levels = abar[pipe.scheduler.timesteps].tolist()[int(start * STEPS) :]
+    assert [level for level, _ in seen] == pytest.approx(levels, rel=1e-5)
+    assert [reg for _, reg in seen] == pytest.approx([float(abar[-1]) / level for level in levels], rel=1e-5)
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.6])
 def test_characteristic_guidance_through_the_documented_rescale(rescale: float) -> None:
     """With guidance_rescale the pipeline reads the conditional half again, which stays what it was."""
@@ -364,12 +383,12 @@ def two_m_cfgpp(pipe, lam: float) -> torch.Tensor:
     """DPM-Solver++ 2M with CFG++ in the consistent form, in denoised samples, as the solver's paper writes steps."""
     loop = Literal(pipe, STEPS)
     sigmas = loop.scheduler.sigmas.double()
-    x, old, steps = loop.start.double(), None, len(loop.scheduler.timesteps)
+    x, old, steps = loop.start, None, len(loop.scheduler.timesteps)
     with torch.no_grad():
         for i, t in enumerate(loop.scheduler.timesteps):
             sigma, after = sigmas[i], sigmas[i + 1]
             signal, next_signal = 1 / (1 + sigma**2).sqrt(), 1 / (1 + after**2).sqrt()
-            eps_u, eps_c = (half.double() for half in loop.halves(x.float(), x.float(), t))
+            eps_u, eps_c = loop.halves(x, x, t)
             d_u, d_c = ((x - sigma * signal * eps) / signal for eps in (eps_u, eps_c))
             guided = d_u + lam * (d_c - d_u)
             ratio = after / sigma  # e^-h
@@ -516,7 +535,7 @@ def test_omega_zero_is_the_conditional_prediction(pipe) -> None:
     handle = scfg_fast.enable(pipe, PLAIN, schedule=WeightSchedule([0.0]), characteristic=TIGHT)
     assert torch.equal(run(pipe), expected)
     assert handle.stats.weights == [1.0] * STEPS and not handle.stats.characteristic
-    strong = CharacteristicGuidance(regularization=1e9, regularization_range=1e9)
+    strong = CharacteristicGuidance(regularization=1e9)
     handle = scfg_fast.enable(pipe, PLAIN, characteristic=strong)
     actual = run(pipe)
     assert len(handle.stats.characteristic) == STEPS and all(s.converged.all() for s in handle.stats.characteristic)
@@ -616,7 +635,7 @@ def _first(before: Callable, then: Callable) -> Callable:
 
 def test_inpainting_moves_the_latents_alone() -> None:
     base = tiny_sd_pipeline(in_channels=9)
-    pipe = StableDiffusionInpaintPipeline.from_pipe(base)
+    pipe = StableDiffusionInpaintPipeline.from_pipe(base, torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 1, 128, 128)
@@ -742,7 +761,7 @@ def test_schedulers_that_do_not_fit_are_refused(scheduler, options, message: str
 
 @pytest.mark.parametrize("options", [dict(loss=LATENT_LOSS), dict(characteristic=TIGHT)])
 def test_perturbed_attention_is_refused(options) -> None:
-    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline())
+    pipe = StableDiffusionPAGPipeline.from_pipe(tiny_sd_pipeline(), torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     scfg_fast.enable(pipe, **options)
     with pytest.raises(ValueError, match="set pag_scale=0"):

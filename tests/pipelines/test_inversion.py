@@ -96,7 +96,7 @@ def test_a_picture_and_an_edit(family: str) -> None:
 def _encoded(pipe, pixels: np.ndarray) -> torch.Tensor:
     values = torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2.0 - 1.0
     with torch.no_grad():
-        return pipe.vae.encode(values).latent_dist.mode() * pipe.vae.config.scaling_factor
+        return pipe.vae.encode(values.to(pipe.vae.dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import scfg_fast
-from benchmarks.overhead import SD15_UNET, SDXL_UNET
+from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.tiny.unets import tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.capture import BlockInfo, choose_layers

@@ -43,8 +43,8 @@ def test_regions_and_stats(pipe) -> None:
     assert regions.rate.shape == (2, 1, 16, 16)
     assert float(regions.rate.min()) > 0.8 - 1e-6 and float(regions.rate.max()) < 2.0 + 1e-6
     assert len(handle.stats.layers) == 6 and "mid_block.attentions.0.transformer_blocks.0" in handle.stats.layers
-    # Kept to the end of a step: per image, (77 columns + 1) x (5 x 16 + 1 x 4) cells in fp32.
-    assert handle.stats.bytes == 2 * 78 * (5 * 16 + 4) * 4
+    # Kept to the end of a step: per image, (77 columns + 1) x (5 x 16 + 1 x 4) cells in fp64.
+    assert handle.stats.bytes == 2 * 78 * (5 * 16 + 4) * 8
     assert set(handle.stats.backend.values()) == {"torch"}
 
 
@@ -240,7 +240,7 @@ def test_a_callback_that_changes_the_scale(pipe) -> None:
     _, seen = enable_and_record(pipe)
     run(pipe, callback_on_step_end=raise_scale)
     assert float(seen[0].rate.max()) > 0.8
-    assert all(torch.allclose(regions.rate, torch.tensor(0.5)) for regions in seen[1:])
+    assert all(torch.allclose(regions.rate, torch.full_like(regions.rate, 0.5)) for regions in seen[1:])
 
 
 class TwiceTheOutput(AttnProcessor2_0):

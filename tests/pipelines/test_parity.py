@@ -14,13 +14,13 @@ from diffusers import (
 
 import scfg_fast
 from lab.reference.official import literal_run
+from lab.rounding import otherwise_rounded, relative
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import Regions, SCFGConfig
 
 PROMPTS = ["a red cat on the grass", "a blue boat", "a girl and a dog in a house"]
 NEGATIVES = ["", "a car", "a black bird on a table"]
 STEPS = 4
-# Both runs are fp32 and differ in the order of sums only; errors of 1e-6 grow a little over the steps.
 TOLERANCE = 1e-5
 
 
@@ -47,17 +47,14 @@ def run(pipe, prompts=PROMPTS, negatives=NEGATIVES, seeds=None, **kwargs) -> tor
     return pipe(prompts, negative_prompt=negatives, generator=seeds, **options).images
 
 
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
 def assert_parity(pipe, tolerance: float = TOLERANCE, *, config: SCFGConfig | None = None, literal=None, **kwargs):
     """Ours equals the literal run, and both differ from plain guidance by far more than the tolerance."""
-    expected, _ = literal_run(
-        pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=kwargs.get("guidance_scale", 7.5), seeds=[0, 1, 2],
-        height=kwargs.get("height"), width=kwargs.get("width"), guidance_rescale=kwargs.get("guidance_rescale", 0.0),
-        **(literal or {}),
-    )  # fmt: skip
+    with otherwise_rounded(pipe):
+        expected, _ = literal_run(
+            pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=kwargs.get("guidance_scale", 7.5), seeds=[0, 1, 2],
+            height=kwargs.get("height"), width=kwargs.get("width"),
+            guidance_rescale=kwargs.get("guidance_rescale", 0.0), **(literal or {}),
+        )  # fmt: skip
     plain = run(pipe, **kwargs)
     handle = scfg_fast.enable(pipe, config)
     actual = run(pipe, **kwargs)
@@ -102,10 +99,9 @@ def test_every_compatible_scheduler(pipe, name: str) -> None:
 
 
 def test_every_stage_of_every_step(pipe) -> None:
-    """Regions, foreground and rates of each step, not only the final image. In fp64: where a guided cell is smoothed,
-    the rate depends on its own fourth digit."""
-    pipe = tiny_sd_pipeline(sample_size=32, dtype=torch.float64)
-    _, history = literal_run(pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=7.5, seeds=[0, 1, 2])
+    """Regions, foreground and rates of each step, not only the final image."""
+    with otherwise_rounded(pipe):
+        _, history = literal_run(pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=7.5, seeds=[0, 1, 2])
     seen: list[Regions] = []
     scfg_fast.enable(pipe, on_regions=lambda step, regions: seen.append(regions.clone()))
     run(pipe)
@@ -145,20 +141,22 @@ def test_paper_fidelity(pipe) -> None:
 
 def test_channels_last() -> None:
     pipe = tiny_sd_pipeline(sample_size=32)
-    expected, _ = literal_run(pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=7.5, seeds=[0, 1, 2])
+    with otherwise_rounded(pipe):
+        expected, _ = literal_run(pipe, PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=7.5, seeds=[0, 1, 2])
     pipe.unet.to(memory_format=torch.channels_last)
     scfg_fast.enable(pipe)
     assert relative(run(pipe), expected) < TOLERANCE
 
 
+@pytest.mark.any_rounding("errors of one step, far above those of a cell that falls elsewhere")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_is_as_accurate_as_the_published_code(dtype: torch.dtype) -> None:
-    """One step: the guided noise is at most twice as far from the fp32 truth as the literal code run in that dtype."""
+    """One step: the guided noise is at most twice as far from the fp64 truth as the literal code run in that dtype."""
     pipe = tiny_sd_pipeline(sample_size=32, dtype=dtype)
     truth_pipe = tiny_sd_pipeline(sample_size=32)
     noise = torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     options = dict(steps=1, guidance_scale=7.5)
-    truth, _ = literal_run(truth_pipe, PROMPTS, NEGATIVES, latents=noise.float(), **options)
+    truth, _ = literal_run(truth_pipe, PROMPTS, NEGATIVES, latents=noise.double(), **options)
     literal, _ = literal_run(pipe, PROMPTS, NEGATIVES, latents=noise, **options)
     scfg_fast.enable(pipe)
     actual = run(pipe, latents=noise, num_inference_steps=1)
@@ -168,9 +166,10 @@ def test_half_precision_is_as_accurate_as_the_published_code(dtype: torch.dtype)
 
 
 def test_a_batch_equals_its_images_alone(pipe) -> None:
-    """Per-sample independence; fp32 GEMMs of other batch sizes may round differently, nothing more."""
+    """Per-sample independence; products of other batch sizes may round differently, nothing more."""
     scfg_fast.enable(pipe)
-    batch = run(pipe)
+    with otherwise_rounded(pipe):
+        batch = run(pipe)
     for index in range(3):
         alone = run(pipe, [PROMPTS[index]], [NEGATIVES[index]], seeds=[index])
         assert relative(batch[index : index + 1], alone) < TOLERANCE

@@ -19,8 +19,8 @@ KERNELS = [
     "self_attention_map", "smooth",
 ]  # fmt: skip
 GUIDANCE = [
-    "Augment", "CFGPlusPlus", "CharacteristicGuidance", "LossGuidance", "SHAPES", "Step", "StepWeight",
-    "WeightSchedule", "step_levels",
+    "Augment", "CFGPlusPlus", "CharacteristicGuidance", "CharacteristicSolver", "LossGuidance", "SHAPES", "Step",
+    "StepWeight", "WeightSchedule", "step_levels",
 ]  # fmt: skip
 
 

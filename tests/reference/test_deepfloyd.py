@@ -14,7 +14,7 @@ def test_the_explicit_processor_gives_the_output_of_the_stock_one() -> None:
         pipe = tiny_if_pipeline(name, only_cross_attention=only_text)
         arguments = if_arguments(name, num_inference_steps=1)
         sizes = pipe.unet.config.in_channels, pipe.unet.config.sample_size
-        sample = torch.randn(2, sizes[0], sizes[1], sizes[1], generator=torch.Generator().manual_seed(0))
+        sample = torch.randn(2, sizes[0], sizes[1], sizes[1], generator=torch.Generator().manual_seed(0)).double()
         extra = {"class_labels": torch.tensor([250, 250])} if name in STAGE_TWO else {}
         states = arguments["prompt_embeds"][:2]
         store = official.LiteralStore((sizes[1], sizes[1]))
@@ -26,7 +26,7 @@ def test_the_explicit_processor_gives_the_output_of_the_stock_one() -> None:
         assert {int(key[1]): len(maps) for key, maps in store.maps.items() if key.endswith("self")} == kept
         for factor in kept:
             for own, cross in store.layers(factor):
-                torch.testing.assert_close(own.sum(-1) + cross.sum(-1), torch.ones(own.shape[:2]))
+                torch.testing.assert_close(own.sum(-1) + cross.sum(-1), torch.ones_like(own[..., 0]))
                 assert float(own.sum(-1).max()) < 1.0
 
 

@@ -14,7 +14,7 @@ RATE_ONE = {"rate_min": 1.0, "rate_max": 1.0}
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_sd_pipeline(sample_size=16)
+    return tiny_sd_pipeline(sample_size=16, dtype=torch.float32)
 
 
 class TestByHand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -14,8 +15,9 @@ def test_the_defaults_are_the_published_codes_values() -> None:
     assert SCFGConfig().to_dict() == {
         "rates": "regions", "fidelity": "official", "cell": 4, "levels": "auto", "layers": "auto", "powers": 4,
         "blur_sigma": 0.5, "rate_min": 0.8, "rate_max": 3.0, "max_scale": 15.0, "start": 0.0,
-        "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "benchmark": "auto",
-        "backend": "auto",
+        "stop": 1.0, "reuse_every": 1, "tokens": "all", "foreground": "auto", "reference": "auto",
+        "dose": "as-published", "combine": "cfg", "eta": 1.0, "adaptive_projected_guidance_momentum": None,
+        "adaptive_projected_guidance_rescale": 15.0, "zero_init_steps": 1, "backend": "auto",
     }  # fmt: skip
     assert SCFGConfig.official() == SCFGConfig()
 
@@ -27,8 +29,8 @@ def test_paper_has_no_smoothing_and_no_clamps() -> None:
 
 
 def test_deepfloyd_has_one_clamp() -> None:
-    config = SCFGConfig.deepfloyd(benchmark="foreground")
-    assert config == SCFGConfig(rate_min=None, rate_max=None, benchmark="foreground")
+    config = SCFGConfig.deepfloyd(reference="foreground")
+    assert config == SCFGConfig(rate_min=None, rate_max=None, reference="foreground")
     assert config.max_scale == 15.0
 
 
@@ -61,7 +63,8 @@ def test_it_is_immutable_and_hashable() -> None:
 BAD = {
     "fidelity": "exact", "cell": 3, "levels": [5], "layers": [], "powers": 0, "blur_sigma": -1.0, "rate_min": -0.5,
     "max_scale": float("inf"), "start": 0.9, "stop": 0.1, "reuse_every": 1.5, "tokens": "nouns", "backend": "cuda",
-    "benchmark": "sky",
+    "reference": "sky", "dose": "equal", "combine": "slerp", "eta": float("nan"),
+    "adaptive_projected_guidance_momentum": "0", "adaptive_projected_guidance_rescale": -1.0, "zero_init_steps": -1,
 }  # fmt: skip
 
 
@@ -93,3 +96,15 @@ def test_unknown_names_are_refused_with_the_known_ones(make) -> None:
 def test_json_that_is_not_an_object() -> None:
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         SCFGConfig.from_json("[1, 2]")
+
+
+def test_the_former_name_of_reference_is_accepted() -> None:
+    config = SCFGConfig(benchmark="image")
+    assert config == SCFGConfig(reference="image") and config.benchmark == "image"
+    assert SCFGConfig().replace(benchmark="image") == SCFGConfig.from_dict({"benchmark": "image"}) == config
+    assert "benchmark" not in config.to_dict()
+    names = list(inspect.signature(SCFGConfig).parameters)
+    assert "reference" in names and "benchmark" not in names
+    for make in (SCFGConfig, SCFGConfig().replace):
+        with pytest.raises(ValueError, match="former name of reference"):
+            make(benchmark="image", reference="image")

@@ -23,9 +23,8 @@ from scfg_kernels.testing import assert_as_accurate_as
 from torch.utils._pytree import tree_leaves
 
 import scfg_fast
-from benchmarks import aot
 from lab.measure import CountOps
-from lab.ptxsim import recorded, simulated
+from lab.ptxsim import FLOAT_ATOMIC, recorded, simulated
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
@@ -242,7 +241,7 @@ def test_two_runs_are_equal_to_the_bit(op, arch) -> None:
         assert simulation.launches
         for launch in simulation.launches:
             assert launch.counters.float_atomics == 0
-            assert not aot.PTX_FLOAT_ATOMIC.search(launch.ptx)
+            assert not FLOAT_ATOMIC.search(launch.ptx)
     assert found[0] == found[1]
 
 
@@ -321,4 +320,4 @@ def test_samples_may_be_2_31_elements_apart(op) -> None:
     ],
 )
 def test_float_atomics_are_recognised(line: str, is_float: bool) -> None:
-    assert bool(aot.PTX_FLOAT_ATOMIC.search(line)) == is_float
+    assert bool(FLOAT_ATOMIC.search(line)) == is_float

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from scfg_fast.guidance.augment import Augment, Draw, _zoom_matrix
 
-NONE = Augment.none()
+NONE = Augment(copies=1, translate=0.0, resize=0.0, color=0.0, cutout=0.0)
 
 
 def uniform(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -24,33 +24,40 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("down, right", [(2, -3), (-1, 0), (0, 4), (-4, 5)])
 def test_translation_moves_the_content_by_the_draw(rng: torch.Generator, down: int, right: int) -> None:
     images = uniform(rng, 2, 4, 9, 11) + 1.0
-    moved = NONE.apply(images, Draw(shift=(down, right)))
+    moved = NONE.apply(images, Draw(shift=(down, right)), fill=0.25)
     for i in range(9):
         for j in range(11):
             inside = 0 <= i - down < 9 and 0 <= j - right < 11
-            expected = images[:, :, i - down, j - right] if inside else torch.zeros(2, 4, dtype=torch.float64)
+            expected = images[:, :, i - down, j - right] if inside else torch.full((2, 4), 0.25).double()
             assert torch.equal(moved[:, :, i, j], expected)
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (7, 12), (64, 63)])
-@pytest.mark.parametrize("zoom", [0.8, 0.93, 1.0, 1.2])
-def test_the_zoom_is_bilinear_about_the_centre(rng: torch.Generator, height: int, width: int, zoom: float) -> None:
-    """Against torch's sampler of an affine grid, zeros outside."""
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 12), (64, 63), (224, 224)])
+@pytest.mark.parametrize("zoom", [0.8, 0.93, 1.0, 1.19])
+def test_the_zoom_resizes_to_whole_pixels_and_crops_or_pads(
+    rng: torch.Generator, height: int, width: int, zoom: float
+) -> None:
+    """Against torch's bilinear resize to int(zoom n) pixels, then the middle, or a grey border around."""
     images = uniform(rng, 2, 3, height, width)
+    sizes = [max(1, int(zoom * side)) for side in (height, width)]
+    resized = F.interpolate(images, size=sizes, mode="bilinear")
+    for axis, (size, side) in enumerate(zip(sizes, (height, width), strict=True), 2):
+        if size >= side:
+            resized = resized.narrow(axis, (size - side) // 2, side)
+        else:
+            border = [(side - size) // 2, side - size - (side - size) // 2]
+            resized = F.pad(resized, [0, 0, *border] if axis == 2 else border, value=0.5)
     zoomed = NONE.apply(images, Draw(zoom=zoom))
-    theta = torch.tensor([[[1 / zoom, 0.0, 0.0], [0.0, 1 / zoom, 0.0]]], dtype=torch.float64).expand(2, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    sampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     assert zoomed.shape == images.shape
-    assert float((zoomed - sampled).abs().max()) < 1e-13
+    assert float((zoomed - resized).abs().max()) < 1e-13
 
 
-def test_enlarging_keeps_a_constant_and_shrinking_leaves_a_border_of_zeros() -> None:
+def test_enlarging_keeps_a_constant_and_shrinking_leaves_a_grey_border() -> None:
     ones = torch.ones(1, 1, 20, 20, dtype=torch.float64)
     assert float((NONE.apply(ones, Draw(zoom=1.25)) - 1.0).abs().max()) < 1e-14
     small = NONE.apply(ones, Draw(zoom=0.5))
     assert torch.equal(small[:, :, 5:15, 5:15], ones[:, :, 5:15, 5:15])
-    assert float(small.sum()) == pytest.approx(100.0)
+    assert float(small.sum()) == pytest.approx(100.0 + 0.5 * 300.0)
     assert _zoom_matrix(20, 0.5, ones).sum(1).tolist() == [0.0] * 5 + [1.0] * 10 + [0.0] * 5
 
 
@@ -68,13 +75,13 @@ def test_color_is_brightness_then_saturation_then_contrast(rng: torch.Generator)
     assert (changed[:, 0] - changed[:, 1]).allclose(1.7 * 0.6 * opponent, rtol=0, atol=1e-14)
 
 
-def test_cutout_zeroes_the_box_and_nothing_else(rng: torch.Generator) -> None:
+def test_cutout_fills_the_box_and_nothing_else(rng: torch.Generator) -> None:
     images = uniform(rng, 2, 4, 8, 9) + 1.0
     images[0, 0, 3, 4] = float("nan")
     cut = NONE.apply(images, Draw(box=(2, 5, 3, 9)))
     hole = torch.zeros(8, 9, dtype=torch.bool)
     hole[2:5, 3:9] = True
-    assert bool((cut[:, :, hole] == 0.0).all())
+    assert bool((cut[:, :, hole] == 0.5).all())
     assert torch.equal(cut[:, :, ~hole], images[:, :, ~hole])
     assert float(images[0, 1, 3, 4]) > 0.0  # the input is not written to
 
@@ -99,9 +106,10 @@ def test_the_gradient_of_each_change(rng: torch.Generator, draw: Draw) -> None:
 
 def test_identity_is_the_picture_itself(rng: torch.Generator) -> None:
     images = uniform(rng, 2, 7, 5, 6)
-    draws = Augment.none(copies=4).draws(rng, 5, 6)
+    none = dataclasses.replace(NONE, copies=4)
+    draws = none.draws(rng, 5, 6)
     assert draws == [Draw()] * 4
-    assert Augment.none(4).apply(images, draws[0]) is images
+    assert none.apply(images, draws[0]) is images
     assert Augment().apply(images[:, :3], Draw()).equal(images[:, :3])
 
 
@@ -127,7 +135,9 @@ def test_statistics_of_the_draws() -> None:
         assert len(counts) == 2 * most + 1
         expected = count / len(counts)
         assert float((counts - expected).abs().max()) < 5.0 * expected**0.5
-    ranges = {"zoom": (0.8, 1.2), "brightness": (-0.25, 0.25), "saturation": (0.0, 2.0), "contrast": (0.5, 1.5)}
+    zooms = torch.tensor([Augment(copies=1).draws(seeded(i), 64, 48)[0].zoom for i in range(2000)], dtype=torch.float64)
+    assert float(zooms.min()) == pytest.approx(0.8, abs=2e-3) and float(zooms.max()) == pytest.approx(1.2, abs=2e-3)
+    ranges = {"brightness": (-0.25, 0.25), "saturation": (0.0, 2.0), "contrast": (0.5, 1.5)}
     for name, (low, high) in ranges.items():
         values = torch.tensor([getattr(d, name) for d in draws], dtype=torch.float64)
         assert float(values.min()) == pytest.approx(low, abs=1e-3)
@@ -157,7 +167,15 @@ def test_draws_repeat_and_leaving_one_out_changes_no_other() -> None:
     assert len(set(draws)) == 10
     without = Augment(resize=0.0).draws(seeded(3), 32, 32)
     assert without == [dataclasses.replace(d, zoom=1.0) for d in draws]
+    assert len({d.zoom for d in draws}) == 1, "one zoom for all copies, as published"
     assert Augment(copies=3).draws(seeded(3), 32, 32) == draws[:3]
+
+
+@pytest.mark.parametrize("side, most", [(64, 8), (20, 3), (28, 4), (30, 4), (3, 0)])
+def test_the_largest_shift_is_rounded_as_published(side: int, most: int) -> None:
+    """int(side / 8 + 1/2): 2.5 pixels are 3."""
+    shifts = {d.shift[0] for d in Augment(copies=500).draws(seeded(), side, 8)}
+    assert shifts == set(range(-most, most + 1))
 
 
 def test_samples_share_the_draw_and_do_not_see_each_other(rng: torch.Generator) -> None:

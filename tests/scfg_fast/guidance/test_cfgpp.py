@@ -134,6 +134,17 @@ def test_levels_of_ddim_are_those_of_its_own_step() -> None:
     assert (weights[0], weights[25]) == pytest.approx((9.1, 15.7), abs=0.3)
 
 
+def test_the_published_code_reads_abar_one_index_early() -> None:
+    """Its table begins with a 1, so that timestep t has the abar of t - 1: SD 1.5, 50 steps of DDIM."""
+    alphas = DDIMScheduler(**SD).alphas_cumprod.double()
+    sigma = ((1 - alphas) / alphas).sqrt()
+    ours = [sigma_now for sigma_now, _ in sd_levels(50, set_alpha_to_one=False)]
+    published = [float(sigma[t - 1]) for t in range(981, 0, -20)]
+    lower = [1.0 - theirs / level for theirs, level in zip(published, ours, strict=True)]
+    assert lower[0] == pytest.approx(0.0059, abs=1e-4) and lower[25] == pytest.approx(0.0033, abs=1e-4)
+    assert max(lower[:-1]) == pytest.approx(0.0245, abs=1e-4) and lower[-1] == pytest.approx(0.294, abs=1e-3)
+
+
 def test_lam_and_mean_weight_are_inverse() -> None:
     scheduler = DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     lam = lam_for_mean_weight(7.5, scheduler, 50)

@@ -32,6 +32,7 @@ def draw(pipe, prompt: str, **kwargs) -> torch.Tensor:
     return pipe(prompt, output_type="pt", **options).images
 
 
+@pytest.mark.slow
 def test_it_sees_what_the_model_draws_and_nothing_else(classifier, pipe) -> None:
     for noun in ("pizza", "penguin"):
         picture = draw(pipe, f"a {noun} on a blue background")
@@ -50,6 +51,7 @@ def test_losses_have_gradients_per_picture(classifier) -> None:
         assert gradient[0].abs().max() > 0 and gradient[1].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_the_place_of_an_object_counts(classifier, pipe) -> None:
     """A drawn object costs less where it is than where it is not."""
     picture = draw(pipe, "a pizza on a blue background")
@@ -59,6 +61,7 @@ def test_the_place_of_an_object_counts(classifier, pipe) -> None:
     assert there < 0.5 * away
 
 
+@pytest.mark.slow
 def test_loss_guidance_puts_the_object_where_the_mask_is(classifier, pipe) -> None:
     loss = classifier.place_loss("star", CORNER)
     picture = draw(pipe, "a yellow star on a blue background")

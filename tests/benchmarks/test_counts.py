@@ -1,0 +1,139 @@
+"""The table of counts at real layer sizes: its arithmetic, its cases, its file. The counting itself is ptxsim's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import scfg_kernels
+import torch
+import triton
+from scfg_kernels._launch import OPS
+
+from benchmarks import simulated
+from benchmarks.simulated import Count
+from lab.ptxsim import Traffic
+from tests.benchmarks import attention_counters
+
+CASES = {case.name: case for case in simulated.CASES}
+
+
+def committed() -> list[tuple[str, ...]]:
+    """The cells of the file's table."""
+    lines = simulated.OUT.read_text(encoding="utf-8").splitlines()
+    return [tuple(line.strip("| ").split(" | ")) for line in lines if line.startswith("| ")]
+
+
+def simulated_by_this_triton() -> bool:
+    return f"Triton {triton.__version__}," in simulated.OUT.read_text(encoding="utf-8")
+
+
+def test_the_table_covers_every_operator_and_the_file_the_table() -> None:
+    assert {case.op for case in simulated.CASES} == set(OPS)
+    header, _, *rows = committed()
+    assert header == simulated.HEADER
+    named = [(case.name, str(arch)) for case in simulated.CASES for arch in simulated.ARCHITECTURES]
+    assert [cells[:2] for cells in rows] == named
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [("cross_attention_map/sd15-8x8", 90), ("complete/sd15-8x8", 80), ("guide_pixels/sd15", 80)]
+)
+def test_rows_of_the_file_are_counted_again(name: str, arch: int) -> None:
+    """A kernel that changed and a table that did not."""
+    case = CASES[name]
+    row = simulated.row(case, arch, simulated.count(case, arch))
+    expected = next(cells for cells in committed() if cells[:2] == (name, str(arch)))
+    if simulated_by_this_triton():
+        assert row == expected
+    else:  # another version of the compiler may lay tiles out in another way
+        assert row[:4] == expected[:4]
+
+
+def test_ratios() -> None:
+    traffic = {
+        "q": Traffic(load_sectors=4, unique_load_bytes=128),
+        "k": Traffic(load_sectors=16, unique_load_bytes=64),
+        "out": Traffic(store_sectors=2, unique_store_bytes=64),
+    }
+    counted = Count(("a", "b"), 256, traffic, 30, 20, 300)
+    assert counted.moved == 32 * 22 and counted.touched == 256
+    assert counted.moved_once({"k"}) == 256 and counted.moved_once({"q"}) == counted.moved
+    assert counted.reread() == {"k": 8.0}
+    case = simulated.Case("op", "sizes", lambda: ((), {}), scores=60, values=60, sweeps=2)
+    cells = simulated.row(case, 80, counted)
+    assert cells == ("op/sizes", "80", "2", "0.000", "2.75", "1.00", "1.00", "1.00", "k 8x", "1.50", "2.50", "1.67")
+    assert simulated.table([cells]).splitlines()[2].startswith("| op/sizes | 80 | 2 |")
+
+
+def test_a_case_is_counted_and_only_the_whole_table_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "simulated.md"
+    assert simulated.main(["--filter", "guide_pixels/sd15", "--arch", "80", "--out", str(out)]) == 0
+    assert not out.exists()
+    cells = capsys.readouterr().out.splitlines()[0].split("] ")[1].split(" | ")
+    # uncond, cond, result in fp16 and the rate in fp32 of 64 x 64 pixels; one scale
+    assert cells[:4] == ["guide_pixels/sd15", "80", "1", f"{(3 * 4 * 2 + 4) * 4096 / 1e6:.3f}"]
+    with pytest.raises(SystemExit):
+        simulated.main(["--filter", "no such case"])
+    assert "no case matches" in capsys.readouterr().err
+
+
+def test_results_are_verified() -> None:
+    """Results that are the twin's pass; any other ends the count of its case with an error."""
+    rates = CASES["guide_pixels/sd15"]
+    arguments, options = rates.make()
+    guided, rate = scfg_kernels.guide_pixels(*arguments, **options)
+    simulated.verify(rates, arguments, options, (guided, rate))
+    for wrong in ((guided, rate + 1e-4), (guided.index_fill(3, torch.tensor(5), 0.0), rate)):
+        with pytest.raises(simulated.DisagreementError, match="guide_pixels/sd15: result"):
+            simulated.verify(rates, arguments, options, wrong)
+
+    both = CASES["segment_and_guide/sd15"]
+    arguments, options = both.make()
+    guided, rate, ids, foreground = scfg_kernels.segment_and_guide(*arguments, **options)
+    simulated.verify(both, arguments, options, (guided, rate, ids, foreground))
+    with pytest.raises(simulated.DisagreementError, match=r"ids: .* differ away from a tie"):
+        simulated.verify(both, arguments, options, (guided, rate, ids.roll(1), foreground))
+    with pytest.raises(simulated.DisagreementError, match=r"foreground: .* differ away from a tie"):
+        simulated.verify(both, arguments, options, (guided, rate, ids, ~foreground))
+    with pytest.raises(simulated.DisagreementError, match="segment_and_guide/sd15: result 0"):
+        simulated.verify(both, arguments, options, (guided * 1.1, rate, ids, foreground))
+
+
+def test_a_result_that_disagrees_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (uncond, cond, scale), options = CASES["guide_pixels/sd15"].make()
+    nothing_is_close = dataclasses.replace(
+        CASES["guide_pixels/sd15"], make=lambda: ((uncond, cond, scale * torch.nan), options)
+    )
+    monkeypatch.setattr(simulated, "CASES", (nothing_is_close,))
+    monkeypatch.setattr(simulated, "ARCHITECTURES", (80,))
+    out = tmp_path / "simulated.md"
+    assert simulated.main(["--out", str(out), "--arch", "80"]) == 1
+    assert not out.exists()
+    assert "FAILED sm_80: guide_pixels/sd15: result 0" in capsys.readouterr().err
+
+
+def test_the_page_of_the_kernels_has_the_table_of_attention() -> None:
+    page = attention_counters.README.read_text(encoding="utf-8")
+    rows = [f"| {name} | 1.00 |" for name in attention_counters.LAYERS]
+    written = attention_counters.with_table(page, rows, "abc1234")
+    assert attention_counters.HEADER + "\n".join(rows) + "\n\n`PYTHONPATH" in written and "commit abc1234" in written
+    named = re.findall(r"^\| (.*?) \|", page.split(attention_counters.HEADER)[1].split("\n\n")[0], re.MULTILINE)
+    assert named == list(attention_counters.LAYERS)
+    assert attention_counters.with_table(written, rows, "abc1234") == written
+    with pytest.raises(ValueError, match="0 tables and 0 commands"):
+        attention_counters.with_table("no such page", rows, "abc1234")
+
+
+def test_a_committed_row_of_attention_is_counted_again() -> None:
+    row = attention_counters.measured("SD 1.5 32x32 cross, 64 rows")
+    lines = attention_counters.README.read_text(encoding="utf-8").splitlines()
+    expected = next(line for line in lines if line.startswith("| SD 1.5 32x32 cross, 64 rows |"))
+    columns = None if simulated_by_this_triton() else 6  # wavefronts are the compiler's
+    assert row.split("|")[:columns] == expected.split("|")[:columns]
