@@ -86,6 +86,7 @@ class TransformerCapture:
     Attributes:
         inner: as in `_Capture`.
         geometry: of the latents, set before every step.
+        paired: whether a self-attention layer of the block runs before this one.
         one_stream: whether text and image come as one sequence, so that the reader must be told where they part.
     """
 
@@ -95,6 +96,7 @@ class TransformerCapture:
         self.inner = inner
         self.read = read
         self.last = self if last is None else last
+        self.paired = False
         self.level = level
         self.one_stream = "image_tokens" in inspect.signature(read).parameters
         self.cell = max(config.cell, level)
@@ -112,13 +114,19 @@ class TransformerCapture:
 
     def __call__(self, attn, *args, **kwargs):
         geometry = self.last.geometry
-        if geometry is not None:
-            if self.one_stream:
-                size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
-                self._observe(self.read(attn, *args, **kwargs, image_tokens=size), self.last)
-            else:
-                self._observe(self.read(attn, *args, **kwargs), self.last)
+        if geometry is not None and not self._has_foreign_keys(*args, **kwargs):
+            size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
+            told = {"image_tokens": size} if self.one_stream else {}
+            compared = self.read(attn, *args, **kwargs, **told)
+            queries, keys = compared.query.shape[2], size if compared.image is None else compared.image.shape[2]
+            if size <= queries and size <= keys <= queries:  # else tokens are merged, or keys are another image's
+                self._observe(compared, self.last)
         return self.inner(attn, *args, **kwargs)
+
+    def _has_foreign_keys(self, hidden_states, encoder_hidden_states=None, *_: Any, **__: Any) -> bool:
+        """Whether this is self-attention, the first layer of two, with keys of other images."""
+        given = encoder_hidden_states is not None and encoder_hidden_states is not hidden_states
+        return self.last is not self and given
 
     def _observe(self, compared: QueriesAndKeys, last: TransformerCapture) -> None:
         geometry = cast(Geometry, last.geometry)
@@ -135,6 +143,8 @@ class TransformerCapture:
             column = swapped_halves(column) if last.layout.conditional_first else column
             column = column.repeat_interleave(geometry.frames, 0)[used]
         cross = cross[used]
+        if own is None and last.paired:
+            return  # the self-attention of this block had none to leave
         if own is None:  # linear self-attention has no map: nothing spreads
             last.tokens = cross[unconditional:].transpose(1, 2).contiguous()
             last.start = _column(cross, column)[: unconditional or None]
@@ -172,6 +182,8 @@ def wrap_layers(
         inner: Any = attn.processor
         kind = class_for(TransformerCapture, inner)
         last = captures[0] if captures else None
+        if last is not None:
+            last.paired = True
         captures.append(kind(inner, read, config, level, start_token, last=last))
     return tuple(reversed(captures))
 

@@ -27,7 +27,7 @@ from scfg_kernels import attention_map, complete, complete_from_qk, cross_attent
 from ..config import SCFGConfig
 from ..layouts import Geometry
 from .maps import BatchLayout, holds_map
-from .wrapping import class_for
+from .wrapping import class_for, projected_tokens
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -92,17 +92,20 @@ class _Capture:
         """The layer's output, and what was observed, or None if this call cannot be captured."""
         capture = attention_mask is None and attn.spatial_norm is None
         if not (capture and self.fused):
-            out = self.inner(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+            with projected_tokens(attn.to_k, self.inner) as projected:
+                out = self.inner(
+                    attn,
+                    hidden_states,
+                    encoder_hidden_states=encoder_hidden_states,
+                    attention_mask=attention_mask,
+                    **kwargs,
+                )
             if not capture:
                 return out, None
             # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
             text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+            if text is not None and projected:
+                text = text[:, : projected[0]]  # what follows is an image prompt with keys of its own
             query, key, _ = _query_key(attn, hidden_states, text)
             return out, self.observe(query, key, backend=self.backend)
         query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
@@ -158,6 +161,16 @@ class SelfAttentionCapture(_Capture):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+            # Keys of other images (reference-only, banked, cross-frame): their map has no place in this one.
+            self.held = None
+            return self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
         out, self.held = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         return out
 
