@@ -84,10 +84,10 @@ setup(
     include_package_data=False,  # what MANIFEST.in adds is for the source distribution
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.38.0",
-        "transformers>=5.0",
+        "diffusers>=0.32",
+        "transformers>=4.48",
         "accelerate>=1.0",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=0.29",
         "safetensors>=0.4",
         "numpy>=1.26",
         "pillow>=10.1",

@@ -164,7 +164,7 @@ def resident_peak() -> int:
 
 
 def _launches(func: Any) -> bool:
-    return not func.is_view and func._schema.name not in LAUNCHES_NOTHING
+    return func.namespace != "prim" and not func.is_view and func._schema.name not in LAUNCHES_NOTHING
 
 
 class _Inside(TorchDispatchMode):
@@ -175,7 +175,7 @@ class _Inside(TorchDispatchMode):
         self.counts = counts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+        if func.namespace == "aten" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **(kwargs or {}))
         self.counts[func._schema.name] += _launches(func)

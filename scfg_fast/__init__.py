@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .patch import Handle, Support, UnsupportedPipelineError, disable, disabled, enable, supports
     from .regions import Regions
     from .step.context import SCFGError, SCFGWarning, Stats
+    from .watching import Watched, watch
 
 _HOME = {
     "Handle": "patch",
@@ -38,6 +39,8 @@ _HOME = {
     "enable": "patch",
     "invert": "inversion",
     "supports": "patch",
+    "watch": "watching",
+    "Watched": "watching",
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "Stats",
     "Support",
     "UnsupportedPipelineError",
+    "Watched",
     "__version__",
     "bundled_model_path",
     "disable",
@@ -56,6 +60,7 @@ __all__ = [
     "enable",
     "invert",
     "supports",
+    "watch",
 ]
 
 

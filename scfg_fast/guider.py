@@ -23,8 +23,6 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 
 from .capture.layers import BlockInfo
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
@@ -37,9 +35,18 @@ from .guidance.mixing import distances
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
+from .step.combiner import mixer_of
 from .step.context import CallContext, SCFGWarning, Stats
-from .step.finder import Combination, RegionFinder, mixer_of
+from .step.finder import RegionFinder, Segments, guide_by_pixel
 from .step.plan import StepPlan, StepState, plan, zero_step
+from .step.rewrite import rewritten
+from .versions import reason_against
+
+try:
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+except ImportError as error:
+    raise ImportError(reason_against("scfg_fast.guider") or str(error)) from error
 
 
 class SCFGGuidance(ClassifierFreeGuidance):
@@ -201,36 +208,47 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self.stats.weights.append(1.0 if pred_uncond is None else float(self.guidance_scale))
         self.stats.distances.append(None)
         self.stats.images = pred_cond.shape[0]
-        config, planned = self.scfg_config, self._plan()
-        if zero_step(config, planned.index):
+        config = self.scfg_config
+        if zero_step(config, cast(int, self._step)):
             if pred_uncond is not None:
                 self.stats.distances[-1] = distances(
                     pred_uncond, pred_cond, 0.0, None, -pred_uncond, 0.0, len(pred_cond)
                 )
             return GuiderOutput(pred=torch.zeros_like(pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
-        if pred_uncond is None or not (planned.reason is None or config.combine != "cfg"):
+        planned = self._plan()
+        acts = planned.reason is None
+        if pred_uncond is None or not (acts or config.combine != "cfg"):
             return super().forward(pred_cond, pred_uncond)
         weight, samples = float(self.guidance_scale), pred_cond.shape[0]
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
         cond, uncond = view.open(pred_cond, geometry), view.open(pred_uncond, geometry)
         whole = geometry.frames > 1 or self._mixer is not None  # rescaled here: over a video, or what was mixed here
-        step_maps = self._take_maps(maps, geometry) if planned.regions == "find" and maps else None
-        if planned.regions != "none" and step_maps is None and self._finder.segments is None:
-            raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+        guided: torch.Tensor | None = None
+        rate: torch.Tensor | None = None
         rescale = 0.0 if whole else self.guidance_rescale
-        combination = Combination(config, self._finder, step_maps, self._mixer, planned, samples, rescale)
-        guided = combination(uncond, cond, weight)
-        self.regions = combination.regions() or self.regions
-        self.stats.distances[-1] = distances(
-            uncond, cond, weight, combination.rate, combination.moved, self.guidance_rescale, samples
-        )
+        if acts and config.rates == "pixels":
+            guided, rate = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
+        elif acts:
+            step_maps = self._take_maps(maps, geometry) if planned.regions == "find" and maps else None
+            if step_maps is None and self._finder.segments is None:
+                raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
+            guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
+        moved: torch.Tensor | None = None
+        if self._mixer is not None:
+            mixed = self._mixer(uncond, cond, weight, rate, samples)
+            rate, moved = mixed.rate, mixed.moved
+            guided = rewritten(uncond, cond, moved, None)
+        if acts and config.rates == "regions":
+            token_index, foreground, _ = cast(Segments, self._finder.segments)
+            self.regions = Regions(cast(int, self._step), token_index, foreground, cast(torch.Tensor, rate))
+        self.stats.distances[-1] = distances(uncond, cond, weight, rate, moved, self.guidance_rescale, samples)
         others = pred_cond
         if cond.numel() < pred_cond.numel():
             others = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
-        pred = view.close(guided, others, geometry)
+        pred = view.close(cast(torch.Tensor, guided), others, geometry)
         if self.guidance_rescale > 0.0 and whole:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
-        if planned.reason is None:
+        if acts:
             self._guided_steps += 1
             self.stats.steps_applied += 1
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)

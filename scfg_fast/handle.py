@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
@@ -40,6 +41,7 @@ from .regions import Regions
 from .step.callbacks import watched_callbacks
 from .step.context import SCFGError, SCFGWarning, Stats
 from .step.hook import GuidanceHook
+from .step.rates import Given, checked_rates
 
 HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 
@@ -58,6 +60,8 @@ class Handle:
         loss: settings of loss guidance, or None.
         on_regions: called as `on_regions(step, regions)` after every guided step, or None.
         strict: raise instead of warning where S-CFG must leave a step to plain guidance.
+        rates: the user's own, see `enable`, or None.
+        watcher, watches_only: what reads the maps of the steps, and whether nothing else happens (`scfg_fast.watch`).
         stats: `Stats` of the last call.
         runs: how many runs of the pipeline of diffusers there were with S-CFG; a call of a subclass may have several.
     """
@@ -73,6 +77,9 @@ class Handle:
         self._loss: LossGuidance | None = None
         self._on_regions: Callable[[int, Regions], None] | None = None
         self._strict = False
+        self._rates: Given | None = None
+        self.watcher: Any = None
+        self.watches_only = False
         self.stats = Stats()
         self.runs = 0
 
@@ -125,6 +132,14 @@ class Handle:
         self._strict = checked_flag("strict", strict)
 
     @property
+    def rates(self) -> Given | None:
+        return self._rates
+
+    @rates.setter
+    def rates(self, rates: Given | None) -> None:
+        self._rates = checked_rates(rates)
+
+    @property
     def regions(self) -> Regions | None:
         """A copy of the regions of the last guided step, or None before the first."""
         return None if self._regions is None else self._regions.clone()
@@ -152,9 +167,12 @@ class Handle:
             "characteristic", own.pop("characteristic", self.characteristic), CharacteristicGuidance
         )
         loss = checked_settings("loss", own.pop("loss", self.loss), LossGuidance)
+        given = own.pop("rates") if not isinstance(own.get("rates", ""), str) else self.rates
         config = self.config.replace(**own) if own else self.config
+        if isinstance(given, torch.Tensor):
+            config = config.replace(rates="none")  # they need no capture
         self._regions, self.stats = None, Stats()
-        return Call(self, config, schedule, characteristic, loss, acts and enabled)
+        return Call(self, config, schedule, characteristic, loss, checked_rates(given), acts and enabled)
 
     def run(self, pipe: DiffusionPipeline, call: Call, proceed: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Run `proceed(*args, **kwargs)`, a call of the pipeline, with S-CFG installed."""
@@ -166,7 +184,10 @@ class Handle:
         if reasons:
             raise UnsupportedPipelineError(f"scfg_fast: {'; '.join(reasons)}. scfg_fast.disable(pipe) makes it stock")
         config = with_reference(pipe, cells_of(pipe, call.config))
-        context = read_call(pipe, arguments, config, call.schedule, call.characteristic, call.loss)
+        context = read_call(
+            pipe, arguments, config, call.schedule, call.characteristic, call.loss, call.rates, self.watcher,
+            self.watches_only,
+        )  # fmt: skip
         if context is None:
             result = proceed(*args, **kwargs)  # the pipeline's own check of its arguments complains
             self.complain("the call has neither prompt nor prompt_embeds by these names")
@@ -211,7 +232,7 @@ class Call:
 
     Attributes:
         handle: of the pipeline.
-        config, schedule, characteristic, loss: the settings of this call.
+        config, schedule, characteristic, loss, rates: the settings of this call.
         acts: whether S-CFG was not switched off for it.
         inside: whether S-CFG is installed at this moment; what is called in there passes through.
     """
@@ -221,6 +242,7 @@ class Call:
     schedule: StepWeight | None
     characteristic: CharacteristicGuidance | None
     loss: LossGuidance | None
+    rates: Given | None
     acts: bool
     inside: bool = False
 

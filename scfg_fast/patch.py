@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # `diffusers` shows type checkers a placeholder
 from scfg_kernels import available_backends
 
@@ -43,12 +44,12 @@ from .pipelines.call import names_a_prompt
 from .pipelines.families import (
     default_config,
     denoisers_of,
-    family_of,
     stock_class,
     why_not,
 )
 from .pipelines.interception import hands_on, intercept, original_of
 from .regions import Regions
+from .step.rates import Given, checked_rates
 
 _DISABLED: weakref.WeakKeyDictionary[DiffusionPipeline, int] = weakref.WeakKeyDictionary()
 """How many blocks of `disabled` are open; a pipeline with none is not in it."""
@@ -127,8 +128,8 @@ def supports(pipe: DiffusionPipeline, config: SCFGConfig | None = None) -> Suppo
         config: the configuration to judge; default as for `enable`.
     """
     config = checked_config(default_config(pipe) if config is None else config)
-    if family_of(pipe) is None:
-        return Support(False, [why_not(pipe)])
+    if (refusal := why_not(pipe)) is not None:
+        return Support(False, [refusal])
     reasons, layers = read_denoisers(pipe, config)
     if config.backend == "triton":
         ops_of: dict[str, list[str]] = {}
@@ -146,6 +147,7 @@ def enable(
     schedule: StepWeight | None = None,
     characteristic: CharacteristicGuidance | None = None,
     loss: LossGuidance | None = None,
+    rates: Given | None = None,
     on_regions: Callable[[int, Regions], None] | None = None,
     strict: bool = False,
 ) -> Handle:
@@ -160,6 +162,11 @@ def enable(
             `SCFGConfig(rates="none")` it works alone.
         characteristic: `scfg_fast.guidance.CharacteristicGuidance(...)`, or None. Takes further evaluations.
         loss: `scfg_fast.guidance.LossGuidance(loss_fn, ...)`, or None. Takes a further evaluation and its gradient.
+        rates: your own, in the place of S-CFG's. A tensor [B or 1, 1, H, W] over the latents, which needs no attention
+            and works with every denoiser; a function `(step, regions, energy) -> [B or 1, 1, H, W]`, with the step's
+            `Regions` (None unless `config.rates` is `"regions"`) and the energy of the guidance [B, 1, H, W]; or
+            factors on S-CFG's rates in the regions of words, `{"boy": 1.2}`. `max_scale` bounds them. Ones are plain
+            guidance.
         on_regions: called as `on_regions(step, regions)` after every guided step.
         strict: raise `SCFGError` instead of warning when a step or a layer must be left to plain guidance.
 
@@ -170,14 +177,16 @@ def enable(
         UnsupportedPipelineError: the pipeline cannot run S-CFG; lists every reason.
 
     Per call, `pipe(..., scfg_kwargs={"enabled": False})` is plain guidance, and `schedule`, `characteristic`, `loss` or
-    any `SCFGConfig` field may be overridden the same way.
+    any `SCFGConfig` field may be overridden the same way; so may your own `rates`.
     """
     config, schedule = default_config(pipe) if config is None else config, checked_schedule(schedule)
     characteristic = checked_settings("characteristic", characteristic, CharacteristicGuidance)
     loss = checked_settings("loss", loss, LossGuidance)
-    support = supports(pipe, config)
+    needs_maps = not isinstance(rates, torch.Tensor)
+    support = supports(pipe, config if needs_maps else config.replace(rates="none"))
     if not support.supported:
         raise UnsupportedPipelineError(f"scfg_fast.enable: {'; '.join(support.reasons)}")
+    rates = checked_rates(rates)
     on_regions, strict = checked_callback(on_regions), checked_flag("strict", strict)
     handle = HANDLES.get(pipe)
     if handle is None:
@@ -185,7 +194,7 @@ def enable(
         HANDLES[pipe] = handle
     intercept(pipe, cast(type, stock_class(pipe)), _outer, _inner)
     handle.config, handle.schedule, handle.characteristic, handle.loss = config, schedule, characteristic, loss
-    handle.on_regions, handle.strict = on_regions, strict
+    handle.on_regions, handle.strict, handle.rates = on_regions, strict, rates
     return handle
 
 

@@ -480,65 +480,6 @@ def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, name: st
 
 
 @dataclass(frozen=True)
-class CompleteConfig(LaunchConfig):
-    """Tiles of the completion: rows of S, inner dimension, columns as two tiles side by side; and whether a program
-    with all rows forms the transpose of each product."""
-
-    block_m: int
-    block_k: int
-    block_t: tuple[int, int]
-    precision: str
-    swapped: bool = False
-
-    def reasons(self, n: int) -> list[str]:
-        found = self._unlike_products(self.precision, self.block_t, block_m=self.block_m, block_k=self.block_k)
-        if self.swapped and n > self.block_m:
-            found.append(f"only a program with all rows swaps its products, block_m={self.block_m} does not cover {n}")
-        return found
-
-
-def _product_warps(rows: int, block_t: tuple[int, int]) -> int:
-    """The most warps, up to four, that share both products of `complete` without forming a part of one twice: each has
-    8 columns or more, where the wider tile has more of them than rows, else 16 rows."""
-    narrow = min(width for width in block_t if width)
-    return min(4, narrow // 8 if block_t[0] > rows else rows // 16)
-
-
-def complete_config(conditional: int, n: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
-    """Tiles of `complete`. Up to 64 rows are one program, which reads everything once. Beyond, the most rows, which
-    read C least often, that leave half the multiprocessors a program: at most 32 with 128 columns, for the registers.
-
-    A warp group takes the right operand of an fp32 product by rows, and would transpose each Y in shared memory with
-    bank conflicts. There the products of a program with all rows are swapped, and others have at most 32 rows, whose
-    products are a warp's. Elsewhere S^T on the right takes too many registers.
-    """
-    block_t = two_widths(min(tokens, 80 if n <= 64 else 128))
-    group = limits.family in WARP_GROUP_PRODUCTS
-    most = 64 if n <= 64 or (block_t[0] <= 64 and not group) else 32
-    rows = [m for m in (64, 32) if m <= most and (n <= m or 2 * conditional * -(-n // m) >= limits.multiprocessors)]
-    block_m = rows[0] if rows else 16
-    return CompleteConfig(
-        num_warps=_product_warps(block_m, block_t),
-        num_stages=1,
-        block_m=block_m,
-        block_k=32,
-        block_t=block_t,
-        precision=product_precision(limits),
-        swapped=group and n <= block_m,
-    )
-
-
-def complete_limits(self_map: torch.Tensor, cross_map: torch.Tensor) -> list[str]:
-    """Every reason why the completion kernel cannot take these maps; empty if it can."""
-    reasons = dtype_limits("complete", torch.promote_types(self_map.dtype, cross_map.dtype))
-    if any(x.shape[2] > 1 and x.stride(2) != 1 for x in (self_map, cross_map)):
-        reasons.append("the last dimension of both maps must have stride 1")
-    if any(x.shape[1] * x.stride(1) >= 2**31 for x in (self_map, cross_map)):
-        reasons.append("a sample's map spans 2^31 elements or more")
-    return reasons
-
-
-@dataclass(frozen=True)
 class SegmentConfig(LaunchConfig):
     """Tiles of `segment`: tokens of a program, and all cells of a sample, both axes padded to powers of two."""
 

@@ -64,6 +64,8 @@ class Kernel:
     protocol: bool = False  # has what CTAs can talk to each other with: atomic or ordered accesses of global memory
 
 
+PARAMETERS = 1 << 62
+"""Address of the first parameter of a kernel; the next ones are 8 bytes apart, whatever their size."""
 _DECODERS: dict[str, Callable[[Decoder, Instruction], Step]] = {}
 
 
@@ -84,6 +86,7 @@ class Decoder:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.shared_widths: set[int] = set()
+        self.parameter_addresses = {name: PARAMETERS + 8 * i for i, (name, _) in enumerate(program.parameters)}
         accumulators, operands = set(), set()
         for instruction in program.instructions:
             if instruction.opcode.startswith("wgmma.mma_async"):
@@ -118,6 +121,8 @@ class Decoder:
             return lambda batch: TYPES[kind].type(0)
         if operand in self.program.local_symbols:
             return lambda batch: TYPES[kind].type(self.program.local_symbols[operand])
+        if operand in self.parameter_addresses and kind in ("b64", "u64"):
+            return lambda batch: np.uint64(self.parameter_addresses[operand])
         value = immediate(operand, kind)
         return lambda batch: value
 

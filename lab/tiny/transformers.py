@@ -144,6 +144,35 @@ def sd3(channels: int = 4) -> Tiny:
     return Tiny(pipeline, call, Layout((1, 8, 12), 2, text_first=False), ("attn",), 13)
 
 
+def auraflow() -> Tiny:
+    """Eight learned tokens come before those of the text."""
+
+    def pipeline() -> Any:
+        transformer = made(
+            "AuraFlowTransformer2DModel", sample_size=32, patch_size=2, in_channels=4, out_channels=4,
+            num_mmdit_layers=5, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=24, caption_projection_dim=32, pos_embed_max_size=256,
+        )  # fmt: skip
+        with torch.no_grad():  # fresh gates are nearly closed: the text would change nothing
+            for block in (*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks):
+                block.norm1.linear.weight *= 15.0
+            for block in transformer.joint_transformer_blocks:
+                block.norm1_context.linear.weight *= 15.0
+        none = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        return assembled("AuraFlowPipeline", transformer=transformer, scheduler=flow(), **none)
+
+    def call(picks: list[int], **others: Any) -> dict[str, Any]:
+        tensors = dict(
+            prompt_embeds=embeddings(5, 13, 24), negative_prompt_embeds=embeddings(6, 13, 24),
+            prompt_attention_mask=lengths_mask((9, 6, 13), 13),
+            negative_prompt_attention_mask=lengths_mask((1, 1, 1), 13),
+        )  # fmt: skip
+        return arguments(picks, tensors, **dict(height=HEIGHT, width=WIDTH, guidance_scale=4.0) | others)
+
+    layout = Layout((1, 8, 12), 2, start=(20, 20, 20), foreground="conditional")
+    return Tiny(pipeline, call, layout, ("attn",), 8 + 13)
+
+
 def pixart() -> Tiny:
     lengths = (9, 6, 11)
 
@@ -439,6 +468,7 @@ def flux2() -> Tiny:
 
 TINY: dict[str, Tiny] = {
     "sd3": sd3(),
+    "auraflow": auraflow(),
     "pixart": pixart(),
     "hunyuan": hunyuan(),
     "sana": sana(),

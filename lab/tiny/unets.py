@@ -10,6 +10,7 @@ sums, which differs between processors, decides to which token such a cell falls
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections import Counter
@@ -45,6 +46,7 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 
+@functools.cache
 def _learn_merges() -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until each of :data:`WORDS` is one symbol."""
     spellings = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]

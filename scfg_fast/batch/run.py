@@ -167,7 +167,8 @@ class Worker:
         if stats is None or not stats.weights:  # plain guidance acts as its scale
             scale = (self._defaults | call).get("guidance_scale")
             return scale, [scale] * count
-        return stats.mean_weight, [None] * count
+        steps = [weights.tolist() for weights in stats.effective_weights]
+        return stats.mean_weight, [sum(of_image) / len(steps) for of_image in zip(*steps, strict=True)]
 
     def _note(self, text: str) -> None:
         self.folder.append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

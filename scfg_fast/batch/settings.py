@@ -70,27 +70,23 @@ def load_pipeline(settings: Settings) -> Any:
     import diffusers
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
     from ..env import default_device
     from ..models import bundled_pipeline
     from ..models.loading import load_pipeline as load_saved
+    from ..models.loading import without_bars
 
     device = settings.device or default_device()
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[settings.dtype or ("fp32" if device == "cpu" else "fp16")]
     options: dict[str, Any] = {"torch_dtype" if diffusers.__version__.startswith("0.") else "dtype": dtype}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        if settings.model == "bundled":
-            return bundled_pipeline(**options).to(device)
-        local = os.path.isdir(settings.model)
-        folder = settings.model if local else DiffusionPipeline.download(settings.model, use_safetensors=True)
-        return load_saved(folder, **options).to(device)
+        with without_bars():
+            if settings.model == "bundled":
+                return bundled_pipeline(**options).to(device)
+            local = os.path.isdir(settings.model)
+            folder = settings.model if local else DiffusionPipeline.download(settings.model, use_safetensors=True)
+            return load_saved(folder, **options).to(device)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"the model {settings.model!r} cannot be loaded on {device}: {text}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()

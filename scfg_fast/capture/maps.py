@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from .layers import BlockInfo, grid_size
 
@@ -98,6 +100,21 @@ class StepMaps:
     def nbytes(self) -> int:
         """Bytes that stay allocated from the layers to the end of the step."""
         return sum(t.numel() * t.element_size() for t in (*self.tokens, *self.start))
+
+
+def shares_of(maps: StepMaps, words: torch.Tensor) -> torch.Tensor:
+    """The share of each cell's attention that the tokens of each word get, mean over layers: [B, W, h, w], float32 or
+    float64.
+
+    Args:
+        maps: of a step.
+        words: [B, W, T] bool, the tokens of each word.
+    """
+    total: torch.Tensor | float = 0.0
+    for tokens, size in zip(maps.tokens, maps.sizes, strict=True):
+        share = words.to(tokens.device, tokens.dtype) @ tokens  # [B, W, N]
+        total = total + F.interpolate(share.unflatten(-1, size), size=maps.size, mode="bilinear")
+    return cast(torch.Tensor, total) / len(maps.tokens)
 
 
 def collect(layers: Sequence[tuple[BlockInfo, BlockMaps]], height: int, width: int, cell: int) -> StepMaps:

@@ -233,7 +233,7 @@ def compare(args: argparse.Namespace) -> int:
     from ..pictures.sheets import image_grid
 
     note_if_cut(session, args.prompt)
-    methods = args.methods or [("cfg",), ("scfg",)]
+    methods = args.methods or ([("scfg",)] if args.equal_dose else [("cfg",), ("scfg",)])
     seeds = range(args.seed, args.seed + args.num_images)
     size = max(MIN_PANEL, values.get("width", 0), values.get("height", 0))
     rows: list[list[Image.Image]] = []
@@ -253,14 +253,18 @@ def compare(args: argparse.Namespace) -> int:
                 steps[:] = kept
             started = time.perf_counter()
             image = sample_image(session, args.prompt, seed, values, label)
-            took = time.perf_counter() - started
+            took = f", {time.perf_counter() - started:.1f} s" if args.methods else ""
             rows[-1].append(scaled(image, size))
             label += f", seed {seed}" if len(seeds) > 1 else ""
-            captions[-1].append(
-                f"{label}: mean {handle.stats.mean_weight:.1f}, {took:.1f} s" if args.methods else label
-            )
+            dose = handle.stats.effective_weight
+            captions[-1].append(f"{label}: scale {values['guidance_scale']:.1f}, acts as {dose:.1f}{took}")
             if steps and handle.config.rates == "regions":
                 regions_of = image
+            if args.equal_dose and parts != ("cfg",):
+                set_method(session, handle, ("cfg",), values, config)
+                plain = sample_image(session, args.prompt, seed, values | {"guidance_scale": max(dose, 1.0)}, "CFG")
+                rows[-1].append(scaled(plain, size))
+                captions[-1].append(f"CFG: scale {max(dose, 1.0):.1f}")
         if steps:
             middle = steps[len(steps) // 2].cpu()
             labels = labels_of(session, args.prompt)

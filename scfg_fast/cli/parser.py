@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .._version import __version__
-from ..methods import METHODS, method
+from ..methods import METHODS_HELP, method
 from . import commands
 from .batch import batch
 from .errors import one_line
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         type=_method,
         default=("scfg",),
-        help=f"{', '.join(METHODS)}, or a combination such as scfg+linear (default scfg)",
+        help=f"{METHODS_HELP}, or a combination such as scfg+linear (default scfg)",
     )
     _add_model(generate)
 
@@ -146,12 +146,16 @@ def build_parser() -> argparse.ArgumentParser:
     picture = _add_picture(compare, "compare.png", "rows, with seeds SEED, SEED+1, ... (default 1)")
     picture.add_argument("--regions", action="store_true", help="add the regions of the last S-CFG column")
     picture.add_argument(
+        "--equal-dose",
+        action="store_true",
+        help="next to each method, plain guidance at the scale that the method acts as",
+    )
+    picture.add_argument(
         "--methods",
         metavar="METHOD",
         type=_method,
         nargs="+",
-        help=f"columns: {', '.join(METHODS)}, or a combination such as scfg+linear (default cfg scfg); each shows the "
-        "mean weight that was applied and its time",
+        help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows its time",
     )
     _add_guidance(compare)
     _add_model(compare)

@@ -161,7 +161,7 @@ def read_qwen(
     attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, encoder_hidden_states_mask=None,
     attention_mask=None, image_rotary_emb=None,
 ) -> QueriesAndKeys:  # fmt: skip
-    """Qwen-Image: joint attention, positions of text and image apart."""
+    """Qwen-Image: joint attention, positions of text and image apart. AuraFlow, which has no positions here."""
     from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
     size = attn.inner_dim // attn.heads

@@ -140,6 +140,10 @@ TRANSFORMERS: dict[str, Transformer] = {
     ),
     # CLIP's start token comes first; nothing is masked.
     "SD3Transformer2DModel": Transformer(dict(attn=read_sd3)),
+    # T5, its padding zeroed and not masked, after eight learned tokens: the last column is padding, or the end token.
+    "AuraFlowTransformer2DModel": Transformer(
+        dict(attn=read_qwen), stack="joint_transformer_blocks", start_token="last", foreground="conditional"
+    ),
     # T5, nothing masked: the last column is padding, or the end token of a long prompt.
     "FluxTransformer2DModel": Transformer(
         dict(attn=read_flux), patch=lambda model: 2, size=_of_pipeline, opened=lambda model: Packed(2),

@@ -5,8 +5,10 @@ The loaders of diffusers and transformers give a weight that the file lacks rand
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,19 @@ def _faults(name: str, module: torch.nn.Module, info: Any, exact: bool) -> list[
     if exact:
         found["without a place"] = set(info["unexpected_keys"])
     return [f"{name} has {len(keys)} {what}, such as {min(keys)}" for what, keys in found.items() if keys]
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of diffusers and transformers during the block."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
 from ..step.context import CallContext
+from ..step.rates import Given, GivenRates
 from .checks import check_combination, check_corrections, check_inversion
 from .families import Family, denoisers_of, family_of, scale_of, stock_class
 from .interception import described
@@ -70,6 +71,9 @@ def read_call(
     schedule: StepWeight | None = None,
     characteristic: CharacteristicGuidance | None = None,
     loss: LossGuidance | None = None,
+    rates: Given | None = None,
+    watcher: Any = None,
+    watches_only: bool = False,
 ) -> CallContext | None:
     """What the hooks must know about one call.
 
@@ -79,12 +83,16 @@ def read_call(
         config: the configuration of this call.
         schedule: weight of each step, or None for `guidance_scale`.
         characteristic, loss: settings of Characteristic Guidance and of loss guidance, or None.
+        rates: the user's, or None.
+        watcher: what reads the maps (`scfg_fast.watch`), or None.
+        watches_only: whether the predictions stay as they are.
 
     Returns:
         The context, or None if the call names no prompt (the pipeline's own check will say so).
 
     Raises:
-        ValueError: `tokens="words"` without the prompt's text or without a tokenizer; or the schedule does not work
+        ValueError: `tokens="words"` or words without the prompt's text or without a tokenizer; or a word that is in no
+            prompt; or the schedule does not work
             with this scheduler or with `eta`; or methods are combined that do not go together.
     """
     prompt = arguments.get("prompt")
@@ -107,18 +115,26 @@ def read_call(
     per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     samples = len(prompts if prompts is not None else embeds) * per_prompt
     mask = None
+
+    def word_rows(words: Sequence[str], what: str) -> torch.Tensor:
+        text, tokenizer = _text_and_tokenizer(pipe, family, prompts, what, "Leave the words out")
+        return word_tokens(tokenizer, text, words).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
+
     if config.tokens == "words":
-        tokenizer: Any = tokenizer_of(pipe) if family.denoisers == ("unet",) else None
-        ends = (getattr(tokenizer, name, None) is not None for name in ("bos_token_id", "eos_token_id"))
-        known = all(ends) and tokenizer.padding_side == "right"
-        if prompts is None or not known:
-            raise ValueError(
-                "scfg_fast: tokens='words' needs the prompt's text and a tokenizer of CLIP's layout (start, words, "
-                f"end, padding), and a UNet; this is {family.name}. Use tokens='all'"
-            )
-        if hasattr(pipe, "maybe_convert_prompt"):
-            prompts = pipe.maybe_convert_prompt(prompts, tokenizer)  # textual inversion: one word, several tokens
-        mask = word_mask(tokenizer, prompts).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
+        text, tokenizer = _text_and_tokenizer(pipe, family, prompts, "tokens='words'", "Use tokens='all'")
+        mask = word_mask(tokenizer, text).repeat_interleave(per_prompt, 0).to(pipe._execution_device)
+    watched = None if watcher is None or not watcher.words else word_rows(watcher.words, "watch")
+    if watcher is not None:
+        watcher.begin(watched)
+    given = None
+    if isinstance(rates, Mapping):
+        if config.rates != "regions":
+            raise ValueError(f"scfg_fast: rates of words need regions, got SCFGConfig(rates={config.rates!r})")
+        factors = torch.tensor([float(factor) for factor in rates.values()])
+        rows = word_rows(tuple(rates), "rates of words")  # [B, W, T]
+        given = GivenRates(None, torch.where(rows, factors[:, None].to(rows.device), 1.0).prod(1), config.max_scale)
+    elif rates is not None:
+        given = GivenRates(rates, None, config.max_scale)
     return CallContext(
         samples=samples,
         guidance_scale=functools.partial(scale_of(pipe), pipe, arguments),
@@ -136,8 +152,32 @@ def read_call(
         rereads=not isinstance(denoiser_of(unwrap(denoisers_of(pipe)[0])), UNet),
         size=_packed_size(pipe, arguments) if family.packed else None,
         switch=family.switch,
-        undone_by=family.undone_by,
+        undone_by="" if watches_only else family.undone_by,
+        rates=given,
+        watcher=watcher,
+        watches_only=watches_only,
     )
+
+
+def _text_and_tokenizer(
+    pipe: Any, family: Family, prompts: list[str] | None, what: str, instead: str
+) -> tuple[list[str], Any]:
+    """The prompts as the tokenizer gets them, and it.
+
+    Raises:
+        ValueError: there are none, with what was asked for and what to do instead.
+    """
+    tokenizer: Any = tokenizer_of(pipe) if family.denoisers == ("unet",) else None
+    ends = (getattr(tokenizer, name, None) is not None for name in ("bos_token_id", "eos_token_id"))
+    known = all(ends) and tokenizer.padding_side == "right"
+    if prompts is None or not known:
+        raise ValueError(
+            f"scfg_fast: {what} needs the prompt's text and a tokenizer of CLIP's layout (start, words, end, padding), "
+            f"and a UNet; this is {family.name}. {instead}"
+        )
+    if hasattr(pipe, "maybe_convert_prompt"):
+        prompts = pipe.maybe_convert_prompt(prompts, tokenizer)  # textual inversion: one word, several tokens
+    return prompts, tokenizer
 
 
 def _packed_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
@@ -205,3 +245,28 @@ def word_mask(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
     end = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
     mask = (position > 0) & (position < end)
     return mask | ~mask.any(1, keepdim=True)
+
+
+def word_tokens(tokenizer: Any, prompts: list[str], words: Sequence[str]) -> torch.Tensor:
+    """[len(prompts), len(words), T] bool: the tokens that each word becomes, wherever it stands in a prompt.
+
+    Raises:
+        ValueError: a word stands in no prompt; lists all of them.
+    """
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    found = torch.zeros(len(prompts), len(words), ids.shape[1], dtype=torch.bool)
+    for index, word in enumerate(words):
+        pieces = torch.tensor(tokenizer(word, add_special_tokens=False).input_ids, dtype=ids.dtype)
+        if len(pieces) == 0 or len(pieces) > ids.shape[1]:
+            continue
+        starts = (ids.unfold(1, len(pieces), 1) == pieces).all(-1)  # [P, T - n + 1]
+        for offset in range(len(pieces)):
+            found[:, index, offset : offset + starts.shape[1]] |= starts
+    missing = [word for word, there in zip(words, found.any(-1).any(0).tolist(), strict=True) if not there]
+    if missing:
+        raise ValueError(
+            f"scfg_fast: no prompt has the words {missing}; they must stand there as they are spelled here"
+        )
+    return found

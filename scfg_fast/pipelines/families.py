@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..config import SCFGConfig
 from ..denoisers.install import unwrap
+from ..versions import reason_against
 from .interception import ancestry
 
 
@@ -162,6 +163,7 @@ FAMILIES = (
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         ("transformer",),
     ),
+    Family("AuraFlow", ("AuraFlowPipeline",), ("transformer",), scale=argument_scale),
     Family("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("transformer",), scale=argument_scale),
     Family("HunyuanDiT", ("HunyuanDiTPipeline",), ("transformer",), scale=argument_scale),
     Family("Sana", ("SanaPipeline",), ("transformer",), scale=argument_scale),
@@ -196,9 +198,11 @@ WHY_NOT = (
 """Part of a class name -> why pipelines with it are not supported; for those that people ask about."""
 
 
-def why_not(pipe: DiffusionPipeline) -> str:
-    """Why a pipeline of no family is not supported, in a sentence."""
+def why_not(pipe: DiffusionPipeline) -> str | None:
+    """Why a pipeline cannot be guided: it is of no family, or needs a newer diffusers. None if it can."""
     name = type(pipe).__name__
+    if (stock := stock_class(pipe)) is not None:
+        return reason_against(stock.__name__)
     known = next((reason for part, reason in WHY_NOT if part in name), None)
     families = ", ".join(family.name for family in FAMILIES)
     because = f": it {known}" if known else ""

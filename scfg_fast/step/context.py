@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from ..capture.maps import StepMaps
 from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
+from .rates import GivenRates
 
 
 class SCFGWarning(UserWarning):
@@ -128,6 +130,9 @@ class CallContext:
             need not be said.
         size: (H, W) of the latents, where they are packed and the denoiser is not told.
         switch: the arguments that turn guidance on, for messages.
+        rates: the user's, in the place of S-CFG's or on top of them, or None.
+        watcher: gets (step, maps, token_index [B, h, w], foreground [B, h, w]) of every step with maps, or None.
+        watches_only: whether the predictions stay as they are.
         undone_by: what the pipeline does to the guided prediction that cancels rates, or "".
     """
 
@@ -147,6 +152,9 @@ class CallContext:
     rereads: bool = False
     size: tuple[int, int] | None = None
     switch: str = "guidance_scale > 1"
+    rates: GivenRates | None = None
+    watcher: Callable[[int, StepMaps, torch.Tensor, torch.Tensor], None] | None = None
+    watches_only: bool = False
     undone_by: str = ""
 
     @property

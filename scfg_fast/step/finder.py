@@ -6,25 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from scfg_kernels import guide, guide_pixels, segment_and_guide
+from scfg_kernels import guide, guide_pixels, segment, segment_and_guide
 
 from ..capture.layers import BlockInfo, grid_size
 from ..capture.maps import BlockMaps, StepMaps, collect
 from ..config import SCFGConfig
-from ..guidance.mixing import Mixer
-from ..regions import Regions
-from .plan import StepPlan
-
-
-def mixer_of(config: SCFGConfig) -> Mixer | None:
-    """What mixes the predictions of a run, or None where the operators' own plain mixing is what is asked for."""
-    if (config.combine, config.dose) == ("cfg", "as-published"):
-        return None
-    return Mixer(
-        config.combine, config.dose, config.adaptive_projected_guidance_momentum,
-        config.adaptive_projected_guidance_rescale, config.eta,
-    )  # fmt: skip
-
 
 Segments = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -70,6 +56,15 @@ class RegionFinder:
         self.nbytes = max(self.nbytes, maps.nbytes)
         return maps, maps.missing
 
+    def find(self, maps: StepMaps) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regions of these maps, without guidance: token_index and foreground, [B, h, w] each."""
+        token_index, foreground = segment(
+            maps.tokens, maps.start, maps.sizes, maps.size, blur_sigma=self._config.blur_sigma,
+            token_mask=self._token_mask, backend=self._config.backend,
+        )  # fmt: skip
+        self.segments = (token_index, foreground, maps.tokens[0].shape[-2])
+        return token_index, foreground
+
     def guide(
         self,
         maps: StepMaps | None,
@@ -99,81 +94,20 @@ class RegionFinder:
         return guide(uncond, cond, token_index, foreground, weight, num_tokens=num_tokens, **options)
 
 
-class Combination:
-    """How the two predictions of one evaluation are combined: with the rates of regions or pixels, by a rule, or both.
-
-    Args:
-        config: of the call.
-        finder: of the regions.
-        maps: of this step, or None where regions are kept.
-        mixer: of the run, or None for u + w r (t - u).
-        planned: of the step.
-        samples: that the predictions belong to.
-        rescale: phi of guidance_rescale, where the pipeline leaves that to the guided prediction (guiders).
-
-    Attributes:
-        rate: [B, 1, H, W] once called, or None without rates.
-        moved: f - u once called, where it was mixed here, else None.
-    """
-
-    def __init__(
-        self,
-        config: SCFGConfig,
-        finder: RegionFinder,
-        maps: StepMaps | None,
-        mixer: Mixer | None,
-        planned: StepPlan,
-        samples: int,
-        rescale: float = 0.0,
-    ) -> None:
-        self.rate: torch.Tensor | None = None
-        self.moved: torch.Tensor | None = None
-        self._config, self._finder, self._maps, self._mixer = config, finder, maps, mixer
-        self._plan, self._samples, self._rescale = planned, samples, rescale
-
-    def __call__(
-        self, uncond: torch.Tensor, cond: torch.Tensor, weight: float, rewrite: str = "guided", copies: int = 1
-    ) -> torch.Tensor:
-        """The guided prediction f or, with `rewrite="unconditional"`, the u' of which a pipeline of this scale makes f;
-        see `scfg_kernels.guide`."""
-        config, result = self._config, None
-        if self._plan.reason is None and config.rates == "pixels":
-            result, self.rate = guide_pixels(
-                uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
-                rewrite=rewrite, rescale=self._rescale, copies=copies, backend=config.backend,
-            )  # fmt: skip
-        elif self._plan.reason is None:
-            result, self.rate = self._finder.guide(self._maps, uncond, cond, weight, rewrite, self._rescale, copies)
-        if self._mixer is None:
-            return cast(torch.Tensor, result)
-        mixed = self._mixer(uncond, cond, weight, self.rate, self._samples)
-        self.rate, self.moved = mixed.rate, mixed.moved
-        if self._plan.zero:
-            self.moved = -uncond.to(mixed.moved.dtype)
-        return rewritten(uncond, cond, self.moved, None if rewrite == "guided" else weight)
-
-    def regions(self) -> Regions | None:
-        """The regions that the rates are of; None of pixels, without rates, or before a call."""
-        if self.rate is None or self._finder.segments is None or self._plan.regions == "none":
-            return None
-        token_index, foreground, _ = self._finder.segments
-        return Regions(self._plan.index, token_index, foreground, self.rate)
-
-
-def rewritten(uncond: torch.Tensor, cond: torch.Tensor, moved: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """f = u + moved or, with the pipeline's scale s, the u' of which its own line makes f: u + (s d - moved) / (s - 1).
-
-    That is u bit for bit where moved is s d.
-
-    Args:
-        uncond, cond: [B, C, H, W].
-        moved: f - u, in the dtype of the arithmetic.
-        scale: s, above 1, or None for f.
-    """
-    u = uncond.to(moved.dtype)
-    if scale is not None:
-        moved = (scale * (cond.to(moved.dtype) - u) - moved) / (scale - 1.0)
-    return (u + moved).to(cond.dtype)
+def guide_by_pixel(
+    config: SCFGConfig,
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    weight: float,
+    rewrite: str = "guided",
+    rescale: float = 0.0,
+    copies: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, rate) of `scfg_kernels.guide_pixels` for `rates="pixels"`."""
+    return guide_pixels(
+        uncond, cond, weight, rate_min=cast(float, config.rate_min), rate_max=cast(float, config.rate_max),
+        rewrite=rewrite, rescale=rescale, copies=copies, backend=config.backend,
+    )  # fmt: skip
 
 
 def guide_plainly(

@@ -33,9 +33,10 @@ from ..guidance.steps import step_levels
 from ..regions import Regions
 from .arguments import argument, copied, second_half
 from .clock import StepClock
+from .combiner import Combination, Combiner
 from .context import CallContext, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import Combination, RegionFinder, mixer_of
+from .finder import RegionFinder
 from .plan import PLAIN_INSTEAD, StepPlan, StepState, plan
 from .records import Evaluation, Left, OpenStep, Run, are_one, joined
 from .rewrite import Rewrite, with_prediction
@@ -164,8 +165,8 @@ class GuidanceHook:
         waiting.remove(first)
         finds = first.finds and self.context.foreground == "unconditional"
         return Evaluation(
-            first.hooked, first.plan, first.window, first.finder, first.geometry, sample, (), {}, "unconditional",
-            finds, first,
+            first.hooked, first.plan, first.window, first.finder, first.combiner, first.geometry, sample, (), {},
+            "unconditional", finds, first,
         )  # fmt: skip
 
     def _first_pass(self, module: torch.nn.Module, denoiser: HookedDenoiser, sample: Any, kwargs: dict) -> Evaluation:
@@ -174,8 +175,10 @@ class GuidanceHook:
         run, step = cast(Run, self._run), self._step
         window = 0 if step is None else step.windows
         if window == len(run.finders):
-            run.finders.append(RegionFinder(self.config, self.context.token_mask))
-        finder = run.finders[window]
+            finder = RegionFinder(self.config, self.context.token_mask)
+            combiner = Combiner(self.config, finder, self.context.rates, self.context.samples)
+            run.finders.append((finder, combiner))
+        finder, combiner = run.finders[window]
         has_regions = finder.begin((geometry.height, geometry.width))
         planned = step.plan if step is not None else None
         if step is None or planned is None or step.batch != len(sample):
@@ -189,7 +192,7 @@ class GuidanceHook:
         step.windows += 1
         finds = planned.regions == "find" or (planned.regions == "keep" and not has_regions)
         branch = "conditional" if self.context.two_pass else "both"
-        return Evaluation(denoiser, planned, window, finder, geometry, sample, (), {}, branch, finds)
+        return Evaluation(denoiser, planned, window, finder, combiner, geometry, sample, (), {}, branch, finds)
 
     def _plan(
         self, run: Run, module: torch.nn.Module, denoiser: HookedDenoiser, batch: int, has_regions: bool, kwargs: dict
@@ -215,7 +218,7 @@ class GuidanceHook:
 
     def _begin_run(self, timestep: Any) -> Run:
         levels = step_levels(self.context.scheduler, timestep) if self.context.needs_levels else None
-        return Run(Corrections(self.context, self.stats, self.aside), mixer_of(self.config), levels or ([], False))
+        return Run(Corrections(self.context, self.stats, self.aside), levels or ([], False))
 
     def _close_step(self) -> bool:
         """Forget conditional passes that no other followed: the pipeline guided nothing in that step. Whether it was
@@ -262,12 +265,17 @@ class GuidanceHook:
             planned = planned.without_maps()
             for message, instead in planned.warnings:
                 self._complain(message, instead)
+        if self.context.watcher is not None and maps is not None:
+            with self.aside():
+                self.context.watcher(planned.index, maps, *evaluation.finder.find(maps))
+        if self.context.watches_only:
+            return None
         self._count(step, planned)
         corrections = run.corrections
         corrections.step = self._describe(module, evaluation, prediction) if self.context.corrects else None
         shifted = planned.shifted and corrections.step is not None and corrections.step.guided
         planned = dataclasses.replace(planned, shifted=shifted)
-        combination = Combination(self.config, evaluation.finder, maps, run.mixer, planned, self.context.samples)
+        combination = Combination(evaluation.combiner, planned, maps)
         if not planned.changes:
             self._measure(planned, prediction, combination)
             return None
@@ -281,11 +289,11 @@ class GuidanceHook:
             solve = functools.partial(self._solve, planned, prediction, corrections, combination) if shifted else None
             combines = planned.reason is None or planned.combines
             result = rewrite(prediction, combination if combines else None, solve)
-            if combination.rate is not None and corrections.step is not None:
-                corrections.step.weight = planned.weight * combination.rate
+            if combination.done.rate is not None and corrections.step is not None:
+                corrections.step.weight = planned.weight * combination.done.rate
             if solve is None:
                 self._measure(planned, prediction, combination)
-        regions = combination.regions()
+        regions = combination.done.regions
         if evaluation.first is not None:
             result = result.chunk(2)[0]
         if self.on_regions is not None and regions is not None:
@@ -304,8 +312,8 @@ class GuidanceHook:
     ) -> torch.Tensor:
         """Characteristic Guidance, with the rates of this step."""
         step = cast(StepInputs, corrections.step)
-        if combination.rate is not None:
-            step.weight = planned.weight * combination.rate
+        if combination.done.rate is not None:
+            step.weight = planned.weight * combination.done.rate
         solved = corrections.characteristic(guided, *halves)
         self._measure(planned, prediction, combination, solved)
         return solved
@@ -315,7 +323,7 @@ class GuidanceHook:
     ) -> None:
         """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
         solved for or mixed here, or with weight and rates."""
-        rate, moved = combination.rate, combination.moved
+        rate, moved = combination.done.rate, combination.done.moved
         if not planned.guided or (rate is moved is solved is None and not planned.rescale > 0.0):
             return
         uncond, cond, *_ = prediction.chunk(2 if self.context.two_pass else planned.groups)

@@ -130,7 +130,7 @@ def plan(context: CallContext, config: SCFGConfig, state: StepState) -> StepPlan
     settings = context.characteristic
     two_halves = state.groups == 2 and not context.two_pass
     shifted = settings is not None and two_halves and weight != 1.0 and state.sigmas is not None
-    reason = _reason_without_rates(config, state.index, state.count, weight)
+    reason = _reason_without_rates(config, state.index, state.count, weight, context.rates is not None)
     zero = zero_step(config, state.index)
     due = not state.has_regions or state.guided_steps % config.reuse_every == 0
     warnings: tuple[tuple[str, str], ...] = ()
@@ -204,9 +204,12 @@ def step_weight(schedule: StepWeight | None, step: Step) -> float:
     return weight
 
 
-def _reason_without_rates(config: SCFGConfig, index: int, count: int, weight: float) -> str | None:
-    """Why a step has one weight for the whole image, or None. All of these are the user's choice."""
-    if config.rates == "none":
+def _reason_without_rates(config: SCFGConfig, index: int, count: int, weight: float, given: bool) -> str | None:
+    """Why a step has one weight for the whole image, or None. All of these are the user's choice.
+
+    `given`: whether the user gives rates, which need no capture.
+    """
+    if config.rates == "none" and not given:
         return "rates='none'"
     if not in_part(index, count, config.start, config.stop):
         return f"outside start={config.start:g}, stop={config.stop:g}"

@@ -10,8 +10,8 @@ import torch
 from ..capture.layers import BlockInfo
 from ..capture.maps import BlockMaps
 from ..denoisers.install import HookedDenoiser
-from ..guidance.mixing import Mixer
 from ..layouts import Geometry
+from .combiner import Combiner
 from .corrections import Corrections
 from .finder import RegionFinder
 from .plan import StepPlan
@@ -25,16 +25,14 @@ class Run:
 
     Attributes:
         corrections: of this run.
-        mixer: mixes the predictions by a rule with a memory, or None.
         levels: noise levels before and after each step, where something asks, and whether they are flow times.
-        finders: regions, one finder for each window of a step.
+        finders: regions, one finder for each window of a step, and what combines the predictions of the window.
         guided_steps: steps guided so far.
     """
 
     corrections: Corrections
-    mixer: Mixer | None
     levels: tuple[list[tuple[float, float]], bool]
-    finders: list[RegionFinder] = field(default_factory=list)
+    finders: list[tuple[RegionFinder, Combiner]] = field(default_factory=list)
     guided_steps: int = 0
 
 
@@ -47,6 +45,7 @@ class Evaluation:
         plan: of the step.
         window: which of the step's windows this is, from 0.
         finder: regions of this window.
+        combiner: of its predictions.
         geometry: of the latents.
         sample: the object that the denoiser was called with.
         args, kwargs: of the call, where a correction needs them.
@@ -61,6 +60,7 @@ class Evaluation:
     plan: StepPlan
     window: int
     finder: RegionFinder
+    combiner: Combiner
     geometry: Geometry
     sample: Any
     args: tuple

@@ -19,7 +19,7 @@ from ..config import SCFGConfig
 from .finder import guide_plainly
 
 Combine = Callable[..., torch.Tensor]
-"""(u, t, w, rewrite, copies) -> f, once or twice; or u' of w = s with rewrite="unconditional": `finder.Combination`."""
+"""(u, t, w, rewrite, copies) -> f, once or twice; or u' of w = s with rewrite="unconditional": `combiner.Combiner`."""
 
 Solve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(f, u, t) -> another f."""
@@ -91,6 +91,22 @@ class Rewrite:
             return uncond + self.weight * (cond - uncond)
         # f = u + w (t - u), in fp32 and rounded once
         return guide_plainly(self.config, uncond, cond, self.weight, copies)
+
+
+def rewritten(uncond: torch.Tensor, cond: torch.Tensor, moved: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """f = u + moved or, with the pipeline's scale s, the u' of which its own line makes f: u + (s d - moved) / (s - 1).
+
+    That is u bit for bit where moved is s d.
+
+    Args:
+        uncond, cond: [B, C, H, W].
+        moved: f - u, in the dtype of the arithmetic.
+        scale: s, above 1, or None for f.
+    """
+    u = uncond.to(moved.dtype)
+    if scale is not None:
+        moved = (scale * (cond.to(moved.dtype) - u) - moved) / (scale - 1.0)
+    return (u + moved).to(cond.dtype)
 
 
 def with_prediction(output: Any, prediction: Any) -> Any:

@@ -47,13 +47,13 @@ def job(prompts: Path, out: Path, **options: Any) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def finish(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, timeout: float = 600.0) -> tuple[int, str, str]:
     """Exit status, stdout, stderr."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 90.0) -> Any:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 300.0) -> Any:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         value = condition()

@@ -71,15 +71,18 @@ def test_the_images_are_what_the_library_makes(undisturbed: Path) -> None:
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(scfg_fast.bundled_model_path())
     pipe.set_progress_bar_config(disable=True)
-    scfg_fast.enable(pipe)
     rows = [rows_of(undisturbed)[id] for id in ("00000001", "00000002")]
     generators = [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows]
     call = {"num_inference_steps": 4, "height": 64, "width": 64, "guidance_scale": 5.0}
+    handle = scfg_fast.enable(pipe)
     images = pipe(PROMPTS[:2], generator=generators, output_type="np", **call).images
-    for row, image in zip(rows, images, strict=True):
+    effective = torch.stack(handle.stats.effective_weights).double().mean(0)
+    for row, image, weight in zip(rows, images, effective, strict=True):
+        assert row["effective_weight"] == pytest.approx(weight.item(), rel=1e-6)
         assert (pixels_of(row) == (image * 255).round().astype(np.uint8)).all()
         assert json.loads(row["call"]) == call
         assert (row["mean_weight"], row["attempt"], row["together"], row["error"]) == (5.0, 1, 2, "")
+        assert row["effective_weight"] > 0.0 and row["effective_weight"] != 5.0
 
 
 @pytest.mark.slow
@@ -269,7 +272,7 @@ def test_interrupts(tmp_path: Path, number: int, status: int) -> None:
     with job(prompts, out, **FAKE | {"max_attempts": 1}) as process:
         wait_until(lambda: committed(out), process)
         process.send_signal(number)
-        _, _, err = finish(process, 20)
+        _, _, err = finish(process, 120)
     assert "scfg-fast: stopped; " in err and "of 12 rows are done, the same command makes the rest" in err
     done = {path.stem for path in committed(out)}
     assert {path.parent.name for path in (out / "attempts").rglob("*-*-*")} == done

@@ -52,7 +52,7 @@ def drawn(steps: int, seed: int = 0, settings: dict | None = None) -> np.ndarray
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl")
-    tiny_sdxl_pipeline().save_pretrained(folder)
+    tiny_sdxl_pipeline(dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

@@ -119,6 +119,14 @@ class TestComplete:
         reasons = ["three dimensions", "floating point, got torch.int64 and torch.float32", "got cpu and meta"]
         raises_all(complete, zeros(9, 9, dtype=torch.int64), zeros(9, 5, device="meta"), reasons=reasons)
 
+    def test_layers_together(self):
+        own, cross = [zeros(2, 9, 9), zeros(2, 4, 4).double()], [zeros(2, 9, 5), zeros(2, 4, 6)]
+        raises_all(
+            complete, own, cross,
+            reasons=["self_maps must have one dtype, got", "cross_map[1] must have the samples and text tokens"],
+        )  # fmt: skip
+        raises_all(complete, own, cross[:1], reasons=["a self_map and a cross_map for every layer"])
+
     @pytest.mark.parametrize("unconditional", [-1, 3])
     def test_unconditional_out_of_range(self, unconditional):
         reasons = [f"0..2, got {unconditional}"]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from scfg_kernels import complete
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lab.measure import CountOps
 from lab.reference import official
 from tests.kernels.cases import BATCH_NOISE, DTYPES, by_name, random_maps
 
@@ -117,17 +119,53 @@ def test_repeats_are_bit_equal_and_inputs_are_left_alone(rng):
     assert torch.equal(s, before[0]) and torch.equal(c, before[1])
 
 
+def several(rng):
+    """Layers of two sizes, in turns: S and C of each."""
+    sizes = (16, 4, 16, 4, 16)
+    return [random_maps(rng, 3, n, n) for n in sizes], [random_maps(rng, 3, n, 7) for n in sizes]
+
+
+def test_layers_together_are_the_layers_alone(rng):
+    own, cross = several(rng)
+    tokens, start = complete(own, cross, unconditional=1)
+    assert [x.shape for x in tokens] == [(3, 2, 7, 16), (2, 2, 7, 4)]
+    assert [x.shape for x in start] == [(3, 1, 16), (2, 1, 4)]
+    for size, of_size in enumerate(((0, 2, 4), (1, 3))):
+        for place, layer in enumerate(of_size):
+            alone = complete(own[layer], cross[layer], unconditional=1)
+            assert torch.equal(tokens[size][place], alone[0]) and torch.equal(start[size][place], alone[1])
+
+
+@pytest.mark.parametrize("layers", [1, 5, 60])
+def test_an_accelerator_gets_the_layers_of_a_size_as_one_batch(layers):
+    """Operators on CUDA tensors that have no storage: S and C of each half in one place, and two products of each."""
+    with FakeTensorMode():
+        own, cross = torch.empty(2, 256, 256, device="cuda"), torch.empty(2, 256, 77, device="cuda")
+        with CountOps() as seen:
+            complete([own] * layers, [cross] * layers, unconditional=1, backend="torch")
+    assert seen.counts.inside.total() == (4 if layers == 1 else 8)
+
+
 @pytest.mark.parametrize("unconditional", [0, 1, 2])
 @pytest.mark.parametrize("fidelity", ["official", "paper"])
 def test_opcheck(rng, fidelity, unconditional):
     s, c = random_maps(rng, 2, 9, 9), random_maps(rng, 2, 9, 7)
-    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, (s, c, unconditional, fidelity, 4, "torch"))
+    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, ([s], [c], unconditional, fidelity, 4, "torch"))
 
 
 @pytest.mark.parametrize("powers", [1, 4])
 def test_opcheck_of_powers(rng, powers):
     s, c = random_maps(rng, 2, 9, 9), random_maps(rng, 2, 9, 7)
-    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, (s, c, 1, "official", powers, "torch"))
+    torch.library.opcheck(torch.ops.scfg_kernels.complete.default, ([s], [c], 1, "official", powers, "torch"))
+
+
+def test_layers_together_compile_as_one_graph(rng):
+    own, cross = several(rng)
+    compiled = torch.compile(complete, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        compiled(own, cross, unconditional=1), complete(own, cross, unconditional=1), strict=True
+    ):
+        assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(found, expected, strict=True))
 
 
 def test_compiles_as_one_graph(rng):

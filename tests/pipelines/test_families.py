@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -317,37 +319,41 @@ class Interrupted(Exception):
     """Raised by the tests in the middle of a run."""
 
 
-@pytest.mark.parametrize("where", ["denoiser", "callback", "scheduler"])
+def _after(before: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(then)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return then(*args, **kwargs)
+
+    return both
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "PAG" not in name])
-def test_an_exception_leaves_a_stock_pipeline(name: str, where: str, monkeypatch) -> None:
+def test_an_exception_leaves_a_stock_pipeline(name: str, monkeypatch) -> None:
+    """In the second call of the denoiser, of the callback and of the scheduler's step, one after the other."""
     pipe = build(name)
     plain, before = call(pipe, name, [0], num_inference_steps=3), stock_state(pipe)
     scfg_fast.enable(pipe)
-    calls = []
+    for where in ("denoiser", "callback", "scheduler"):
+        calls = []
 
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        calls.append(where)
-        if len(calls) == 2:
-            raise Interrupted
+        def interrupt(*args: Any, calls: list = calls, **kwargs: Any) -> None:
+            calls.append(None)
+            if len(calls) == 2:
+                raise Interrupted
 
-    overrides: dict[str, Any] = {"num_inference_steps": 3}
-    if where == "callback":
-        new_style = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-        if new_style:
-            overrides["callback_on_step_end"] = lambda pipe, step, timestep, tensors: interrupt() or tensors
-        else:
-            overrides["callback"] = interrupt
-    elif where == "scheduler":
-        step = pipe.scheduler.step
-        monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: interrupt() or step(*a, **k))
-    else:
-        hook = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
-    with pytest.raises(Interrupted):
-        call(pipe, name, [0], **overrides)
-    if where == "denoiser":
-        hook.remove()
-    monkeypatch.undo()
-    after = stock_state(pipe)
-    assert after[1:] == before[1:] and all(after[0][key] is value for key, value in before[0].items())
+        overrides: dict[str, Any] = {"num_inference_steps": 3}
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            if where == "denoiser":
+                patch.setattr(pipe.unet.mid_block, "forward", _after(interrupt, pipe.unet.mid_block.forward))
+            elif where == "scheduler":
+                patch.setattr(pipe.scheduler, "step", _after(interrupt, pipe.scheduler.step))
+            elif "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+                overrides["callback_on_step_end"] = _after(interrupt, lambda pipe, step, timestep, tensors: tensors)
+            else:
+                overrides["callback"] = interrupt
+            call(pipe, name, [0], **overrides)
+        after = stock_state(pipe)
+        assert after[1:] == before[1:] and all(after[0][key] is value for key, value in before[0].items()), where
     scfg_fast.disable(pipe)
     assert torch.equal(call(pipe, name, [0], num_inference_steps=3), plain)

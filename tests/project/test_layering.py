@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEFT_TO_RIGHT = (
-    {"_version"},
+    {"_version", "versions"},
     {"config", "files", "layouts", "guidance"},
     {"regions"},
     {"pictures", "models", "env", "methods"},
@@ -25,8 +25,9 @@ LEFT_TO_RIGHT = (
     {"pipelines"},
     {"handle"},
     {"patch", "inversion", "guider"},
+    {"watching"},
     {"__init__"},
-    {"batch"},
+    {"batch", "community"},
     {"cli"},
     {"__main__"},
 )
@@ -34,6 +35,7 @@ LEFT_TO_RIGHT = (
 
 NEVER = {
     "_version": {"*"},
+    "versions": {"*"},
     "config": {"*"},
     "files": {"*"},
     "layouts": {"*"},
@@ -49,8 +51,10 @@ NEVER = {
     "pipelines": {"files", "pictures", "models", "env"},
     "inversion": {"capture", "step", "pictures", "models", "env"},
     "guider": {"pipelines", "pictures", "models", "env"},
+    "watching": {"step", "pipelines", "pictures", "models", "env", "inversion", "guider"},
     "batch": {"capture", "denoisers", "step", "pictures", "guider"},
-    "cli": {"guider"},
+    "community": {"capture", "denoisers", "step", "pictures", "guider", "batch"},
+    "cli": {"guider", "community"},
 }
 
 PACKAGES = {
@@ -61,9 +65,11 @@ PACKAGES = {
         "pipelines",
         "handle",
         "patch",
+        "watching",
         "inversion",
         "guider",
         "batch",
+        "community",
         "cli",
     },
     "transformers": {"models", "cli"},

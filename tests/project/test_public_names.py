@@ -11,7 +11,7 @@ import scfg_fast.guidance
 
 PACKAGE = [
     "Handle", "Regions", "SCFGConfig", "SCFGError", "SCFGWarning", "Stats", "Support", "UnsupportedPipelineError",
-    "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports",
+    "Watched", "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports", "watch",
 ]  # fmt: skip
 KERNELS = [
     "BackendError", "attention_map", "attention_with_lse", "available_backends", "choose_backend", "complete",

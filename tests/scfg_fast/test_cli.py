@@ -27,9 +27,10 @@ from PIL import Image
 import scfg_fast
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
-from scfg_fast.cli import main
+from scfg_fast.cli import commands, images, main
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from scfg_fast.pictures import sheets
 from scfg_fast.regions import Regions, token_labels
 
 PROMPT = "a red cat on the blue sea"
@@ -110,7 +111,7 @@ def test_generate_is_what_the_library_makes(run: Run, model: Path) -> None:
     assert os.listdir() == ["scfg.png"]
 
 
-METHODS = ["cfg", "scfg", "paper", "linear", "clamp-cosine", "interval", "cfgpp", "scfg+sine"]
+METHODS = ["cfg", "scfg", "paper", "linear", "clamp-cosine:2", "interval:0.2:0.8", "cfgpp", "scfg+sine"]
 
 
 @pytest.mark.slow
@@ -124,13 +125,39 @@ def test_compare_shows_a_column_for_every_method(run: Run, model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["linear", "scfg+cosine", "cfgpp"])
+def test_compare_at_equal_dose_adds_plain_guidance_at_the_scale_that_the_method_acts_as(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float]] = []
+    captions: list[list[str]] = []
+    call = images.sample_image
+
+    def sampled(session, prompt, seed, values, label):
+        picture = call(session, prompt, seed, values, label)
+        handle = scfg_fast.enable(session.pipe, SCFGConfig(rates="none")) if label == "CFG" else None
+        asked.append((values["guidance_scale"], 0.0 if handle is None else handle.stats.effective_weight))
+        return picture
+
+    grid = sheets.image_grid
+    monkeypatch.setattr(commands, "sample_image", sampled)
+    monkeypatch.setattr(sheets, "image_grid", lambda *a, **kw: captions.extend(kw["captions"]) or grid(*a, **kw))
+    options = ("--model", model, "--steps", 3, "--seed", 4, "--guidance-scale", 5, "--equal-dose")
+    assert run("compare", PROMPT, *options).status == 0
+    (first, _), (second, plain) = asked
+    assert first == 5.0 != second and plain == pytest.approx(second, rel=1e-6)
+    assert captions == [[f"S-CFG: scale 5.0, acts as {second:.1f}", f"CFG: scale {second:.1f}"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear", "scfg+cosine", "cfgpp", "interval:0.2:0.8"])
 def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Path, method: str) -> None:
     options = ("--model", model, "--steps", 3, "--seed", 4, "--guidance-scale", 5)
     assert run("generate", PROMPT, *options, "--guidance", method).status == 0
     pipe = open_pipeline(model)
     if method == "cfgpp":
         schedule = CFGPlusPlus(lam_for_mean_weight(5.0, pipe.scheduler, 3))
+    elif method.startswith("interval"):
+        schedule = WeightSchedule(interval=(0.2, 0.8))
     else:
         schedule = WeightSchedule(method.split("+")[-1])
     scfg_fast.enable(pipe, None if "scfg" in method else SCFGConfig(rates="none"), schedule=schedule)
@@ -140,7 +167,8 @@ def test_generate_with_a_schedule_is_what_the_library_makes(run: Run, model: Pat
 
 @pytest.mark.parametrize("method, message", [
     ("magic", "'magic' is unknown; use cfg, scfg"), ("scfg+paper", "at most one of cfg, scfg, paper"),
-    ("linear+sine", "at most one of linear"),
+    ("linear+sine", "at most one of linear"), ("interval", "'interval': write interval:START:STOP, in numbers"),
+    ("clamp-linear:two", "write clamp-linear:FLOOR, in numbers"), ("linear:2", "'linear:2': write linear"),
 ])  # fmt: skip
 def test_methods_that_make_no_sense(run: Run, method: str, message: str) -> None:
     result = run("generate", PROMPT, "--guidance", method)
@@ -628,7 +656,7 @@ def test_hub_failures_are_told_apart(tmp_path: Path) -> None:
 import os
 os.chdir({str(tmp_path)!r})
 from huggingface_hub import constants
-from scfg_fast.cli import main
+from scfg_fast.cli import commands, images, main
 models = ["someone/missing", "someone/guarded", "someone/unreachable"]
 print([main(["generate", "a cat", "--model", model]) for model in models])
 constants.HF_HUB_OFFLINE = True
@@ -652,7 +680,7 @@ print(main(["generate", "a cat", "--model", "someone/offline"]))
 def test_help_and_bad_arguments_import_nothing_heavy() -> None:
     result = python("""
 import sys
-from scfg_fast.cli import main
+from scfg_fast.cli import commands, images, main
 for argv in (["--help"], ["generate", "--help"], ["masks", "a", "--size", "7"], ["generate", "--prompt-file", "nope"]):
     try:
         main(argv)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import triton
 
-from .._launch import DeviceLimits, version_numbers
+from .._launch import DeviceLimits, device_guard, version_numbers
+
+__all__ = ["DeviceLimits", "copy_stages", "current_limits", "device_guard", "driver_reasons", "per_sample"]
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..decode import Decoder, Mask, Step, modifiers, opcode
+from ..decode import PARAMETERS, Decoder, Mask, Step, modifiers, opcode
 from ..dtypes import UNSIGNED, bits_of
 from ..errors import SimError
 from ..parser import Instruction, elements
@@ -93,11 +93,32 @@ def load(decoder: Decoder, instruction: Instruction) -> Step:
 
 def _load_parameter(decoder: Decoder, source: str, write, kind: str, length: int) -> Step:
     name = source.strip("[] ")
-    if length != 1 or name not in dict(decoder.program.parameters):
-        raise SimError(f"parameter `{source}` is not supported")
     unsigned = UNSIGNED[bits_of(kind)]
     limit = (1 << bits_of(kind)) - 1
+    if length == 1 and name in decoder.program.registers:
+        return _load_chosen_parameter(decoder, name, write, unsigned)
+    if length != 1 or name not in dict(decoder.program.parameters):
+        raise SimError(f"parameter `{source}` is not supported")
     return lambda batch, mask: write(batch, np.full(batch.size, batch.parameters[name] & limit, unsigned), mask)
+
+
+def _load_chosen_parameter(decoder: Decoder, register: str, write, unsigned: type) -> Step:
+    """A parameter whose address is in a register: which of several it is was decided before."""
+    address, widths = decoder.reader(register, "b64"), [size for _, size in decoder.program.parameters]
+
+    def run(batch, mask: Mask) -> None:
+        who = batch.select(mask)
+        number, beside = np.divmod(address(batch)[who.index].astype(np.int64) - PARAMETERS, 8)
+        if beside.any() or (number < 0).any() or (number >= len(widths)).any():
+            raise SimError("loads from the address of no parameter")
+        if any(widths[i] != np.dtype(unsigned).itemsize for i in np.unique(number)):
+            raise SimError("loads a part of a parameter")
+        values = np.array(list(batch.parameters.values())[: len(widths)], np.uint64)
+        full = np.zeros(batch.size, unsigned)
+        full[who.index] = values[number].astype(unsigned)
+        write(batch, full, mask)
+
+    return run
 
 
 @opcode("st")

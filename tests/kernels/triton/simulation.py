@@ -51,15 +51,18 @@ def run(arch: int, call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
     return result, simulation.launches
 
 
-def assert_nothing_beside_is_touched(arch: int, call: Callable[[], Any], caught: str = "out of bounds") -> None:
+def assert_nothing_beside_is_touched(
+    arch: int, call: Callable[[], Any], caught: str = "out of bounds", masks: int = 2
+) -> None:
     """`call` in tensors that end where their storage ends has the bits of one between guard zones; without the masks of
-    its loads, or of its stores, the simulator ends it with an error that matches `caught`."""
+    its loads, or of its stores, the simulator ends it with an error that matches `caught`.
+    `masks`: 1 where all loads are asynchronous copies, whose masks are lengths."""
     with simulated(arch) as simulation:
         exact = call()
     guarded, _ = run(arch, call)
     assert all(torch.equal(x, y) for x, y in zip(exact, guarded, strict=True)), "poison reached a result"
     mutants = list(without_masks(simulation.launches[0].ptx))
-    assert len(mutants) == 2
+    assert len(mutants) == masks
     for mutant in mutants:
         with simulated(arch, rewrite=lambda _, ptx=mutant.ptx: ptx), pytest.raises(SimError, match=caught):
             call()

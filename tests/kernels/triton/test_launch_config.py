@@ -9,7 +9,6 @@ import torch
 from scfg_kernels import BackendError, _launch, attention_map, choose_backend
 from scfg_kernels._launch import (
     AttentionConfig,
-    CompleteConfig,
     DeviceLimits,
     FlashConfig,
     GuideConfig,
@@ -18,8 +17,6 @@ from scfg_kernels._launch import (
     SegmentConfig,
     attention_config,
     attention_limits,
-    complete_config,
-    complete_limits,
     flash_config,
     guide_config,
     guide_limits,
@@ -34,6 +31,7 @@ from scfg_kernels._launch import (
     two_widths,
 )
 from scfg_kernels._triton import KERNELS
+from scfg_kernels.complete import complete_limits
 
 from lab.ptxsim import recorded
 from tests.kernels.cases import by_name
@@ -142,33 +140,6 @@ def test_widths_of_a_head_do_not_cut_sectors(size, widths):
 
 
 @pytest.mark.parametrize(
-    ("conditional", "n", "rows"), [(1, 64, 64), (1, 65, 16), (1, 256, 16), (4, 1024, 64), (16, 256, 64), (7, 256, 32)]
-)
-def test_complete_has_the_most_rows_that_leave_programs_enough(conditional, n, rows):
-    config = complete_config(conditional, n, 77, DEVICES["sm_80"])
-    assert (config.block_m, config.block_t) == (rows, (64, 16))
-
-
-@every_device
-@pytest.mark.parametrize("tokens", [9, 20, 40, 64, 77, 90, 154])
-@pytest.mark.parametrize(("conditional", "n"), [(1, 64), (1, 256), (4, 256), (16, 256), (16, 1024)])
-def test_complete_on_every_device(limits, tokens, conditional, n):
-    config = complete_config(conditional, n, tokens, limits)
-    group, amd = limits.arch in ("sm_90", "sm_100"), limits.arch.startswith("gfx")
-    assert config.swapped == (group and n <= 64) and config.precision == ("ieee" if amd else "tf32x3")
-    assert config.reasons(n) == []
-    if n <= 64:
-        assert (config.block_m, config.num_warps) == (64, 4), "all rows in one program"
-        return
-    programs = 2 * conditional * -(-n // config.block_m)
-    assert config.block_m == 16 or programs >= limits.multiprocessors
-    assert config.block_m <= (32 if group or tokens > 96 else 64), "no warp group's products; registers"
-    narrow = min(width for width in config.block_t if width)
-    by_columns = config.block_t[0] > config.block_m
-    assert config.num_warps <= (narrow // 8 if by_columns else config.block_m // 16), "nothing is formed twice"
-
-
-@pytest.mark.parametrize(
     ("h", "w", "tokens"), [(1, 1, 16), (8, 8, 16), (16, 16, 16), (13, 25, 16), (32, 32, 8), (64, 64, 2), (80, 48, 1)]
 )
 def test_segment_holds_all_cells(h, w, tokens):
@@ -261,10 +232,6 @@ IMPOSSIBLE = {
         PropagateConfig(2, 1, block_m=32, block_n=32, map_n=24, block_t=(64, 8), precision="ieee"), (),
         ("map_n=24", "second width=8 is below"),
     ),
-    "complete": (
-        CompleteConfig(4, 1, block_m=32, block_k=8, block_t=(80, 0), precision="ieee", swapped=True), (64,),
-        ("block_k=8 is below", "width=80 is no power", "block_m=32 does not cover 64"),
-    ),
     "segment": (SegmentConfig(8, 1, block_t=3, block_h=16, block_w=8), (16, 16), ("block_t=3", "do not cover 16 x 16")),
     "guide": (
         GuideConfig(8, 1, 4, 8, 16, held=True, block_c=2, rows=4, lines=2), (16, 16, 4, 4),
@@ -300,7 +267,6 @@ def _forced(name):
         "attention": lambda: KERNELS["attention_map"](q, q, 1.0, config),
         "flash": lambda: KERNELS["self_attention_map"](q, q, q, 1.0, config),
         "propagate": lambda: KERNELS["propagate"](q, q, s, 1.0, config),
-        "complete": lambda: KERNELS["complete"](s, s, 0, "official", 4, config),
         "segment": lambda: KERNELS["segment"](*maps, 0.5, None, config),
         "guide": lambda: KERNELS["guide"](
             p, p, ids, ids > 0, scale, 3, 4, *rates, 0.5, "official", "conditional", 0.0, "foreground", config
@@ -310,7 +276,7 @@ def _forced(name):
     return calls[name]
 
 
-@pytest.mark.parametrize("name", ["attention", "flash", "propagate", "complete", "segment", "guide", "pixels"])
+@pytest.mark.parametrize("name", ["attention", "flash", "propagate", "segment", "guide", "pixels"])
 def test_an_impossible_launch_cannot_be_forced(name):
     with recorded("sm_80") as launches, pytest.raises(BackendError, match=r"the forced \w+Config cannot run: .*;"):
         _forced(name)()
@@ -323,7 +289,6 @@ def test_cards_of_one_family_are_alike(arch, like):
     for choose in (
         lambda limits: flash_of(limits),
         lambda limits: propagate_config(2, 10, 4096, 77, 64, torch.float16, limits),
-        lambda limits: complete_config(1, 256, 77, limits),
     ):
         assert choose(other) == choose(DEVICES[like])
 
@@ -367,7 +332,7 @@ def test_auto_takes_torch_where_a_limit_is_exceeded(monkeypatch):
 
 def test_limits_of_the_other_operators():
     s, c = torch.zeros(2, 4, 4, dtype=torch.float64), torch.zeros(2, 3, 4).mT
-    assert len(complete_limits(s, c)) == 2 and complete_limits(s.float(), c.contiguous()) == []
+    assert len(complete_limits([s] * 193, [c] * 193)) == 2 and complete_limits([s.float()], [c]) == []
     x = torch.zeros(1, 3, 4)
     assert segment_limits([x] * 192, [x[:, 0]] * 192, None, 64, 128) == []
     assert len(segment_limits([x.double().mT] * 193, [x[:, 0]] * 193, None, 128, 65)) == 4

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scfg_kernels import attention_map, complete, complete_from_qk, cross_attention_map, propagate
+from scfg_kernels import attention_map, complete_from_qk, cross_attention_map, propagate
 from scfg_kernels._launch import (
     DeviceLimits,
     attention_config,
-    complete_config,
     flash_config,
     head_widths,
     propagate_config,
 )
-from scfg_kernels._triton import KERNELS
 
 from lab.ptxsim import simulated
 from lab.ptxsim.driver import DEVICES
@@ -113,43 +111,3 @@ def test_completion_from_queries_and_keys(rng, arch, dtype):
     scores = 2 * heads * m * keys * sum(head_widths(head_dim)) * times(dtype)
     work = scores + COMPLETION_PRODUCTS * m * map_n * (sum(config.block_t) + 16) * TF32X3
     assert matrix_work(arch, lambda: complete_from_qk(q, k, c, unconditional=1, backend="triton")) == work
-
-
-COMPLETIONS = {
-    # name: (N that is executed, conditional samples and N that the configuration is chosen for, tokens)
-    "all-rows-in-a-program": (64, (1, 64), 77),
-    "sd15": (66, (1, 256), 77),
-    "sd15-7-images": (66, (7, 256), 77),
-    "sd15-16-images": (66, (16, 256), 77),
-    "a-few-tokens": (66, (1, 256), 9),
-    "20-tokens": (66, (1, 256), 20),
-    "two-blocks-of-columns": (66, (1, 256), 154),
-    "two-blocks-of-columns-16-images": (66, (16, 256), 154),
-}
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("n", "chosen_for", "tokens"), **by_name(COMPLETIONS))
-def test_completion(rng, arch, n, chosen_for, tokens):
-    """The unconditional sample, one column, has no part in it."""
-    own, cross = random_maps(rng, 2, n, n), random_maps(rng, 2, n, tokens)
-    config = complete_config(*chosen_for, tokens, limits_of(arch))
-    inner = config.block_m if n <= config.block_m else padded(n, config.block_k)
-    work = COMPLETION_PRODUCTS * padded(n, config.block_m) * inner * padded(tokens, sum(config.block_t)) * TF32X3
-    assert matrix_work(arch, lambda: KERNELS["complete"](own, cross, 1, "official", 4, config)) == work
-
-
-def test_a_column_alone_takes_no_tensor_core(rng):
-    own, cross = random_maps(rng, 1, 66, 66), random_maps(rng, 1, 66, 5)
-    assert matrix_work(80, lambda: complete(own, cross, unconditional=1, backend="triton")) == 0
-
-
-def test_copies_of_a_tile_are_counted(rng):
-    """What this file looks for: 16 rows in four warps that divide the rows."""
-    own, cross = random_maps(rng, 1, 66, 66), random_maps(rng, 1, 66, 9)
-    config = complete_config(1, 256, 9, limits_of(80))
-    found = []
-    for warps in (config.num_warps, 4):
-        forced = type(config)(**vars(config) | {"num_warps": warps})
-        found.append(matrix_work(80, lambda forced=forced: KERNELS["complete"](own, cross, 0, "official", 4, forced)))
-    assert found[1] == 4 * found[0] > 0
