@@ -260,7 +260,7 @@ class GuidanceHook:
             step.waiting.append(evaluation)
             return None
         prediction, left = joined(evaluation, self.context.foreground)
-        maps = self._collect(evaluation, left) if evaluation.finds else None
+        maps = self._collect(evaluation, left) if (evaluation.first or evaluation).finds else None
         if planned.regions != "none" and maps is None and evaluation.finder.segments is None:
             planned = planned.without_maps()
             for message, instead in planned.warnings:
