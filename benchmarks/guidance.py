@@ -1,6 +1,12 @@
 """What each guidance method does to the bundled model's pictures, at what cost.
 
-    python -m benchmarks.guidance methods|presence|place|characteristic [--pictures N] [--steps N...] [--judge D]
+    python -m benchmarks.guidance study|methods|presence|place|characteristic [--pictures N] [--steps N...] [--judge D]
+
+`study`: every method at two guidance scales, and next to each plain guidance at the scale that the method acts as
+(`Stats.effective_weight`), from the same noise. What is reported is the difference of each picture to its plain twin,
+its mean and a 95 % bootstrap interval over the prompts: `objects`, `exact`, `position` and `background` as the judge
+sees them, `restlessness`, `saturation` and `clipped`. Restlessness is the mean absolute difference of neighbouring
+pixels, over channels and both directions, where the judge sees background. Prompts are those of `methods`.
 
 `methods`: two nouns per prompt, one picture each from the same noise, every method at the same guidance_scale, a common
 and a high one, or the lam whose mean weight that is; `mean_weight` says what was applied (an interval applies less,
@@ -32,6 +38,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import scfg_fast
+from lab.measure import Spread
 from lab.referee import assess, load_judge, summarise
 from lab.scenes import RELATIONS, Scene, SceneObject, with_article
 from scfg_fast import SCFGConfig
@@ -65,6 +72,7 @@ class Scored:
     seconds: float
     samples: int
     mean_weight: float
+    effective_weight: float
 
 
 def pair(number: int) -> Scene:
@@ -100,7 +108,7 @@ def sample(
     guidance_rescale: float = 0.0,
 ) -> Scored:
     """Pictures of prompts, each with the noise of its own seed."""
-    parts, samples, weights = [], 0, []
+    parts, samples, weights, doses = [], 0, [], []
     started = time.perf_counter()
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
@@ -112,7 +120,9 @@ def sample(
         parts.append(images)
         samples += handle.stats.samples
         weights.append(handle.stats.mean_weight)
-    return Scored(torch.cat(parts), time.perf_counter() - started, samples, sum(weights) / len(weights))
+        doses += [handle.stats.effective_weight] * len(part)
+    seconds = time.perf_counter() - started
+    return Scored(torch.cat(parts), seconds, samples, sum(weights) / len(weights), sum(doses) / len(doses))
 
 
 def colourfulness(pictures: torch.Tensor) -> float:
@@ -176,6 +186,92 @@ def methods(report: Report, judge: SceneClassifier, pictures: int, step_counts: 
             print(f"{sizes} {name}: " + ", ".join(f"{row.metric} {row.value:.3f}" for row in report.rows[-10:]),
                   flush=True)  # fmt: skip
             rows.append(done.pictures[:8])
+        sheet(rows, image.with_name(f"{image.stem}-g{scale:g}-steps{steps}{image.suffix}"))
+
+
+STUDIED: dict[str, dict[str, Any]] = {
+    "scfg": dict(config=SCFGConfig()),
+    "scfg matched": dict(config=SCFGConfig(dose="matched")),
+    "scfg words": dict(config=SCFGConfig(tokens="words")),
+    "scfg stop=0.5": dict(config=SCFGConfig(stop=0.5)),
+    "scfg stop=0.3": dict(config=SCFGConfig(stop=0.3)),
+    "paper": dict(config=SCFGConfig.paper()),
+    "pixels": dict(config=SCFGConfig.pixels()),
+    "linear": dict(schedule=WeightSchedule("linear")),
+    "interval": dict(schedule=WeightSchedule(interval=(0.2, 0.8))),
+    "cfgpp": dict(schedule="cfgpp"),
+    "rescale": dict(rescale=0.7),
+    "apg": dict(config=PLAIN.replace(combine="apg", eta=0.0, adaptive_projected_guidance_momentum=-0.5)),
+    "cfg-zero": dict(config=PLAIN.replace(combine="cfg-zero")),
+    "scfg stop=0.5+apg": dict(
+        config=SCFGConfig(stop=0.5, combine="apg", eta=0.0, adaptive_projected_guidance_momentum=-0.5)
+    ),
+    "scfg stop=0.5+rescale": dict(config=SCFGConfig(stop=0.5), rescale=0.7),
+}
+"""Method -> options of `enable`, and guidance_rescale."""
+
+STUDY_SCALES = (5.0, 7.5)
+
+
+def picture_scores(judge: SceneClassifier, pictures: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
+    """What is measured of each picture [N, 3, H, W] in [0, 1]: name -> [N], nan where the question has no answer."""
+    seen = (pictures.permute(0, 2, 3, 1) * 255.0).round().byte().numpy()
+    verdicts = assess(judge.network, seen, list(scenes))
+    scores = {
+        name: torch.tensor([float("nan") if (value := getattr(v, name)) is None else value for v in verdicts])
+        for name in ("objects", "exact", "position", "background")
+    }
+    high, low = pictures.amax(1), pictures.amin(1)
+    scores["saturation"] = ((high - low) / high.clamp(min=1e-6)).mean((1, 2))
+    scores["clipped"] = ((pictures <= 0.002) | (pictures >= 0.998)).float().mean((1, 2, 3))
+    calm = (judge.logits(pictures).argmax(1) == 0).float()[:, None]  # [N, 1, h, w], background of the judge's cells
+    calm = torch.nn.functional.interpolate(calm, pictures.shape[-2:])[:, 0]
+    moves = torch.zeros_like(calm)
+    moves[:, :, 1:] += (pictures[..., 1:] - pictures[..., :-1]).abs().mean(1) / 2.0
+    moves[:, 1:] += (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().mean(1) / 2.0
+    scores["restlessness"] = (moves * calm).sum((1, 2)) / calm.sum((1, 2)).clamp(min=1.0)
+    return scores
+
+
+def bootstrap(values: torch.Tensor, draws: int = 2000) -> Spread:
+    """Mean of [N] values and its 95 % interval over resampled prompts; nan are left out."""
+    known = values[~values.isnan()].double()
+    if len(known) == 0:
+        return Spread(float("nan"), float("nan"), float("nan"), 0)
+    picks = torch.randint(len(known), (draws, len(known)), generator=torch.Generator().manual_seed(0))
+    means = known[picks].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Spread(float(known.mean()), low, high, len(known))
+
+
+def study(report: Report, judge: SceneClassifier, pictures: int, step_counts: Sequence[int], image: Path) -> None:
+    """Every method against plain guidance at its own dose, picture by picture."""
+    pipe = open_pipeline()
+    handle = scfg_fast.enable(pipe, PLAIN)
+    scenes = [pair(number) for number in range(pictures)]
+    prompts = [scene.caption for scene in scenes]
+    for steps, scale in itertools.product(step_counts, STUDY_SCALES):
+        rows = []
+        for name, chosen in STUDIED.items():
+            options = {"config": PLAIN} | chosen
+            rescale = options.pop("rescale", 0.0)
+            if options.get("schedule") == "cfgpp":
+                options["schedule"] = CFGPlusPlus(lam_for_mean_weight(scale, pipe.scheduler, steps))
+            scfg_fast.enable(pipe, **options)
+            done = sample(pipe, handle, prompts, steps, scale, guidance_rescale=rescale)
+            scfg_fast.enable(pipe, PLAIN)
+            plain = sample(pipe, handle, prompts, steps, max(done.effective_weight, 1.01))
+            scores, twins = (picture_scores(judge, each.pictures, scenes) for each in (done, plain))
+            sizes = f"g{scale:g}/steps{steps}"
+            case = dict(case=f"study/{name}/{sizes}", op="study", sizes=sizes, batch=BATCH, provider=name)
+            report.add(**case, metric="effective_weight", unit="1", number=done.effective_weight)
+            for metric, values in scores.items():
+                report.add(**case, metric=metric, unit="1", number=bootstrap(values))
+                report.add(**case, metric=f"{metric}_difference", unit="1", number=bootstrap(values - twins[metric]))
+            said = [f"{row.metric} {row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})" for row in report.rows[-14:]
+                    if row.metric.endswith("difference")]  # fmt: skip
+            print(f"{sizes} {name}, acts as {done.effective_weight:.2f}: {', '.join(said)}", flush=True)
+            rows += [done.pictures[:8], plain.pictures[:8]]
         sheet(rows, image.with_name(f"{image.stem}-g{scale:g}-steps{steps}{image.suffix}"))
 
 
@@ -274,6 +370,7 @@ def characteristic(
 
 
 TASKS = {
+    "study": study,
     "methods": methods,
     "presence": partial(loss, "presence"),
     "place": partial(loss, "place"),

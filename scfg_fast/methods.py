@@ -79,9 +79,8 @@ def set_method(pipe: Any, handle: Any, parts: Sequence[str], values: Mapping[str
 
     names = []
     handle.config, handle.schedule, handle.characteristic = SCFGConfig(rates="none"), None, None
-    for part in sorted(
-        parts, key=lambda part: METHODS.index(part.split(":")[0])
-    ):  # the rates' configuration first: the others change it
+    # The rates' configuration first: the others change it.
+    for part in sorted(parts, key=lambda part: METHODS.index(part.split(":")[0])):
         if part in ("scfg", "paper"):
             handle.config = config if part == "scfg" else config.replace(**PAPER)
             names.append(GUIDANCE_NAMES["scfg"] + (", paper" if part == "paper" else ""))

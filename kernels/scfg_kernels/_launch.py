@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ._triton import KERNELS
+from ._trust import _index, reasons_against, say_why_torch
 
 BACKENDS = ("auto", "triton", "torch")
 OPS = (
@@ -103,11 +104,9 @@ def target_reasons(hip: bool, properties: Any) -> list[str]:
     return [f"compute capability {'.'.join(map(str, capability))} is below {'.'.join(map(str, MIN_CAPABILITY))}"]
 
 
-def reasons_for_auto(device: torch.device) -> list[str]:
-    """Why `"auto"` leaves a device to torch on which an explicit `"triton"` would run; empty if it does not."""
-    if device.type == "cuda" and torch.version.hip is not None:
-        return ["the kernels are compiled for AMD and have never run there; backend='triton' takes them"]
-    return []
+def reasons_for_auto(device: torch.device, op: str = "") -> list[str]:
+    """Why `"auto"` leaves an operator on a device to torch on which an explicit `"triton"` would run it."""
+    return reasons_against(op, _index(device)) if device.type == "cuda" else []
 
 
 def accepts_cpu_tensors() -> bool:
@@ -144,11 +143,21 @@ def choose_backend(op: str, backend: str, device: torch.device, limits: Sequence
         return "torch"
     simulated = backend == "triton" and device.type == "cpu" and accepts_cpu_tensors()
     reasons = triton_reasons(op, torch.device("cuda") if simulated else device) + list(limits)
-    if not reasons and not (backend == "auto" and reasons_for_auto(device)):
+    if not reasons and backend == "auto":
+        reasons = reasons_for_auto(device, op)
+    if not reasons:
         return "triton"
     if backend == "triton":
         raise BackendError(f"{op}: backend='triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'torch'.")
+    say_why_torch(op, device, reasons)
     return "torch"
+
+
+def backend_for(op: str, backend: str, device: torch.device, limits: Sequence[str] = ()) -> str:
+    """`choose_backend` for a custom op, which hands the answer to `_trust.run`: `"auto"` where `"auto"` takes Triton,
+    so that a launch which fails is torch's."""
+    chosen = choose_backend(op, backend, device, limits)
+    return "auto" if chosen == "triton" and backend == "auto" else chosen
 
 
 def available_backends(
@@ -165,8 +174,8 @@ def available_backends(
     table = {}
     for op in OPS:
         limits = dtype_limits(op, dtype) if dtype is not None else []
-        reasons = triton_reasons(op, device) + limits or reasons_for_auto(device)
-        table[op] = (choose_backend(op, "auto", device, limits), reasons)
+        reasons = triton_reasons(op, device) + limits or reasons_for_auto(device, op)
+        table[op] = ("torch" if reasons else "triton", reasons)
     return table
 
 

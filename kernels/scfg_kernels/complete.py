@@ -26,9 +26,10 @@ from typing import overload
 import torch
 
 from ._checks import Reasons, check_fidelity
-from ._launch import MAX_LAYERS, choose_backend, dtype_limits, outside_autocast
+from ._launch import MAX_LAYERS, backend_for, dtype_limits, outside_autocast
 from ._results import completed, layers_by_size
 from ._triton import KERNELS
+from ._trust import run
 
 Tensors = Sequence[torch.Tensor]
 
@@ -73,10 +74,12 @@ def complete_torch(
 def _complete(
     self_maps: Tensors, cross_maps: Tensors, unconditional: int, fidelity: str, powers: int, backend: str
 ) -> list[torch.Tensor]:
-    if backend == "triton":
-        return KERNELS["complete"](self_maps, cross_maps, unconditional, fidelity, powers)
+    options = self_maps, cross_maps, unconditional, fidelity, powers
     with outside_autocast(self_maps[0].device):
-        return complete_torch(self_maps, cross_maps, unconditional, fidelity, powers)
+        return run(
+            "complete", backend, self_maps[0].device,
+            lambda: KERNELS["complete"](*options), lambda: complete_torch(*options),
+        )  # fmt: skip
 
 
 @_complete.register_fake
@@ -169,7 +172,7 @@ def complete(
         reasons.unless(False, f"powers must be at least 1, got {powers}")
     check_fidelity(reasons, fidelity)
     reasons.raise_if_any()
-    chosen = choose_backend("complete", backend, own[0].device, complete_limits(own, cross))
+    chosen = backend_for("complete", backend, own[0].device, complete_limits(own, cross))
     results = torch.ops.scfg_kernels.complete(own, cross, unconditional, fidelity, powers, chosen)
     half = len(results) // 2
     if single:

@@ -51,8 +51,9 @@ from ._checks import (
     check_smoothing,
     rate_bounds,
 )
-from ._launch import choose_backend, guide_limits, kept
+from ._launch import backend_for, guide_limits, kept
 from ._triton import KERNELS
+from ._trust import run
 from .segment import EPSILON, smooth
 
 
@@ -143,15 +144,21 @@ def _guide(
     number: float = 0.0,
     copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "triton":
+    scale = number if guidance_scale is None else guidance_scale
+
+    def launch() -> tuple[torch.Tensor, torch.Tensor]:
         return KERNELS["guide"](
-            uncond, cond, token_index, foreground, number if guidance_scale is None else guidance_scale, num_tokens,
-            cell, rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, None, copies,
+            uncond, cond, token_index, foreground, scale, num_tokens, cell, rate_min, rate_max, max_scale, blur_sigma,
+            fidelity, rewrite, rescale, benchmark, None, copies,
         )  # fmt: skip
-    return guide_torch(
-        uncond, cond, token_index, foreground, scale_tensor(guidance_scale, number, cond), num_tokens, cell, rate_min,
-        rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, copies,
-    )  # fmt: skip
+
+    def twin() -> tuple[torch.Tensor, torch.Tensor]:
+        return guide_torch(
+            uncond, cond, token_index, foreground, scale_tensor(guidance_scale, number, cond), num_tokens, cell,
+            rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, copies,
+        )  # fmt: skip
+
+    return run("guide", backend, cond.device, launch, twin)
 
 
 def guide_torch(
@@ -294,7 +301,7 @@ def guide(
     reasons.raise_if_any()
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
-    chosen = choose_backend("guide", backend, cond.device, guide_limits(uncond, cond, cell))
+    chosen = backend_for("guide", backend, cond.device, guide_limits(uncond, cond, cell))
     tensor, number = tensor_and_number(guidance_scale)
     return _guide(
         uncond, cond, token_index, foreground, tensor, num_tokens, cell, low, high, limit, float(blur_sigma), fidelity,

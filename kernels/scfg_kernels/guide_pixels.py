@@ -28,8 +28,9 @@ import math
 import torch
 
 from ._checks import Reasons, check_copies, check_predictions
-from ._launch import choose_backend, pixel_limits
+from ._launch import backend_for, pixel_limits
 from ._triton import KERNELS
+from ._trust import run
 from .guide import combine, empty_result, scale_tensor, tensor_and_number
 from .segment import EPSILON
 
@@ -47,11 +48,12 @@ def _guide_pixels(
     number: float = 0.0,
     copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        scale = number if guidance_scale is None else guidance_scale
-        return KERNELS["guide_pixels"](uncond, cond, scale, rate_min, rate_max, rewrite, rescale, None, copies)
-    scales = scale_tensor(guidance_scale, number, cond)
-    return guide_pixels_torch(uncond, cond, scales, rate_min, rate_max, rewrite, rescale, copies)
+    scale, ways = number if guidance_scale is None else guidance_scale, (rate_min, rate_max, rewrite, rescale)
+    return run(
+        "guide_pixels", backend, cond.device,
+        lambda: KERNELS["guide_pixels"](uncond, cond, scale, *ways, None, copies),
+        lambda: guide_pixels_torch(uncond, cond, scale_tensor(guidance_scale, number, cond), *ways, copies),
+    )  # fmt: skip
 
 
 def guide_pixels_torch(
@@ -141,7 +143,7 @@ def guide_pixels(
     scale = [guidance_scale] if isinstance(guidance_scale, torch.Tensor) else []
     reasons.same_device(uncond, cond, *scale)
     reasons.raise_if_any()
-    chosen = choose_backend("guide_pixels", backend, cond.device, pixel_limits(uncond, cond))
+    chosen = backend_for("guide_pixels", backend, cond.device, pixel_limits(uncond, cond))
     tensor, number = tensor_and_number(guidance_scale)
     return _guide_pixels(
         uncond, cond, tensor, float(rate_min), float(rate_max), rewrite, chosen, float(rescale), number, copies

@@ -37,8 +37,9 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import Reasons, check_maps, check_smoothing
-from ._launch import choose_backend, kept, outside_autocast, segment_limits
+from ._launch import backend_for, kept, outside_autocast, segment_limits
 from ._triton import KERNELS
+from ._trust import run
 
 EPSILON = 1e-8
 TIE = 1e-6
@@ -111,10 +112,12 @@ def _segment(
     token_mask: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        return KERNELS["segment"](tokens, start, sizes, h, w, blur_sigma, token_mask)
+    options = tokens, start, sizes, h, w, blur_sigma, token_mask
     with outside_autocast(tokens[0].device):
-        return segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
+        return run(
+            "segment", backend, tokens[0].device,
+            lambda: KERNELS["segment"](*options), lambda: segment_torch(*options),
+        )  # fmt: skip
 
 
 def segment_torch(
@@ -209,6 +212,6 @@ def segment(
     reasons.same_device(*tokens, *start, *([token_mask] if token_mask is not None else []))
     reasons.raise_if_any()
     h, w = size
-    chosen = choose_backend("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h, w))
+    chosen = backend_for("segment", backend, tokens[0].device, segment_limits(tokens, start, token_mask, h, w))
     flat_sizes = [length for pair in sizes for length in pair]
     return _segment(list(tokens), list(start), flat_sizes, h, w, float(blur_sigma), token_mask, chosen)

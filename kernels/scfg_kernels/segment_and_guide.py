@@ -26,8 +26,9 @@ from ._checks import (
     check_smoothing,
     rate_bounds,
 )
-from ._launch import choose_backend, guide_limits, outside_autocast, segment_limits
+from ._launch import backend_for, guide_limits, outside_autocast, segment_limits
 from ._triton import KERNELS
+from ._trust import run
 from .guide import empty_result, guide_torch, scale_tensor, tensor_and_number
 from .segment import segment_torch
 
@@ -54,19 +55,23 @@ def _segment_and_guide(
     number: float = 0.0,
     copies: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        return KERNELS["segment_and_guide"](
-            tokens, start, sizes, token_mask, uncond, cond, number if guidance_scale is None else guidance_scale, cell,
-            rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, None, copies,
-        )  # fmt: skip
-    _, h, w = cell_grid(cond, cell)
+    maps = tokens, start, sizes
+    rates, ways = (cell, rate_min, rate_max, max_scale, blur_sigma), (fidelity, rewrite, rescale, benchmark)
+    scale = number if guidance_scale is None else guidance_scale
+
+    def twin() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, h, w = cell_grid(cond, cell)
+        ids, foreground = segment_torch(*maps, h, w, blur_sigma, token_mask)
+        scales, count = scale_tensor(guidance_scale, number, cond), tokens[0].shape[1]
+        result, rate = guide_torch(uncond, cond, ids, foreground, scales, count, *rates, *ways, copies)
+        return result, rate, ids, foreground
+
     with outside_autocast(cond.device):
-        ids, foreground = segment_torch(tokens, start, sizes, h, w, blur_sigma, token_mask)
-        result, rate = guide_torch(
-            uncond, cond, ids, foreground, scale_tensor(guidance_scale, number, cond), tokens[0].shape[1], cell,
-            rate_min, rate_max, max_scale, blur_sigma, fidelity, rewrite, rescale, benchmark, copies,
+        return run(
+            "segment_and_guide", backend, cond.device,
+            lambda: KERNELS["segment_and_guide"](*maps, token_mask, uncond, cond, scale, *rates, *ways, None, copies),
+            twin,
         )  # fmt: skip
-    return result, rate, ids, foreground
 
 
 @_segment_and_guide.register_fake
@@ -168,7 +173,7 @@ def segment_and_guide(
     reasons.same_device(*tokens, *start, uncond, cond, *optional)
     reasons.raise_if_any()
     limits = segment_limits(tokens, start, token_mask, *size) + guide_limits(uncond, cond, cell)
-    chosen = choose_backend("segment_and_guide", backend, cond.device, list(dict.fromkeys(limits)))
+    chosen = backend_for("segment_and_guide", backend, cond.device, list(dict.fromkeys(limits)))
     low, high = rate_bounds(rate_min, rate_max)
     limit = math.inf if max_scale is None else float(max_scale)
     tensor, number = tensor_and_number(guidance_scale)

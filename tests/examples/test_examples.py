@@ -133,6 +133,15 @@ def test_a_bad_request_is_400_and_the_next_is_served(server, query: str, reason:
     assert ask(server, "prompt=a+panda&steps=1")[0] == 200
 
 
+def test_words_draws_the_stock_picture_and_four_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "words.png"
+    script("words").main([PROMPT, "panda", "beach", "--steps", "2", "--out", str(out)])
+    sheet, stock = pixels(out), drawn(2)
+    height, width = stock.shape[:2]
+    assert sheet.shape == (height, 5 * width, 3) and (sheet[:, :width] == stock).all()
+    assert "panda times 2: acts as" in capsys.readouterr().out
+
+
 def test_a_full_queue_is_503(server) -> None:
     held = threading.Event()
     pipe, server.worker.pipe = server.worker.pipe, lambda **job: held.wait() and drawn(1)

@@ -17,7 +17,7 @@ from lab.reference.deepfloyd import replaced_run
 from lab.rounding import otherwise_rounded, relative
 from lab.tiny.deepfloyd import STAGE_ONE, STAGE_TWO, if_arguments, tiny_if_pipeline
 from scfg_fast import Regions, SCFGConfig, SCFGWarning
-from scfg_fast.cli.commands import _config_for, _read_config
+from scfg_fast.cli.commands import _config_for, read_config
 from scfg_fast.cli.session import Session
 from scfg_fast.guidance import CharacteristicGuidance, LossGuidance, WeightSchedule
 
@@ -312,4 +312,4 @@ def test_the_command_line_takes_the_published_values_of_the_pipeline(
     monkeypatch.chdir(tmp_path)
     args = argparse.Namespace(**{"config": None, "fidelity": None} | asked)
     session = Session(tiny_if_pipeline(), "IF", "fp32")
-    assert _config_for(session, args, _read_config(args)) == expected
+    assert _config_for(session, args, read_config(args)) == expected

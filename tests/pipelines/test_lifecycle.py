@@ -446,7 +446,7 @@ def test_a_pickle_loads_where_this_package_is_not_installed(pipe) -> None:
 
 @pytest.mark.parametrize("name, reason", [
     ("StableDiffusionInstructPix2PixPipeline", "three groups of samples"), ("FluxFillPipeline", "distilled"),
-    ("LatentConsistencyModelPipeline", "is distilled"), ("AuraFlowPipeline", "is not supported; this version"),
+    ("LatentConsistencyModelPipeline", "is distilled"), ("Kandinsky3Pipeline", "is not supported; this version"),
     ("OnnxStableDiffusionPipeline", "outside of torch"),
 ])  # fmt: skip
 def test_pipelines_that_people_ask_about_are_refused_with_the_reason(name: str, reason: str) -> None:

@@ -441,7 +441,7 @@ def test_maps_are_gone_when_the_scheduler_steps(tiny: Tiny) -> None:
     alive: list[int] = []
 
     def watch(module, args, output) -> None:
-        for block in taken._blocks:
+        for block in taken.blocks:
             if block.captures[-1].tokens is not None:
                 maps.append(weakref.ref(block.captures[-1].tokens))
 
