@@ -4,9 +4,10 @@
 
 Each round makes all images twice, in an order drawn anew: with the local runner of `scfg_fast.batch`, from the first
 micro-batch's start to the last commit, and with a loop of `pipe(...)` over the same micro-batches that keeps its images
-as PNG bytes in memory. Both share one loaded pipeline, warmed up before. The ratio is taken within a round; the median
-and all rounds are reported. With `--workers 1 2`, jobs on Ray with one thread a worker follow. Their rate counts from
-the first marker of an attempt to the last checkpoint, so start-up is not in it.
+as PNG bytes in memory. Both share one loaded pipeline, warmed up before. Ratios are taken within a round; their median
+and all rounds are reported. Other programs change the seconds of the clock by more than a job does. So the ratio of the
+seconds that the process was on a processor, all threads together, stands beside it. With `--workers 1 2`, jobs on Ray
+with one thread a worker follow. Their rate counts from the first marker of an attempt to the last checkpoint.
 
 Writes `benchmarks/results/batch.csv` and `.json`. Images are compared: both ways give equal pixels, or it ends with an
 error.
@@ -52,11 +53,24 @@ def rows_of(images: int) -> list[dict[str, str]]:
     return [{"prompt": pairs[index % len(pairs)]} for index in range(images)]
 
 
-def loop(pipe: Any, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, str]]:
+Seconds = tuple[float, float]
+"""By the clock, and on a processor."""
+
+
+def now() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: Seconds) -> Seconds:
+    clock, processor = now()
+    return clock - started[0], processor - started[1]
+
+
+def loop(pipe: Any, batches: Sequence[MicroBatch]) -> tuple[Seconds, dict[str, str]]:
     """Seconds of a plain loop, and id -> hash of the pixels."""
     hashes = {}
     files = []
-    started = time.perf_counter()
+    started = now()
     for batch in batches:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]
         images = pipe(list(batch.prompts), generator=generators, output_type="np", **json.loads(batch.call)).images
@@ -66,16 +80,16 @@ def loop(pipe: Any, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, str
             Image.fromarray(pixels).save(file, format="PNG")
             files.append(file.getvalue())
             hashes[id] = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return time.perf_counter() - started, hashes
+    return since(started), hashes
 
 
-def job(worker: Worker, batches: Sequence[MicroBatch], out: Path) -> tuple[float, dict[str, str]]:
+def job(worker: Worker, batches: Sequence[MicroBatch], out: Path) -> tuple[Seconds, dict[str, str]]:
     """The same with the local runner, in a new folder."""
     folder = worker.folder = Folder(out)
     folder.make()
-    started = time.perf_counter()
+    started = now()
     run_local(folder, batches, lambda: worker)
-    took = time.perf_counter() - started
+    took = since(started)
     tables = folder.tables(folder.committed_names(), ["id", "sha256"])
     return took, {row["id"]: row["sha256"] for table in tables for row in table.to_pylist()}
 
@@ -114,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         order = ["job", "loop"]
         for number in range(args.rounds):
             random.Random(number).shuffle(order)
-            times: dict[str, float] = {}
+            times: dict[str, Seconds] = {}
             hashes: dict[str, dict[str, str]] = {}
             for what in order:
                 if what == "job":
@@ -125,21 +139,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("the job's pixels are not those of the loop", file=sys.stderr)
                 return 1
             rounds.append(times)
-            rates = {what: args.images / seconds for what, seconds in times.items()}
-            ratio = rates["job"] / rates["loop"]
-            print(f"round {number + 1}: job {rates['job']:.3f}, loop {rates['loop']:.3f} images/s, ratio {ratio:.3f}")
-        ratio = Spread.of([times["loop"] / times["job"] for times in rounds])
+            rates = {what: args.images / clock for what, (clock, _) in times.items()}
+            by_clock, by_processor = (a / b for a, b in zip(times["loop"], times["job"], strict=True))
+            print(
+                f"round {number + 1}: job {rates['job']:.3f}, loop {rates['loop']:.3f} images/s, ratio {by_clock:.3f}, "
+                f"on a processor {by_processor:.3f}",
+                flush=True,
+            )
+        ratio, on_processor = (Spread.of([t["loop"][at] / t["job"][at] for t in rounds]) for at in (0, 1))
         for what in order:
-            per_second = Spread.of([args.images / times[what] for times in rounds])
+            per_second = Spread.of([args.images / times[what][0] for times in rounds])
             _add(report, args, what, "images_per_second", "1/s", per_second)
         _add(report, args, "job", "ratio_to_loop", "1", ratio)
+        _add(report, args, "job", "ratio_to_loop_on_processor", "1", on_processor)
         options = ["--batch-size", str(args.batch_size), "--steps", str(args.steps), "--size", str(args.size)]
         ray = {n: on_ray(n, args.images, options, Path(folder) / f"ray{n}") for n in args.workers}
-    print(f"job over loop, images per second: {ratio.value:.3f} (median of {args.rounds} rounds)")
+    print(f"job over loop, images per second: {ratio.value:.3f}, on a processor {on_processor.value:.3f} (medians)")
     for workers, rate in ray.items():
         _add(report, args, f"ray, {workers} workers", "images_per_second", "1/s", rate)
         print(f"{workers} workers on Ray: {rate:.3f} images/s")
-    report.samples = {"rounds": {what: [times[what] for times in rounds] for what in order}}
+    report.samples = {"rounds": {what: [times[what][0] for times in rounds] for what in order}}
     report.write(args.out, finished=True)
     return 0
 

@@ -38,6 +38,7 @@ def job(prompts: Path, out: Path, **options: Any) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
         argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     try:
         yield process
