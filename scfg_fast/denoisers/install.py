@@ -132,6 +132,8 @@ class Installation:
     def __enter__(self) -> Installation:
         self.renew()
         for block, layers in zip(self.blocks, self._layers, strict=True):
+            if any(type(layer.processor).__name__.startswith("PAG") for layer in layers):
+                continue  # perturbed-attention guidance: the pipeline spoils these layers in a part of the batch
             for capture, layer in zip(block.captures, layers, strict=True):
                 capture.inner = layer.processor
                 self._before.append((layer.__dict__, layer.__dict__.get("processor"), capture))
