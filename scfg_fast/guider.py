@@ -24,20 +24,21 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from .capture.layers import BlockInfo
 from .capture.maps import BatchLayout, BlockMaps, StepMaps
 from .config import SCFGConfig
 from .denoisers.base import Denoiser
-from .denoisers.install import CapturedBlock, CaptureSet, claimed, unwrap
+from .denoisers.install import CaptureSet, HookedDenoiser, claimed, unwrap
 from .denoisers.registry import denoiser_of
 from .denoisers.transformers import TRANSFORMERS
 from .guidance.mixing import distances
-from .guidance.steps import in_part
 from .layouts import Geometry, Images, View
 from .regions import Regions
 from .step.arguments import argument
-from .step.combiner import mixer_of, zero_step
-from .step.context import SCFGWarning, Stats
+from .step.combiner import mixer_of
+from .step.context import CallContext, SCFGWarning, Stats
 from .step.finder import RegionFinder, Segments, guide_by_pixel
+from .step.plan import StepPlan, StepState, plan, zero_step
 from .step.rewrite import rewritten
 from .versions import reason_against
 
@@ -89,7 +90,13 @@ class SCFGGuidance(ClassifierFreeGuidance):
         if self.scfg_config.tokens != "all":
             raise ValueError("SCFGGuidance: a guider does not see the prompt's text; use tokens='all'")
         self._captures = CaptureSet()
-        self._blocks: list[CapturedBlock] = []
+        # A guider is asked for the guided prediction itself: what else the pipeline does with it is not its concern.
+        self._context = CallContext(
+            samples=0,
+            guidance_scale=lambda _: self.guidance_scale,
+            guidance_rescale=lambda: self.guidance_rescale,
+            num_steps=lambda: self._num_inference_steps or 1,
+        )
         self._pass: contextlib.ExitStack | None = None
         self._warned = False
         self._begin()
@@ -98,7 +105,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
         """Forget the run before."""
         self.regions: Regions | None = None
         self.stats = Stats()
-        self._maps: dict[str, list[BlockMaps]] = {}
+        self._maps: dict[str, list[tuple[BlockInfo, BlockMaps]]] = {}
         self._finder = RegionFinder(self.scfg_config)
         self._mixer = mixer_of(self.scfg_config)
         self._guided_steps = 0
@@ -117,7 +124,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
 
     def prepare_inputs(self, data: Any) -> list[Any]:
         """As for plain guidance; until it is decided which half the foreground is read from, notes the embeddings."""
-        if self._foreground is None and self._needs_maps():
+        if self._foreground is None and self._plan().regions == "find":
             pairs = [value for name, value in data.items() if name in ("prompt_embeds", "encoder_hidden_states")]
             self._negative = [pair[1] for pair in pairs if isinstance(pair, tuple) and pair[1] is not None]
         return super().prepare_inputs(data)
@@ -125,12 +132,13 @@ class SCFGGuidance(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
         self._close()
-        if not self._acts() and self._mixer is None:
+        planned = self._plan()
+        if planned.reason is not None and self._mixer is None:
             return
         model = unwrap(denoiser)
         known = denoiser_of(model)
         if known is None or known.conditional_first:  # which takes both groups in one list, where a guider has one
-            if not self._acts() or self.scfg_config.rates == "pixels":
+            if planned.regions == "none":
                 return  # needs no attention, and takes predictions as images
             readable = ", ".join(name for name, one in TRANSFORMERS.items() if not one.conditional_first)
             raise ValueError(
@@ -139,7 +147,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
             )
         branch = "conditional" if self.is_conditional else "unconditional"
         self._view = known.view(model)
-        capture = self._needs_maps()
+        capture = planned.regions == "find"
         if capture:
             self._foreground = self._foreground or self._half_of_foreground(known)
             capture = branch == "conditional" or self._foreground == "unconditional"
@@ -150,11 +158,10 @@ class SCFGGuidance(ClassifierFreeGuidance):
         self, denoiser: torch.nn.Module, model: torch.nn.Module, known: Denoiser, branch: str, capture: bool
     ) -> None:
         """Have the next call of the denoiser tell the size of its latents and, with `capture`, leave its maps."""
-        installation = self._captures.choose(model, self.scfg_config) if capture else None
-        blocks = [] if installation is None else installation.blocks
+        captured = None
         if capture:
-            self._blocks = blocks
-            self.stats.layers = tuple(block.info.name for block in blocks)
+            captured = HookedDenoiser(model, known, self._captures.choose(model, self.scfg_config))
+            self.stats.layers = tuple(block.info.name for block in captured.blocks)
         layout = BatchLayout(1, self._foreground or "unconditional", branch)
         # Compiled in place, `forward` is traced; the compiled call is what can be surrounded.
         name = "forward" if denoiser.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
@@ -167,12 +174,14 @@ class SCFGGuidance(ClassifierFreeGuidance):
                 size = None if self._geometry is None else (self._geometry.height, self._geometry.width)
                 sample = argument(args, kwargs, 0, known.sample)
                 self._geometry = known.geometry(model, sample, kwargs, size)
-                with claimed(model), installation or contextlib.nullcontext():
-                    for block in blocks:
-                        block.prepare(layout, self._geometry)
-                    output = forward(*args, **kwargs)
-                    self._maps[branch] = [block.take() for block in blocks]
-                    return output
+                with claimed(model):
+                    if captured is None:
+                        return forward(*args, **kwargs)
+                    captured.put_in(layout, self._geometry)
+                    try:
+                        return forward(*args, **kwargs)
+                    finally:
+                        self._maps[branch] = captured.take_out()
             finally:
                 self._close()
 
@@ -206,7 +215,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
                     pred_uncond, pred_cond, 0.0, None, -pred_uncond, 0.0, len(pred_cond)
                 )
             return GuiderOutput(pred=torch.zeros_like(pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
-        if pred_uncond is None or not (self._acts() or config.combine != "cfg"):
+        planned = self._plan()
+        acts = planned.reason is None
+        if pred_uncond is None or not (acts or config.combine != "cfg"):
             return super().forward(pred_cond, pred_uncond)
         weight, samples = float(self.guidance_scale), pred_cond.shape[0]
         view, geometry = self._view, self._geometry or Geometry(1, *pred_cond.shape[-2:])
@@ -215,10 +226,10 @@ class SCFGGuidance(ClassifierFreeGuidance):
         guided: torch.Tensor | None = None
         rate: torch.Tensor | None = None
         rescale = 0.0 if whole else self.guidance_rescale
-        if self._acts() and config.rates == "pixels":
+        if acts and config.rates == "pixels":
             guided, rate = guide_by_pixel(config, uncond, cond, weight, rescale=rescale)
-        elif self._acts():
-            step_maps = self._take_maps(maps, geometry) if maps else None
+        elif acts:
+            step_maps = self._take_maps(maps, geometry) if planned.regions == "find" and maps else None
             if step_maps is None and self._finder.segments is None:
                 raise RuntimeError("SCFGGuidance: no captured layer left a usable attention map")
             guided, rate = self._finder.guide(step_maps, uncond, cond, weight, "guided", rescale)
@@ -227,7 +238,7 @@ class SCFGGuidance(ClassifierFreeGuidance):
             mixed = self._mixer(uncond, cond, weight, rate, samples)
             rate, moved = mixed.rate, mixed.moved
             guided = rewritten(uncond, cond, moved, None)
-        if self._acts() and config.rates == "regions":
+        if acts and config.rates == "regions":
             token_index, foreground, _ = cast(Segments, self._finder.segments)
             self.regions = Regions(cast(int, self._step), token_index, foreground, cast(torch.Tensor, rate))
         self.stats.distances[-1] = distances(uncond, cond, weight, rate, moved, self.guidance_rescale, samples)
@@ -237,23 +248,20 @@ class SCFGGuidance(ClassifierFreeGuidance):
         pred = view.close(cast(torch.Tensor, guided), others, geometry)
         if self.guidance_rescale > 0.0 and whole:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
-        if self._acts():
+        if acts:
             self._guided_steps += 1
             self.stats.steps_applied += 1
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _acts(self) -> bool:
-        """Whether this step is more than plain guidance."""
-        config = self.scfg_config
-        if config.rates == "none" or not self._is_cfg_enabled():
-            return False
-        return in_part(self._step or 0, self._num_inference_steps or 1, config.start, config.stop)
-
-    def _needs_maps(self) -> bool:
-        """Whether this step needs maps."""
-        if not self._acts() or self.scfg_config.rates != "regions":
-            return False
-        return self._finder.segments is None or self._guided_steps % self.scfg_config.reuse_every == 0
+    def _plan(self) -> StepPlan:
+        """What this step does."""
+        return plan(self._context, self.scfg_config, StepState(
+            index=self._step or 0,
+            count=self._num_inference_steps or 1,
+            scale=float(self.guidance_scale) if self._is_cfg_enabled() else 1.0,
+            guided_steps=self._guided_steps,
+            has_regions=self._finder.segments is not None,
+        ))  # fmt: skip
 
     def _half_of_foreground(self, known: Denoiser) -> str:
         """Which half the foreground is read from in this run; see `SCFGConfig.foreground`."""
@@ -265,9 +273,9 @@ class SCFGGuidance(ClassifierFreeGuidance):
         zeroed = any(not bool(embeddings.any()) for embeddings in negative)
         return "conditional" if zeroed else "unconditional"
 
-    def _take_maps(self, maps: dict[str, list[BlockMaps]], geometry: Geometry) -> StepMaps | None:
-        halves = zip(self._blocks, maps["conditional"], maps[cast(str, self._foreground)], strict=True)
-        layers = [(block.info, BlockMaps(cond.tokens, deciding.start)) for block, cond, deciding in halves]
+    def _take_maps(self, maps: dict[str, list[tuple[BlockInfo, BlockMaps]]], geometry: Geometry) -> StepMaps | None:
+        pairs = zip(maps["conditional"], maps[cast(str, self._foreground)], strict=True)
+        layers = [(info, BlockMaps(cond.tokens, deciding.start)) for (info, cond), (_, deciding) in pairs]
         step_maps, missing = self._finder.take(layers, (geometry.height, geometry.width))
         self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
         if missing and not self._warned:

@@ -8,6 +8,7 @@ compiling, saving and `from_pipe` see what they expect.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -35,12 +36,12 @@ from .pipelines.families import (
     family_of,
     with_reference,
 )
-from .pipelines.interception import release
+from .pipelines.interception import described, release
 from .regions import Regions
+from .step.callbacks import watched_callbacks
 from .step.context import SCFGError, SCFGWarning, Stats
 from .step.hook import GuidanceHook
 from .step.rates import Given, checked_rates
-from .step.scheduler import stepping
 
 HANDLES: weakref.WeakKeyDictionary[DiffusionPipeline, Handle] = weakref.WeakKeyDictionary()
 
@@ -205,10 +206,8 @@ class Handle:
             self.stats.backend = _backends(pipe, config)
             hook = GuidanceHook(config, hooked, context, self.stats, self._publish, self.strict)
             undo.callback(hook.remove)
-            for denoiser in called:
-                hook.install(denoiser)
-            if hook.corrections.around_scheduler:
-                undo.enter_context(stepping(pipe.scheduler, hook.corrections.around_step))
+            hook.install(called)
+            args, kwargs = watched_callbacks(inspect.signature(described(proceed)), args, kwargs, hook.aside)
             return proceed(*args, **kwargs)
 
     def _publish(self, step: int, regions: Regions) -> None:

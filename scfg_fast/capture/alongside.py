@@ -32,7 +32,6 @@ class JointAttentionCapture:
 
     def __init__(self, inner, read: Reader, config: SCFGConfig) -> None:
         self.inner = inner
-        self.active = True
         self.read = read
         self.fidelity, self.powers, self.backend = config.fidelity, config.powers, config.backend
         self.layout = BatchLayout()
@@ -54,7 +53,7 @@ class JointAttentionCapture:
         **kwargs,
     ) -> torch.Tensor:
         self.tokens = self.start = None
-        if self.active and encoder_hidden_states is not None and attention_mask is None:
+        if encoder_hidden_states is not None and attention_mask is None:
             self._observe(self.read(attn, hidden_states, encoder_hidden_states))
         return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
@@ -87,8 +86,9 @@ class TransformerCapture:
     block leaves: `tokens`, `start` and `layout` as in `CrossAttentionCapture`.
 
     Attributes:
-        inner, active: as in `_Capture`.
+        inner: as in `_Capture`.
         geometry: of the latents, set before every step.
+        paired: whether a self-attention layer of the block runs before this one.
         one_stream: whether text and image come as one sequence, so that the reader must be told where they part.
     """
 
@@ -96,9 +96,9 @@ class TransformerCapture:
         self, inner, read: Reader, config: SCFGConfig, level: int, start_token: str, *, last: TransformerCapture | None
     ) -> None:
         self.inner = inner
-        self.active = True
         self.read = read
         self.last = self if last is None else last
+        self.paired = False
         self.level = level
         self.one_stream = "image_tokens" in inspect.signature(read).parameters
         self.cell = max(config.cell, level)
@@ -116,13 +116,19 @@ class TransformerCapture:
 
     def __call__(self, attn, *args, **kwargs):
         geometry = self.last.geometry
-        if self.active and geometry is not None:
-            if self.one_stream:
-                size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
-                self._observe(self.read(attn, *args, **kwargs, image_tokens=size), self.last)
-            else:
-                self._observe(self.read(attn, *args, **kwargs), self.last)
+        if geometry is not None and not self._has_foreign_keys(*args, **kwargs):
+            size = geometry.frames * (geometry.height // self.level) * (geometry.width // self.level)
+            told = {"image_tokens": size} if self.one_stream else {}
+            compared = self.read(attn, *args, **kwargs, **told)
+            queries, keys = compared.query.shape[2], size if compared.image is None else compared.image.shape[2]
+            if size <= queries and size <= keys <= queries:  # else tokens are merged, or keys are another image's
+                self._observe(compared, self.last)
         return self.inner(attn, *args, **kwargs)
+
+    def _has_foreign_keys(self, hidden_states, encoder_hidden_states=None, *_: Any, **__: Any) -> bool:
+        """Whether this is self-attention, the first layer of two, with keys of other images."""
+        given = encoder_hidden_states is not None and encoder_hidden_states is not hidden_states
+        return self.last is not self and given
 
     def _observe(self, compared: QueriesAndKeys, last: TransformerCapture) -> None:
         geometry, layout, batch = cast(Geometry, last.geometry), last.layout, compared.query.shape[0]
@@ -141,6 +147,8 @@ class TransformerCapture:
             column = swapped_halves(column) if swap else column
         if swap:
             cross, own = swapped_halves(cross), None if own is None else swapped_halves(own)
+        if own is None and last.paired:
+            return  # the self-attention of this block had none to leave
         if own is None:  # linear self-attention has no map: nothing spreads
             last.tokens = cross[unconditional:].transpose(1, 2).contiguous()
             last.start = _column(cross, column)[: unconditional or None]
@@ -178,6 +186,8 @@ def wrap_layers(
         inner: Any = attn.processor
         kind = class_for(TransformerCapture, inner)
         last = captures[0] if captures else None
+        if last is not None:
+            last.paired = True
         captures.append(kind(inner, read, config, level, start_token, last=last))
     return tuple(reversed(captures))
 

@@ -26,7 +26,7 @@ from scfg_kernels import attention_map, attention_maps, attention_with_lse, comp
 from ..config import SCFGConfig
 from ..layouts import Geometry
 from .maps import MAP_TOKENS, BatchLayout
-from .wrapping import class_for
+from .wrapping import class_for, projected_tokens
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -107,20 +107,18 @@ class _Capture:
     """Common part: wraps the user's processor and keeps what the layer compares.
 
     Attributes:
-        inner: the processor that the layer had; put back by the caller after the pipeline call.
-        active: whether this step needs maps; if not, the inner processor runs alone.
+        inner: the user's processor, while it captures.
     """
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         self.inner = inner
-        self.active = True
         self.backend = config.backend
 
     def attend(
         self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs
     ) -> tuple[torch.Tensor, Compared | None]:
         """The layer's output, and what it compared, or None if this call cannot be captured."""
-        capture = self.active and attention_mask is None and attn.spatial_norm is None
+        capture = attention_mask is None and attn.spatial_norm is None
         kind = type(self.inner)
         attention: Any = _sdpa if kind is AttnProcessor2_0 else _xformers if kind is XFormersAttnProcessor else None
         if capture and attention is not None:
@@ -128,15 +126,22 @@ class _Capture:
             value = _heads(attn, attn.to_v(value_states))
             out, lse = attention(attn, self.inner, query, key, value)
             return _finish(attn, out, hidden_states), Compared(query, key, lse)
-        out = self.inner(
-            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
-        )
+        with projected_tokens(attn.to_k, self.inner) as projected:
+            out = self.run_inner(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         if not capture:
             return out, None
         # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        if text is not None and projected:
+            text = text[:, : projected[0]]  # what follows is an image prompt with keys of its own
         query, key, _ = _query_key(attn, hidden_states, text)
         return out, Compared(query, key, None)
+
+    def run_inner(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs) -> torch.Tensor:
+        """The layer's output by the user's processor."""
+        return self.inner(
+            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+        )
 
 
 class SelfAttentionCapture(_Capture):
@@ -159,6 +164,10 @@ class SelfAttentionCapture(_Capture):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+            # Keys of other images (reference-only, banked, cross-frame): their map has no place in this one.
+            self.held = None
+            return self.run_inner(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         out, self.held = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         return out
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 _MADE: weakref.WeakKeyDictionary[type, dict[type, type]] = weakref.WeakKeyDictionary()
@@ -22,6 +25,28 @@ def class_for(base: type, inner: object) -> type:
     if base not in made:
         made[base] = _with_signature_of(base, kind)
     return made[base]
+
+
+@contextlib.contextmanager
+def projected_tokens(projection: torch.nn.Module, processor: object) -> Iterator[list[int]]:
+    """How many tokens a processor projects to keys, in the order of its calls; empty for diffusers' own processors.
+
+    The processors of the first IP-Adapter and of InstantID project the text alone, and take the last of the states that
+    they get for an image prompt. Inside `torch.compile` nothing is noted.
+
+    Args:
+        projection: `to_k` of the layer, called with states [B, T, C].
+        processor: the user's.
+    """
+    counts: list[int] = []
+    if type(processor).__module__.startswith("diffusers.") or torch.compiler.is_compiling():
+        yield counts
+        return
+    handle = projection.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
 
 def _with_signature_of(base: type, inner: type) -> type:

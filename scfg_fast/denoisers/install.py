@@ -132,6 +132,8 @@ class Installation:
     def __enter__(self) -> Installation:
         self.renew()
         for block, layers in zip(self.blocks, self._layers, strict=True):
+            if any(type(layer.processor).__name__.startswith("PAG") for layer in layers):
+                continue  # perturbed-attention guidance: the pipeline spoils these layers in a part of the batch
             for capture, layer in zip(block.captures, layers, strict=True):
                 capture.inner = layer.processor
                 self._before.append((layer.__dict__, layer.__dict__.get("processor"), capture))
@@ -161,6 +163,18 @@ class HookedDenoiser:
     def blocks(self) -> list[CapturedBlock]:
         return self.installation.blocks
 
+    def put_in(self, layout: BatchLayout, geometry: Geometry) -> None:
+        """Capture the next evaluation."""
+        self.installation.__enter__()
+        for block in self.blocks:
+            block.prepare(layout, geometry)
+
+    def take_out(self) -> list[tuple[BlockInfo, BlockMaps]]:
+        """What every block left; the model is stock again."""
+        left = [(block.info, block.take()) for block in self.blocks]
+        self.installation.__exit__()
+        return left
+
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module under a `torch.compile` wrapper."""
@@ -186,23 +200,37 @@ def claimed(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hooked(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
-    """A pre-hook and a hook, with keyword arguments, on an object that a pipeline calls.
+def hooked(
+    model: torch.nn.Module, before: Callable[..., Any], end: Callable[[], None], after: Callable[..., Any]
+) -> Iterator[None]:
+    """Around every evaluation of an object that a pipeline calls, with keyword arguments.
 
     A model that was compiled in place traces its hooks into the graph, so there the compiled call itself is wrapped;
     `before` cannot change its arguments.
+
+    Args:
+        model: the object.
+        before: the last pre-hook, (module, args, kwargs).
+        end: called first after the evaluation, also if it raised an `Exception`; before the user's own hooks.
+        after: the last hook, (module, args, kwargs, output). Also called after an `Exception`, with output None.
     """
     compiled = model.__dict__.get("_compiled_call_impl")
     with contextlib.ExitStack() as undo:
         if compiled is None:
             undo.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+            first = model.register_forward_hook(lambda *_: end(), prepend=True, always_call=True)
+            undo.callback(first.remove)
+            undo.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         else:
 
             def call(*args, **kwargs):
-                before(model, args, kwargs)
-                output = compiled(*args, **kwargs)
-                rewritten = after(model, args, kwargs, output)
+                output = rewritten = None
+                try:
+                    before(model, args, kwargs)
+                    output = compiled(*args, **kwargs)
+                finally:
+                    end()
+                    rewritten = after(model, args, kwargs, output)
                 return output if rewritten is None else rewritten
 
             undo.callback(setattr, model, "_compiled_call_impl", compiled)
@@ -219,23 +247,47 @@ def evaluations(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
         nonlocal count
         count += 1
 
-    with hooked(model, counted, lambda *_: None):
+    with hooked(model, counted, lambda: None, lambda *_: None):
         yield lambda: count
 
 
-def batch_must_not_change(denoiser: torch.nn.Module) -> bool:
-    """Whether a step with another batch size would cost a compilation, or meet features cached from a full step.
+HARMLESS_HOOKS = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+"""Hooks of diffusers that do not look at the batch."""
 
-    Caches replace the forward of blocks, or are diffusers hooks; offloading and casting do so too and are harmless.
+
+def can_halve(denoiser: torch.nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether an evaluation may have the conditional half of the batch alone. Walks through all modules.
+
+    Not where another batch size would cost a compilation, or meet features cached from a full step: caches replace the
+    forward of blocks, or are diffusers hooks (offloading and casting do so too and are harmless). Not where somebody
+    looks at the batch: hooks, and attention processors that are not diffusers' own. Not with attention arguments, whose
+    batch dimension is unknown.
     """
-    harmless = {"group_offloading", "layerwise_casting", "peft_autocast_disable"}
+    if arguments.get("cross_attention_kwargs"):
+        return False
     for module in denoiser.modules():
         state = vars(module)
         if hasattr(module, "_orig_mod") or state.get("_compiled_call_impl") is not None:
-            return True
+            return False
         registry = state.get("_diffusers_hook")
-        if registry is not None and not set(registry.hooks) <= harmless:
-            return True
+        if registry is not None and not set(registry.hooks) <= HARMLESS_HOOKS:
+            return False
         if "forward" in state and registry is None and "_hf_hook" not in state:
-            return True
-    return False
+            return False
+        if any(
+            not _is_from(hook, __package__) for hook in (*_hooks(module, "forward"), *_hooks(module, "forward_pre"))
+        ):
+            return False
+        processor = getattr(module, "processor", None)
+        if processor is not None and not _is_from(type(processor), "diffusers"):
+            return False
+    return True
+
+
+def _hooks(module: torch.nn.Module, kind: str) -> list[Any]:
+    return list(getattr(module, f"_{kind}_hooks").values())
+
+
+def _is_from(thing: Any, package: str | None) -> bool:
+    """Whether a class or a function is defined in a package."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == str(package).partition(".")[0]

@@ -11,14 +11,10 @@ from ..capture.maps import StepMaps
 from ..config import SCFGConfig
 from ..guidance.mixing import Mixer
 from ..regions import Regions
-from .finder import RegionFinder, Segments, guide_by_pixel, guide_plainly
+from .finder import RegionFinder, Segments, guide_by_pixel
+from .plan import StepPlan, zero_step
 from .rates import GivenRates
 from .rewrite import rewritten
-
-
-def zero_step(config: SCFGConfig, index: int) -> bool:
-    """Whether the prediction of step `index` is zero: the first of CFG-Zero*."""
-    return config.combine == "cfg-zero" and index < config.zero_init_steps
 
 
 def mixer_of(config: SCFGConfig, given: bool = False) -> Mixer | None:
@@ -70,12 +66,6 @@ class Combiner:
         self._samples = samples
         self._mixer = mixer_of(config, given is not None)
 
-    def plain(self, uncond: torch.Tensor, cond: torch.Tensor, weight: float, scale: float, copies: int) -> torch.Tensor:
-        """One weight for the whole picture; of the pipeline's own scale, its own line bit for bit."""
-        if weight == scale:
-            return uncond + weight * (cond - uncond)
-        return guide_plainly(self._config, uncond, cond, weight, copies)
-
     def __call__(
         self,
         uncond: torch.Tensor,
@@ -121,3 +111,26 @@ class Combiner:
             if regions is not None:
                 regions = Regions(step, regions.token_index, regions.foreground, cast(torch.Tensor, rate))
         return Combined(cast(torch.Tensor, result), rate, moved, regions)
+
+
+class Combination:
+    """What a step's predictions are combined to, once they are: called as `rewrite` does, it keeps what was done.
+
+    Attributes:
+        done: rates, regions and what was mixed; empty before the call.
+    """
+
+    def __init__(self, combiner: Combiner, planned: StepPlan, maps: StepMaps | None) -> None:
+        self.done = Combined(torch.empty(0))
+        self._combiner, self._plan, self._maps = combiner, planned, maps
+
+    def __call__(
+        self, uncond: torch.Tensor, cond: torch.Tensor, weight: float, rewrite: str, copies: int
+    ) -> torch.Tensor:
+        """f, or the u' that stands in for u."""
+        planned = self._plan
+        self.done = self._combiner(
+            uncond, cond, self._maps, step=planned.index, weight=weight, scale=planned.scale,
+            has_rates=planned.reason is None, rewrite=rewrite, copies=copies,
+        )  # fmt: skip
+        return self.done.result

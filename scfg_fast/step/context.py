@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..capture.maps import BlockMaps, StepMaps
+from ..capture.maps import StepMaps
 from ..guidance.characteristic import CharacteristicGuidance
 from ..guidance.loss import LossGuidance
 from ..guidance.steps import StepWeight
@@ -40,21 +40,6 @@ class Convergence:
     converged: torch.Tensor
 
 
-@dataclass(frozen=True)
-class FirstPass:
-    """The conditional pass of a step, kept until the unconditional one.
-
-    Attributes:
-        sample: the very object that the denoiser was called with, a tensor; the second pass gets it too.
-        prediction: [B, C, H, W], or None where the step is left to the pipeline.
-        maps: what each captured block left.
-    """
-
-    sample: Any
-    prediction: torch.Tensor | None
-    maps: list[BlockMaps]
-
-
 @dataclass
 class Stats:
     """What the last pipeline call did.
@@ -64,7 +49,7 @@ class Stats:
         backend: operator -> `"torch"` or `"triton"` for this pipeline's device and dtype; empty before the first call.
             Operands beyond a kernel's limits (see `SCFGConfig.backend`) are computed by torch all the same.
         bytes: bytes of maps kept from the layers to the end of a step (the largest step).
-        steps_applied: denoising steps guided by S-CFG.
+        steps_applied: denoising steps guided by S-CFG; steps of all runs, where a call has several.
         steps_skipped: reason -> number of steps that were left to plain guidance.
         weights: weight of the conditional direction in every step so far: the schedule's, or `guidance_scale`.
         distances: for every step (||g - u||, ||t - u||), [B] each, on the denoiser's device, or None where the step is
@@ -171,3 +156,18 @@ class CallContext:
     watcher: Callable[[int, StepMaps, torch.Tensor, torch.Tensor], None] | None = None
     watches_only: bool = False
     undone_by: str = ""
+
+    @property
+    def renoises(self) -> bool:
+        """Whether CFG++ takes the scheduler's steps apart."""
+        return bool(getattr(self.schedule, "renoises", lambda _: False)(self.scheduler))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a method needs more of a step than its prediction: noise levels, and the denoiser again."""
+        return self.renoises or self.characteristic is not None or self.loss is not None
+
+    @property
+    def needs_levels(self) -> bool:
+        """Whether anything asks for noise levels."""
+        return self.corrects or (self.schedule is not None and self.schedule.needs_levels)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
+from ..denoisers.install import can_halve
 from ..guidance.characteristic import CharacteristicGuidance, solve
 from ..guidance.loss import LossGuidance, loss_gradient, renoise, update
 from ..guidance.predictions import alpha_bar_of, denoising, noise_of, prediction_of, wide
@@ -58,33 +59,25 @@ class StepInputs:
 
 
 class Corrections:
-    """The corrections of one pipeline call.
+    """The corrections of one run.
+
+    Args:
+        context: of the call.
+        stats: of the call.
+        aside: a context in which the hook lets evaluations of the denoiser pass.
 
     Attributes:
         step: set by the hook once the denoiser has run; None where this step is none of its affair.
-        inside: whether the denoiser runs for a correction, not for the pipeline.
-        renoises: whether CFG++ takes the scheduler's steps apart.
-        fixed_batch: whether the denoiser must not see another batch size; set by the hook.
     """
 
-    def __init__(self, context: CallContext, stats: Stats) -> None:
+    def __init__(
+        self, context: CallContext, stats: Stats, aside: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> None:
         self.step: StepInputs | None = None
-        self.inside = False
-        self.renoises = bool(getattr(context.schedule, "renoises", lambda _: False)(context.scheduler))
         self._context = context
         self._stats = stats
-        self.fixed_batch = False
+        self._aside = aside
         self._random = torch.Generator().manual_seed(context.loss.seed) if context.loss is not None else None
-
-    @property
-    def needs_levels(self) -> bool:
-        """Whether any of them asks for noise levels."""
-        return self.renoises or self._context.characteristic is not None or self._context.loss is not None
-
-    @property
-    def around_scheduler(self) -> bool:
-        """Whether the scheduler's step must run through `around_step`."""
-        return self.renoises or self._context.loss is not None
 
     def characteristic(self, guided: torch.Tensor, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """Characteristic Guidance's prediction where it converged, `guided` elsewhere; [B, C, H, W] in its dtype."""
@@ -151,7 +144,7 @@ class Corrections:
         """The scheduler's step. For CFG++ in a multistep solver with the unconditional prediction, which is what its
         history then holds, and the guided difference added as a first-order step would move it."""
         state = self.step
-        if not self.renoises or state is None or state.uncond is None:
+        if not self._context.renoises or state is None or state.uncond is None:
             return step(prediction, sample)
         sigma, next_sigma = state.sigmas
         _, moved = denoising(alpha_bar_of(sigma), self._prediction_type())
@@ -165,10 +158,9 @@ class Corrections:
         """The prediction that the loss guidance looks through."""
         state = self._state()
         if state.guided and cast(LossGuidance, self._context.loss).prediction == "conditional":
-            # Attention arguments have a batch dimension of their own: then both halves run.
-            if self.fixed_batch or state.kwargs.get("cross_attention_kwargs"):
-                return self._evaluate(latents, latents)[1]
-            return self._evaluate(latents)[0]
+            if can_halve(state.module, state.kwargs):
+                return self._evaluate(latents)[0]
+            return self._evaluate(latents, latents)[1]
         # CFG++ denoises with lam, of which its step weight is a multiple: lam = omega (1 - sigma' / sigma).
         sigma, next_sigma = state.sigmas
         interpolates = hasattr(self._context.schedule, "renoises")
@@ -181,7 +173,7 @@ class Corrections:
         if not state.guided:
             return self._evaluate(latents)[0]
         uncond, cond = self._evaluate(latents, latents)
-        if self.renoises and not torch.is_grad_enabled():
+        if self._context.renoises and not torch.is_grad_enabled():
             state.uncond = uncond
         dtype = wide(cond)
         guided = uncond.to(dtype) + factor * state.weight * (cond.to(dtype) - uncond.to(dtype))
@@ -214,11 +206,8 @@ class Corrections:
         else:
             kwargs = {**kwargs, "sample": moved}
         self._stats.samples += moved.shape[0]
-        self.inside = True
-        try:
+        with self._aside():
             return state.module(*args, **kwargs)[0].chunk(len(latents))
-        finally:
-            self.inside = False
 
     @contextlib.contextmanager
     def _checkpointing(self, module: Any, wanted: bool) -> Iterator[None]:

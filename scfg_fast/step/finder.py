@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from scfg_kernels import guide, guide_pixels, segment, segment_and_guide
 
-from ..capture.layers import BlockInfo
+from ..capture.layers import BlockInfo, grid_size
 from ..capture.maps import BlockMaps, StepMaps, collect
 from ..config import SCFGConfig
 
@@ -29,6 +29,13 @@ class RegionFinder:
         self._config = config
         self._token_mask = token_mask
         self._never_there: set[str] = set()  # chosen layers that had no usable map when regions were last found
+
+    def begin(self, latent_size: tuple[int, int]) -> bool:
+        """For a step on latents of this (H, W): whether there are regions of an earlier one; forgets those of another
+        size."""
+        if self.segments is not None and self.segments[0].shape[1:] != grid_size(*latent_size, self._config.cell):
+            self.segments = None
+        return self.segments is not None
 
     def take(
         self, layers: Sequence[tuple[BlockInfo, BlockMaps]], latent_size: tuple[int, int]

@@ -1,47 +1,56 @@
-"""The guidance of one pipeline call: a pre-hook and a hook on the denoiser, alive for that call only.
+"""The guidance of one pipeline call: hooks on the denoiser and around the scheduler, alive for that call only.
 
-`rewrite` has the algebra. The hook returns (f, f), unless the pipeline also uses t; in transformers, where nothing is
-published, it rewrites u always, which for r = 1 is u bit for bit. Pipelines that run the denoiser twice per step, t
-first, have used t when u arrives: there u is rewritten. A step whose weight is exactly 1 needs t alone: the
-unconditional half of the batch is not computed. Steps that are not guided return the denoiser's own output object,
-untouched. No value is read back from the device in a step. (A schedule that needs noise levels has the scheduler's
-tables read once, before the first step.)
+`clock` says which step an evaluation of the denoiser belongs to, `plan` what that step does, `finder` makes regions of
+the maps, and `rewrite` has the algebra of what is returned. Steps that are not guided return the denoiser's own output
+object, untouched. No value is read back from the device in a step. (A schedule that needs noise levels has the
+scheduler's tables read once, before the first step.)
+
+Evaluations that are not the pipeline's own are stock and count nothing: those in the user's callbacks, in the
+scheduler's step or in another evaluation, and those of skip-layer guidance, which the pipeline combines itself.
 
 Characteristic Guidance solves for its prediction here, by further calls of the denoiser. What must see the sample too,
-loss guidance and CFG++ in a multistep solver, happens around the scheduler's step (`around_step`).
+loss guidance and CFG++ in a multistep solver, happens around the scheduler's step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 
-from ..capture.maps import BatchLayout, BlockMaps, StepMaps
+from ..capture.maps import BatchLayout, StepMaps
 from ..config import SCFGConfig
-from ..denoisers.install import IN_USE, HookedDenoiser, batch_must_not_change, hooked, unwrap
+from ..denoisers.install import IN_USE, HookedDenoiser, can_halve, hooked, unwrap
 from ..denoisers.unet import UNet
 from ..guidance.mixing import distances
-from ..guidance.steps import Step, in_part, step_levels
-from ..layouts import Geometry
+from ..guidance.steps import step_levels
 from ..regions import Regions
 from .arguments import argument, copied, second_half
-from .combiner import Combiner, zero_step
-from .context import CallContext, FirstPass, SCFGError, SCFGWarning, Stats
+from .clock import StepClock
+from .combiner import Combination, Combiner
+from .context import CallContext, SCFGError, SCFGWarning, Stats
 from .corrections import Corrections, StepInputs
-from .finder import RegionFinder, guide_plainly
-from .plan import regions_skip_reason, step_weight
-from .rewrite import MIN_SCALE_OF_REWRITE, compensating_uncond, with_prediction
+from .finder import RegionFinder
+from .plan import PLAIN_INSTEAD, StepPlan, StepState, plan
+from .records import Evaluation, Left, OpenStep, Run, are_one, joined
+from .rewrite import Rewrite, with_prediction
+from .scheduler import around_prediction, watched
 
 ONE_PASS = "the denoiser ran once: no guidance"
 
 
 class GuidanceHook:
-    """Applies S-CFG to every step of one call. `install` it on the denoisers, `remove` it in a `finally`."""
+    """Applies S-CFG to every step of one call. `install` it on the denoisers, `remove` it in a `finally`.
+
+    Attributes:
+        stats: of the call.
+    """
 
     def __init__(
         self,
@@ -57,344 +66,315 @@ class GuidanceHook:
         self.stats = stats
         self.on_regions = on_regions
         self.strict = strict
-        self.regions: Regions | None = None
-        self._step = -1
-        self._guided_steps = 0
-        self._capturing = False
-        self._blocked: str | None = None  # why the step is left to the pipeline altogether
-        self._skip: str | None = None  # why it has no regions
-        self._half = False  # whether the conditional half alone was computed
-        self._weight = 1.0
-        self._levels: tuple[list[tuple[float, float]], bool] | None = None
-        self._sigmas: tuple[float, float] | None = None  # before and after this step, where something asks
-        self._flow = False
-        self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
-        self._rate: torch.Tensor | None = None  # [B, 1, H, W] of this step, or None for 1 everywhere
-        self._moved: torch.Tensor | None = None  # f - u of this step, where it was mixed here
-        self._hooked = {id(hooked.module): hooked for hooked in denoisers}
-        self._now = denoisers[0]  # the denoiser of this step
-        self._geometry = Geometry(1, 0, 0)
-        self._first: FirstPass | None = None
-        self._second = False  # whether this is the unconditional pass of two
-        self._other_method_call = False  # whether this run of the denoiser is for another method of the pipeline's
-        self.corrections = Corrections(context, stats)
-        self._finder = RegionFinder(config, context.token_mask)
-        self._combiner = Combiner(config, self._finder, context.rates, context.samples)
-        self.stats.images = context.samples
-        self._warned: set[str] = set()
+        self._hooked = {id(each.module): each for each in denoisers}
         self._thread = threading.get_ident()
-        self._fixed_batch = False
+        self._clock = StepClock(context.scheduler)
+        self._warned: set[str] = set()
         self._undo = contextlib.ExitStack()
-        self._installed = contextlib.ExitStack()  # capture processors, during an evaluation
+        self.stats.images = context.samples
+        # What changes in the course of a call:
+        self._run: Run | None = None
+        self._step: OpenStep | None = None
+        self._evaluations: list[Evaluation | None] = []  # that are running, one inside another; None is not ours
+        self._aside = 0  # how many pieces of other people's code are running, one inside another
 
-    def install(self, denoiser: torch.nn.Module) -> None:
-        """Hook an object that the pipeline calls."""
-        self._fixed_batch = self._fixed_batch or batch_must_not_change(denoiser)
-        self.corrections.fixed_batch = self._fixed_batch
-        self._undo.enter_context(hooked(denoiser, self._before, self._after))
+    def install(self, called: Sequence[torch.nn.Module]) -> None:
+        """Hook the objects that the pipeline calls, and its scheduler."""
+        for denoiser in called:
+            self._undo.enter_context(hooked(denoiser, self._before, self._end, self._after))
+        self._undo.enter_context(
+            watched(self.context.scheduler, step=self._around_step, set_timesteps=self._around_set_timesteps)
+        )
 
     def remove(self) -> None:
+        """Take everything out again."""
+        self._end()  # an evaluation that was interrupted
+        self._evaluations.clear()
         self._undo.close()
-        self._installed.close()
-        self._leave_first_pass()
+        self._close_step()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Evaluations of the denoiser inside are not the pipeline's own."""
+        self._aside += 1
+        try:
+            yield
+        finally:
+            self._aside -= 1
+
+    # Around the scheduler
+
+    def _is_ours(self) -> bool:
+        """Whether the pipeline itself is running, and not the user's code or another pipeline's."""
+        return self._aside == 0 and not self._evaluations and threading.get_ident() == self._thread
+
+    def _around_set_timesteps(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_ours():
+            self._clock.set_timesteps()
+        return set_timesteps(*args, **kwargs)
+
+    def _around_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._is_ours():
+            return step(*args, **kwargs)
+        self._clock.stepped(args[1] if len(args) > 1 else kwargs.get("timestep"))
+        with self.aside():
+            if self._run is not None and (self.context.renoises or self.context.loss is not None):
+                return around_prediction(step, self._run.corrections.around_step, *args, **kwargs)
+            return step(*args, **kwargs)
+
+    # Before the denoiser
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
             raise RuntimeError(IN_USE)
-        if self.corrections.inside:
+        others = self._aside > 0 or bool(self._evaluations) or kwargs.get("skip_layers") is not None
+        self._evaluations.append(None)  # first of all: `_after` takes it out, whatever happens here
+        if others:
             return None
-        self._now = self._hooked[id(unwrap(module))]
-        sample = argument(args, kwargs, 0, self._now.denoiser.sample)
-        # A third prediction, which the pipeline adds itself.
-        self._other_method_call = kwargs.get("skip_layers") is not None
-        if self._other_method_call:
-            self._prepare(False, "both")
-            return None
-        self._second = self._first is not None and self._first.sample is sample
-        if self._second:
-            self.stats.samples += len(sample)
-            self._prepare(self._capturing and self.context.foreground == "unconditional", "unconditional")
-            return None
-        if self._leave_first_pass() and self.stats.steps_applied == 0:
+        denoiser = self._hooked[id(unwrap(module))]
+        sample = argument(args, kwargs, 0, denoiser.denoiser.sample)
+        run_before, timestep = self._clock.run, argument(args, kwargs, 1, "timestep")
+        begins = self._clock.evaluated(timestep)
+        if begins and self._close_step() and self.stats.steps_applied == 0:
             self._complain(
                 "the denoiser ran once in a step, S-CFG expected it twice on the very same latents, conditional first."
             )
-        self._step += 1
-        self._read_levels(argument(args, kwargs, 1, "timestep"))
-        self._geometry = self._now.denoiser.geometry(self._now.module, sample, kwargs, self.context.size)
-        self._blocked = self._skip_reason(sample)
-        scale = self._scale_now()
-        self._weight = scale if self._blocked else self._step_weight(scale)
-        self._skip = self._blocked or regions_skip_reason(
-            self.config, self._step, self.context.num_steps(), self._weight, self.context.rates is not None
-        )
-        due = self._finder.segments is None or self._guided_steps % self.config.reuse_every == 0
-        self._capturing = self._skip is None and due and self.config.rates == "regions"
-        self._prepare(self._capturing, "conditional" if self.context.two_pass else "both")
-        self._half = self._conditional_half_will_do(kwargs)
-        self.stats.weights.append(self._weight if scale > 1.0 else 1.0)
-        self.stats.distances.append(None)
-        self.stats.samples += len(sample) // (2 if self._half else 1)
-        if self._half:
+        if self._clock.run != run_before:
+            self._run = self._begin_run(timestep)
+        evaluation = self._second_pass(sample) or self._first_pass(module, denoiser, sample, kwargs)
+        half = evaluation.plan.half
+        self.stats.samples += len(sample) // (2 if half else 1)
+        if half:
             args, kwargs = second_half(args, len(sample)), second_half(kwargs, len(sample))
-        if self.corrections.needs_levels:
-            self._inputs = copied(args), copied(kwargs)
-        return (args, kwargs) if self._half else None
+        if self.context.corrects:
+            evaluation.args, evaluation.kwargs = copied(args), copied(kwargs)
+        self._evaluations[-1] = evaluation
+        if evaluation.finds:
+            groups = 1 if self.context.two_pass else evaluation.plan.groups
+            first = denoiser.denoiser.conditional_first
+            layout = BatchLayout(groups, self.context.foreground, evaluation.branch, first)
+            denoiser.put_in(layout, evaluation.geometry)
+        return (args, kwargs) if half else None
 
-    def _leave_first_pass(self) -> bool:
-        """Forget a conditional pass that no other followed: the pipeline guided nothing in that step. Whether it was
+    def _second_pass(self, sample: Any) -> Evaluation | None:
+        """The unconditional pass of two, or None: it gets the very latents of a conditional one."""
+        waiting = self._step.waiting if self._step is not None else []
+        first = next((each for each in waiting if are_one(each.sample, sample)), None)
+        if first is None:
+            return None
+        waiting.remove(first)
+        finds = first.finds and self.context.foreground == "unconditional"
+        return Evaluation(
+            first.hooked, first.plan, first.window, first.finder, first.combiner, first.geometry, sample, (), {},
+            "unconditional", finds, first,
+        )  # fmt: skip
+
+    def _first_pass(self, module: torch.nn.Module, denoiser: HookedDenoiser, sample: Any, kwargs: dict) -> Evaluation:
+        """Any other evaluation: of a new step, or of another window of the present one."""
+        geometry = denoiser.denoiser.geometry(denoiser.module, sample, kwargs, self.context.size)
+        run, step = cast(Run, self._run), self._step
+        window = 0 if step is None else step.windows
+        if window == len(run.finders):
+            finder = RegionFinder(self.config, self.context.token_mask)
+            combiner = Combiner(self.config, finder, self.context.rates, self.context.samples)
+            run.finders.append((finder, combiner))
+        finder, combiner = run.finders[window]
+        has_regions = finder.begin((geometry.height, geometry.width))
+        planned = step.plan if step is not None else None
+        if step is None or planned is None or step.batch != len(sample):
+            planned = self._plan(run, module, denoiser, len(sample), has_regions, kwargs)
+            for message, instead in planned.warnings:
+                self._complain(message, instead)
+        if step is None:
+            step = self._step = OpenStep(planned, len(sample))
+            self.stats.weights.append(planned.weight if planned.scale > 1.0 else 1.0)
+            self.stats.distances.append(None)
+        step.windows += 1
+        finds = planned.regions == "find" or (planned.regions == "keep" and not has_regions)
+        branch = "conditional" if self.context.two_pass else "both"
+        return Evaluation(denoiser, planned, window, finder, combiner, geometry, sample, (), {}, branch, finds)
+
+    def _plan(
+        self, run: Run, module: torch.nn.Module, denoiser: HookedDenoiser, batch: int, has_regions: bool, kwargs: dict
+    ) -> StepPlan:
+        context, index = self.context, self._clock.index
+        levels, flow = run.levels
+        unet, halves = isinstance(denoiser.denoiser, UNet), getattr(context.schedule, "half_batch", True)
+        with self.aside():  # a schedule is the user's code
+            return plan(context, self.config, StepState(
+                index=index,
+                count=context.num_steps(),
+                scale=context.guidance_scale(denoiser.module),
+                rescale=context.guidance_rescale(),
+                groups=1 if context.two_pass else context.groups(),
+                batch=batch,
+                guided_steps=run.guided_steps,
+                has_regions=has_regions,
+                sigmas=levels[index] if index < len(levels) else None,
+                flow=flow,
+                conditional_first=denoiser.denoiser.conditional_first,
+                can_halve=lambda: unet and halves and can_halve(module, kwargs),
+            ))  # fmt: skip
+
+    def _begin_run(self, timestep: Any) -> Run:
+        levels = step_levels(self.context.scheduler, timestep) if self.context.needs_levels else None
+        return Run(Corrections(self.context, self.stats, self.aside), levels or ([], False))
+
+    def _close_step(self) -> bool:
+        """Forget conditional passes that no other followed: the pipeline guided nothing in that step. Whether it was
         so."""
-        first, self._first = self._first, None
-        if first is None or first.prediction is None:
+        step, self._step = self._step, None
+        if step is None or step.counted or not any(each.prediction is not None for each in step.waiting):
             return False
-        self.stats.steps_skipped[ONE_PASS] = self.stats.steps_skipped.get(ONE_PASS, 0) + 1
+        self._skip(ONE_PASS)
         self.stats.weights[-1] = 1.0
         return True
 
-    def _prepare(self, active: bool, branch: str) -> None:
-        """The captured layers for the next evaluation of the denoiser: with capture processors, if it is `active`."""
-        self._installed.close()  # of an evaluation that did not end
-        if not active:
+    # After the denoiser
+
+    def _end(self) -> None:
+        """The model is stock again."""
+        if not self._evaluations or threading.get_ident() != self._thread:
             return
-        groups = 1 if self.context.two_pass else self.context.groups()
-        layout = BatchLayout(groups, self.context.foreground, branch, self._now.denoiser.conditional_first)
-        self._installed.enter_context(self._now.installation)
-        for block in self._now.blocks:
-            block.prepare(layout, self._geometry)
+        evaluation = self._evaluations[-1]
+        if evaluation is not None and evaluation.finds and not evaluation.left:
+            evaluation.left = evaluation.hooked.take_out()
 
-    def _take(self) -> list[BlockMaps]:
-        """What the captured blocks left in this evaluation; the capture processors are taken out."""
-        left = [block.take() for block in self._now.blocks]
-        self._installed.close()
-        return left
-
-    def _scale_now(self) -> float:
-        """The pipeline's own guidance scale in this step."""
-        return self.context.guidance_scale(self._now.module)
-
-    def _skip_reason(self, sample: Any) -> str | None:
-        """Why this step is the pipeline's own affair, or None.
-
-        A callback that turns guidance off for a part of the run is no reason to warn; a whole run without it is.
-        """
-        scale = self._scale_now()
-        if not scale > 1.0:
-            if self._step > 0 or self.context.loss is not None:
-                return "guidance is off"
-            return self._complain(f"guidance is off: there is nothing to scale. Pass {self.context.switch}.")
-        groups = 1 if self.context.two_pass else self.context.groups()
-        if self._now.denoiser.conditional_first and len(sample) == self.context.samples:
-            return "guidance is off"  # cut off by the pipeline in a part of the run
-        if len(sample) != groups * self.context.samples:
-            return self._complain(
-                f"the denoiser ran on {len(sample)} samples, S-CFG expected {groups * self.context.samples} "
-                f"({groups} groups of {self.context.samples}, unconditional, then conditional)."
-            )
-        if self._cond_is_read_again() and scale < MIN_SCALE_OF_REWRITE:
-            return self._complain(
-                f"guidance_scale={scale:g} below {MIN_SCALE_OF_REWRITE} where the pipeline reads the conditional "
-                "prediction again (guidance_rescale, perturbed attention, two passes) would magnify rounding. Raise "
-                "guidance_scale."
-            )
-        if self.context.undone_by and self.config.rates != "none":
-            self._complain(f"this pipeline {self.context.undone_by}.", "Rates change directions there, not lengths.")
-        return None
-
-    def _read_levels(self, timestep: Any) -> None:
-        """Noise levels of this step, if anything needs them; the scheduler's tables are read at the first."""
-        context = self.context
-        if self._levels is None:
-            scheduled = context.schedule is not None and context.schedule.needs_levels
-            needed = scheduled or self.corrections.needs_levels
-            self._levels = (step_levels(context.scheduler, timestep) if needed else None) or ([], False)
-        levels, self._flow = self._levels
-        self._sigmas = levels[self._step] if self._step < len(levels) else None
-
-    def _step_weight(self, scale: float) -> float:
-        """The weight of this step, from the schedule if there is one."""
-        sigma, next_sigma = self._sigmas or (None, None)
-        step = Step(self._step, self.context.num_steps(), scale, sigma, next_sigma, self._flow)
-        return step_weight(self.context.schedule, step)
-
-    def _conditional_half_will_do(self, kwargs: dict) -> bool:
-        """Whether the unconditional half can be left out: not where the size of the batch must stay what it is, and not
-        with attention arguments, whose batch dimension is unknown."""
-        return (
-            self._blocked is None
-            and self._weight == 1.0
-            and self.context.groups() == 2
-            and isinstance(self._now.denoiser, UNet)
-            and not self.corrections.renoises
-            and getattr(self.context.schedule, "half_batch", True)
-            and not self._fixed_batch
-            and not kwargs.get("cross_attention_kwargs")
-        )
-
-    def _cond_is_read_again(self) -> bool:
-        """Whether the pipeline uses the conditional prediction for more than the guidance."""
-        context = self.context
-        return context.two_pass or context.rereads or context.guidance_rescale() > 0.0 or context.groups() > 2
-
-    def _complain(self, message: str, instead: str = "Plain guidance is used instead.") -> str:
-        """Warn once per call, or raise under strict. Returns the message."""
-        if self.strict:
-            raise SCFGError(f"scfg_fast (strict): {message}")
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"scfg_fast: {message} {instead}", SCFGWarning, stacklevel=2)
-        return message
-
-    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output):
-        corrections = self.corrections
-        if corrections.inside or self._other_method_call:
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self._evaluations or threading.get_ident() != self._thread:
             return None
-        left = self._take()
-        first_pass = self.context.two_pass and not self._second
-        sample = argument(args, kwargs, 0, self._now.denoiser.sample) if first_pass else None
-        if self._nothing_to_do():
-            reason = cast(str, self._skip)
-            if not self._second:
-                self.stats.steps_skipped[reason] = self.stats.steps_skipped.get(reason, 0) + 1
-            self._first = FirstPass(sample, None, []) if first_pass else None
+        evaluation = self._evaluations.pop()
+        if evaluation is None or output is None:
             return None
-        view = self._now.denoiser.view(self._now.module)
-        prediction = view.open(output[0], self._geometry)
+        step, run, planned = cast(OpenStep, self._step), cast(Run, self._run), evaluation.plan
+        first_pass = evaluation.branch == "conditional"
+        measured = planned.guided and planned.rescale > 0.0
+        if not planned.changes and not measured and not self.context.corrects:
+            self._count(step, planned)
+            if first_pass:
+                step.waiting.append(evaluation)  # only to know its second pass
+            return None
+        view = evaluation.hooked.denoiser.view(evaluation.hooked.module)
+        evaluation.prediction = view.open(output[0], evaluation.geometry)
         if first_pass:
-            self._first = FirstPass(sample, prediction, left)
+            step.waiting.append(evaluation)
             return None
-        first, self._first = self._first, None
-        if first is not None:
-            prediction = torch.cat([prediction, cast(torch.Tensor, first.prediction)])
-            there = self.context.foreground == "unconditional"
-            left = [BlockMaps(c.tokens, u.start if there else c.start) for c, u in zip(first.maps, left, strict=True)]
-        del first
-        maps = self._collect(left) if self._capturing else None
-        del left
-        if self._skip is None and self.config.rates == "regions" and maps is None and self._finder.segments is None:
-            self._skip = self._complain("no captured layer left a usable attention map.")
+        prediction, left = joined(evaluation, self.context.foreground)
+        maps = self._collect(evaluation, left) if (evaluation.first or evaluation).finds else None
+        if planned.regions != "none" and maps is None and evaluation.finder.segments is None:
+            planned = planned.without_maps()
+            for message, instead in planned.warnings:
+                self._complain(message, instead)
         if self.context.watcher is not None and maps is not None:
-            self.context.watcher(self._step, maps, *self._finder.find(maps))
+            with self.aside():
+                self.context.watcher(planned.index, maps, *evaluation.finder.find(maps))
         if self.context.watches_only:
             return None
-        self._rate = self._moved = None
-        corrections.step = self._describe(module, prediction) if corrections.needs_levels else None
-        shifted = self._is_to_be_shifted()
-        if self._skip is not None:
-            self.stats.steps_skipped[self._skip] = self.stats.steps_skipped.get(self._skip, 0) + 1
-            plain = self._weight == self._scale_now() and not self._half and not shifted
-            if self._blocked or (plain and not self._combines()):
-                self._measure(prediction)
-                return None
-        if self._half:
-            both = torch.cat([prediction, prediction])
-            result = torch.zeros_like(both) if zero_step(self.config, self._step) else both
+        self._count(step, planned)
+        corrections = run.corrections
+        corrections.step = self._describe(module, evaluation, prediction) if self.context.corrects else None
+        shifted = planned.shifted and corrections.step is not None and corrections.step.guided
+        planned = dataclasses.replace(planned, shifted=shifted)
+        combination = Combination(evaluation.combiner, planned, maps)
+        if not planned.changes:
+            self._measure(planned, prediction, combination)
+            return None
+        whole = output[0]
+        if planned.half:
+            result, whole = torch.cat([prediction, prediction]), torch.cat([whole, whole])
+            result = torch.zeros_like(result) if planned.zero else result
         else:
-            result = self._rewrite(prediction, maps, shifted)
-        if self._second:
+            groups = 2 if self.context.two_pass else planned.groups
+            rewrite = Rewrite(planned.scale, planned.weight, planned.rereads, groups, self.config)
+            solve = functools.partial(self._solve, planned, prediction, corrections, combination) if shifted else None
+            combines = planned.reason is None or planned.combines
+            result = rewrite(prediction, combination if combines else None, solve)
+            if combination.done.rate is not None and corrections.step is not None:
+                corrections.step.weight = planned.weight * combination.done.rate
+            if solve is None:
+                self._measure(planned, prediction, combination)
+        regions = combination.done.regions
+        if evaluation.first is not None:
             result = result.chunk(2)[0]
-        if self._skip is None:
-            self._guided_steps += 1
-            self.stats.steps_applied += 1
-            if self.on_regions is not None and self.regions is not None:
-                self.on_regions(self._step, self.regions)
-        whole = torch.cat([output[0], output[0]]) if self._half else output[0]
-        return with_prediction(output, view.close(result, whole, self._geometry))
+        if self.on_regions is not None and regions is not None:
+            with self.aside():
+                self.on_regions(planned.index, regions)
+        return with_prediction(output, view.close(result, whole, evaluation.geometry))
 
-    def _describe(self, module: torch.nn.Module, prediction: torch.Tensor) -> StepInputs | None:
+    def _solve(
+        self,
+        planned: StepPlan,
+        prediction: torch.Tensor,
+        corrections: Corrections,
+        combination: Combination,
+        guided: torch.Tensor,
+        *halves: torch.Tensor,
+    ) -> torch.Tensor:
+        """Characteristic Guidance, with the rates of this step."""
+        step = cast(StepInputs, corrections.step)
+        if combination.done.rate is not None:
+            step.weight = planned.weight * combination.done.rate
+        solved = corrections.characteristic(guided, *halves)
+        self._measure(planned, prediction, combination, solved)
+        return solved
+
+    def _measure(
+        self, planned: StepPlan, prediction: torch.Tensor, combination: Combination, solved: torch.Tensor | None = None
+    ) -> None:
+        """Note the dose of the step, where it is not the weight itself: of [u; t] or [u; t; perturbed], with what was
+        solved for or mixed here, or with weight and rates."""
+        rate, moved = combination.done.rate, combination.done.moved
+        if not planned.guided or (rate is moved is solved is None and not planned.rescale > 0.0):
+            return
+        uncond, cond, *_ = prediction.chunk(2 if self.context.two_pass else planned.groups)
+        moved = moved if solved is None else solved - uncond
+        samples = self.context.samples
+        self.stats.distances[-1] = distances(uncond, cond, planned.weight, rate, moved, planned.rescale, samples)
+
+    def _describe(self, module: torch.nn.Module, evaluation: Evaluation, prediction: torch.Tensor) -> StepInputs | None:
         """This step for the corrections; None where the batch is not the one they know, or without a noise level."""
-        groups = 1 if self._blocked or self._half else 2
-        if self._sigmas is None:
+        planned = evaluation.plan
+        groups = 2 if planned.guided and not planned.half else 1
+        if planned.sigmas is None:
             name = type(self.context.scheduler).__name__
             self._complain(f"{name} publishes no noise level for this step.", "Nothing but S-CFG acts in it.")
             return None
         if prediction.shape[0] != groups * self.context.samples:
             return None
-        args, kwargs = self._inputs
-        uncond = prediction.chunk(2)[0] if groups == 2 and self.corrections.renoises else None
-        rescale = 0.0 if self._blocked else self.context.guidance_rescale()
-        return StepInputs(self._step, module, args, kwargs, self._sigmas, self._weight, groups == 2, rescale, uncond)
+        uncond = prediction.chunk(2)[0] if groups == 2 and self.context.renoises else None
+        return StepInputs(
+            planned.index, module, evaluation.args, evaluation.kwargs, planned.sigmas, planned.weight, groups == 2,
+            planned.rescale, uncond,
+        )  # fmt: skip
 
-    def _is_to_be_shifted(self) -> bool:
-        """Whether Characteristic Guidance acts in this step: where there is guidance that could be exaggerated."""
-        settings, state = self.context.characteristic, self.corrections.step
-        if settings is None or state is None or not state.guided or self._weight == 1.0:
-            return False
-        return in_part(self._step, self.context.num_steps(), settings.start, settings.stop)
-
-    def _nothing_to_do(self) -> bool:
-        """Whether this run of the denoiser is left as it is, and unseen."""
-        if self._blocked or self._skip is None:
-            return self._blocked is not None and not self.corrections.needs_levels
-        plain = self._weight == self._scale_now() and not self._half and not self._combines()
-        return plain and not self.corrections.needs_levels and not self.context.guidance_rescale() > 0.0
-
-    def _combines(self) -> bool:
-        """Whether this step mixes the predictions by a rule; one of weight 1 is the conditional prediction."""
-        ruled = self._blocked is None and self.config.combine != "cfg"
-        return ruled and (self._weight != 1.0 or zero_step(self.config, self._step))
-
-    def _measure(self, prediction: torch.Tensor, guided: torch.Tensor | None = None) -> None:
-        """Note the dose of the step, where it is not the weight itself, from [u; t] or [u; t; perturbed]."""
-        rescale, moved = self.context.guidance_rescale(), self._moved
-        if self._blocked or (self._rate is moved is guided is None and not rescale > 0.0):
-            return
-        uncond, cond, *_ = prediction.chunk(self.context.groups())
-        if guided is not None:
-            moved = guided - uncond
-        self.stats.distances[-1] = distances(
-            uncond, cond, self._weight, self._rate, moved, rescale, self.context.samples
-        )
-
-    def _collect(self, left: list[BlockMaps]) -> StepMaps | None:
-        """What the layers left in this step."""
-        blocks = self._now.blocks
-        size = (self._geometry.height, self._geometry.width)
-        maps, missing = self._finder.take([(b.info, maps) for b, maps in zip(blocks, left, strict=True)], size)
-        self.stats.bytes = max(self.stats.bytes, self._finder.nbytes)
+    def _collect(self, evaluation: Evaluation, left: Left) -> StepMaps | None:
+        """What the layers left in this evaluation."""
+        finder = evaluation.finder
+        maps, missing = finder.take(left, (evaluation.geometry.height, evaluation.geometry.width))
+        self.stats.bytes = max(self.stats.bytes, finder.nbytes)
         # Perturbed-attention guidance puts processors of its own into its layers for the call: nothing to warn of.
-        if missing and self.context.groups() == 2:
+        if missing and evaluation.plan.groups < 3:
             self._complain(f"layers {missing} left no usable attention map.", "The other layers are used.")
         return maps
 
-    def _rewrite(self, prediction: torch.Tensor, maps: StepMaps | None, shifted: bool) -> torch.Tensor:
-        """[u; t] or [u; t; perturbed] -> what to return in its place, same shape and dtype."""
-        uncond, cond, *others = prediction.chunk(self.context.groups())
-        has_rates = self._skip is None and not shifted
-        reread = self._cond_is_read_again()
-        own_weight = self._weight == self._scale_now()
-        compensates = reread and not (own_weight and has_rates)
-        copies = 2 if not reread and not shifted and len(uncond) > 1 else 1
-        if compensates and not has_rates and not shifted and not self._combines():
-            # u' + s (t - u') = u + w (t - u), in one launch
-            scale = self._scale_now()
-            result = guide_plainly(self.config, uncond, cond, (scale - self._weight) / (scale - 1.0))
-            self._measure(prediction)
-            return torch.cat([result, cond, *others])
-        result = self._combine(uncond, cond, maps, "unconditional" if reread and not compensates else "guided", copies)
-        if self._rate is not None and self.corrections.step is not None:
-            self.corrections.step.weight = self._weight * self._rate
-        if shifted:
-            result = self.corrections.characteristic(result, uncond, cond)
-        self._measure(prediction, result if shifted else None)
-        if compensates:
-            result = compensating_uncond(result, cond, self._scale_now())
-        if reread:
-            return torch.cat([result, cond, *others])
-        if len(result) > len(uncond):
-            return result
-        return result.expand(2, *result.shape).flatten(0, 1)  # (f, f): of one image a view
+    def _count(self, step: OpenStep, planned: StepPlan) -> None:
+        """A step in the statistics, once."""
+        if step.counted:
+            return
+        step.counted = True
+        if planned.reason is not None:
+            self._skip(planned.reason)
+            return
+        cast(Run, self._run).guided_steps += 1
+        self.stats.steps_applied += 1
 
-    def _combine(
-        self, uncond: torch.Tensor, cond: torch.Tensor, maps: StepMaps | None, rewrite: str, copies: int
-    ) -> torch.Tensor:
-        """f, or the u' that stands in for u, in copies where an operator makes them. Records rates and regions."""
-        weight, scale = self._weight, self._scale_now()
-        if self._skip is not None and not self._combines():
-            return self._combiner.plain(uncond, cond, weight, scale, copies)
-        done = self._combiner(
-            uncond, cond, maps, step=self._step, weight=weight, scale=scale, has_rates=self._skip is None,
-            rewrite=rewrite, copies=copies,
-        )  # fmt: skip
-        self._rate, self._moved = done.rate, done.moved
-        self.regions = done.regions or self.regions
-        return done.result
+    def _skip(self, reason: str) -> None:
+        self.stats.steps_skipped[reason] = self.stats.steps_skipped.get(reason, 0) + 1
+
+    def _complain(self, message: str, instead: str = PLAIN_INSTEAD) -> None:
+        """Warn once per call, or raise under strict."""
+        if self.strict:
+            raise SCFGError(f"scfg_fast (strict): {message}")
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"scfg_fast: {message} {instead}", SCFGWarning, stacklevel=2)
