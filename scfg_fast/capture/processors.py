@@ -15,9 +15,11 @@ become outputs of the one graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
@@ -84,6 +86,8 @@ class Compared(NamedTuple):
 def _sdpa(
     attn: Attention, inner: AttnProcessor2_0, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:  # SageAttention and others
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False), None
     out, lse = attention_with_lse(query, key, value)
     # On a CPU a softmax takes no longer than an exponential of differences, and has fewer roundings.
     return out, None if query.device.type == "cpu" else lse
@@ -103,6 +107,17 @@ def _xformers(
     return out.unflatten(0, (batch, heads)).to(query.dtype), lse.reshape(batch, heads, -1)[:, :, :n]
 
 
+def _attention_of(inner: object) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
+    """The attention of a processor whose other lines are those of `AttnProcessor2_0`: attn, the processor, q, k, v ->
+    output and log-sum-exp. None for any other processor."""
+    if type(inner) is AttnProcessor2_0:
+        return _sdpa
+    operators = getattr(attention_processor.xformers, "ops", None)
+    if type(inner) is XFormersAttnProcessor and hasattr(operators, "memory_efficient_attention_forward_requires_grad"):
+        return _xformers
+    return None
+
+
 class _Capture:
     """Common part: wraps the user's processor and keeps what the layer compares.
 
@@ -119,8 +134,7 @@ class _Capture:
     ) -> tuple[torch.Tensor, Compared | None]:
         """The layer's output, and what it compared, or None if this call cannot be captured."""
         capture = attention_mask is None and attn.spatial_norm is None
-        kind = type(self.inner)
-        attention: Any = _sdpa if kind is AttnProcessor2_0 else _xformers if kind is XFormersAttnProcessor else None
+        attention = _attention_of(self.inner)
         if capture and attention is not None:
             query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
             value = _heads(attn, attn.to_v(value_states))
