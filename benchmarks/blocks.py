@@ -7,8 +7,7 @@ A whole step of SDXL takes minutes on a CPU, and what other programs do meanwhil
 S-CFG changes only the captured blocks and what comes after the UNet, so this times just that, in pairs of seconds:
 
     block        a `BasicTransformerBlock` at latent / LEVEL with its weights drawn at random, [uncond; cond] of one
-                 image: stock processors against capture processors, and stock against itself; where queries and keys
-                 are held in place of the map (`scfg_fast.capture.holds_map`), against the map too
+                 image: stock processors against capture processors, and stock against itself
     step's end   `segment_and_guide` on the maps of all captured blocks, against the guidance line
 
 Seconds are those that the process was on a processor. With `--step`, the seconds of a plain step on the same machine
@@ -43,7 +42,6 @@ from . import overhead, registry
 from .report import RESULTS, Report
 
 UNETS = {"sdxl": SDXL_UNET, "sd15": SD15_UNET}
-BY_MAP = "captured, by its map"
 CHOICES = ("all", "one-per-transformer")
 
 
@@ -73,8 +71,7 @@ def processor_seconds(call: Callable[[], Any]) -> float:
 def measure(
     config: dict[str, Any], rounds: int, level: int = registry.CELL
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """What is found, by name: "stock", "captured", "stock (again)", `BY_MAP` where that is another way, and "end" of
-    each choice of layers.
+    """What is found, by name: "stock", "captured", "stock (again)", and "end" of each choice of layers.
 
     Returns:
         processor seconds per round, and of the ways through the block the most bytes allocated at once.

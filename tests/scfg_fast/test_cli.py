@@ -474,7 +474,7 @@ BAD_ARGUMENTS = {
     "scale nan": (["generate", PROMPT, "--guidance-scale", "nan"], "not a finite number"),
     "scale infinite": (["generate", PROMPT, "--guidance-scale", "inf"], "not a finite number"),
     "scale in words": (["generate", PROMPT, "--guidance-scale", "strong"], "not a finite number"),
-    "no steps": (["generate", PROMPT, "--steps", "0"], "at least 1, got 0"),
+    "no steps": (["generate", PROMPT, "--steps", "0"], "from 1 to 1000, got 0"),
     "half a step": (["generate", PROMPT, "--steps", "2.5"], "not a whole number"),
     "no images": (["generate", PROMPT, "--num-images", "0"], "at least 1, got 0"),
     "seed negative": (["generate", PROMPT, "--seed=-1"], "from 0 to 9223372036854775807, got -1"),
