@@ -146,7 +146,7 @@ def complete(
     Returns:
         tokens [B - unconditional, T, N] and start [unconditional, N], in the dtype of `self_map`. Of several layers two
         lists with an entry for every N, in the order in which the sizes first appear: tokens [L, B - unconditional, T,
-        N] and start [L, unconditional, N] of the L layers of that size, in their order. `segment` takes them so.
+        N] and start [L, unconditional, N] of the L layers of that size, in their order.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; every reason is listed.

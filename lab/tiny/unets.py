@@ -28,6 +28,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -154,7 +155,19 @@ def silent(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             torch.nn.Module.to(component, dtype)
+            if isinstance(component, CLIPPreTrainedModel) and dtype == torch.float64:
+                component.register_forward_pre_hook(_make_double)
+                component.register_forward_hook(_make_single, always_call=True)
     return pipe
+
+
+def _make_double(*_: object) -> None:
+    """transformers 4 fills the mask of a text encoder in the default dtype with the least number of the model's."""
+    torch.set_default_dtype(torch.float64)
+
+
+def _make_single(*_: object) -> None:
+    torch.set_default_dtype(torch.float32)
 
 
 def _text_config(tokenizer: CLIPTokenizer, max_tokens: int) -> CLIPTextConfig:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .errors import explain, one_line
+from .errors import explain, flush_output, one_line
 from .parser import build_parser
 
 
@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # token names may be in any script, terminals may not
-    args = build_parser().parse_args(argv)
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit:
+        flush_output()  # the help, or the version
+        raise
     try:
         with contextlib.ExitStack() as args.cleanup:
             return args.run(args)

@@ -11,7 +11,7 @@ import os
 import warnings
 from typing import Any
 
-from .errors import CommandError
+from .errors import CommandError, say
 
 
 def batch(args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def _status(args: argparse.Namespace) -> int:
     if folder.read("run.json") is None:
         raise CommandError(f"--out: {args.out!r} is not the folder of a job")
     status = read_status(folder)
-    print(status)
+    say(str(status))
     return 1 if status.missing else 2 if status.errors else 0
 
 
@@ -53,7 +53,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if Folder(args.out).read("run.json") is None:
         raise CommandError(f"--out: {args.out!r} is not the folder of a job")
-    print(f"{export(args.out, args.export, shards=args.shards)} images in {args.export}")
+    say(f"{export(args.out, args.export, shards=args.shards)} images in {args.export}")
     return 0
 
 
@@ -66,7 +66,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise CommandError("PROMPTS is missing: a .jsonl, .csv or .parquet file with a column prompt")
     guidance = "+".join(args.guidance)
     check_scale(args.guidance_scale, "cfg" if guidance == "cfg" else "scfg")
-    config = None if args.config is None and args.fidelity != "paper" else read_config(args)
+    default = args.config is None and args.fidelity is None and not args.set
+    config = None if default else read_config(args)
     _, name = find_model(args.model)
     if args.address is None and (args.device or args.dtype):
         check_device(args.device, args.dtype)
@@ -89,7 +90,7 @@ def _generate(args: argparse.Namespace) -> int:
         retry_errors=args.retry_errors,
         **_call(args),
     )
-    print(summary)
+    say(str(summary))
     return summary.exit_status
 
 

@@ -6,14 +6,14 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..methods import GUIDANCE_NAMES, set_method
-from .errors import CommandError, failures_as, writing
+from .errors import CommandError, escaped, failures_as, say, writing
 from .images import caption_of, enable_scfg, labels_of, note_if_cut, record_of, sample_image, write_png
-from .session import BUNDLED, DTYPES, Session, check_device, load
+from .session import BUNDLED, DTYPES, OneBar, Session, check_device, load
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,12 +27,12 @@ MIN_PANEL = 384
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of `generate`, one or one per line of the file."""
-    if args.prompt_file is None:
+    if args.prompts is None:
         return [args.prompt]
-    text = _read_text(args.prompt_file, "prompt file")
+    text = _read_text(args.prompts, "prompt file")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise CommandError(f"the prompt file {args.prompt_file!r} has no prompt; write one on every line")
+        raise CommandError(f"the prompt file {args.prompts!r} has no prompt; write one on every line")
     return prompts
 
 
@@ -48,25 +48,50 @@ def _read_text(name: str, what: str) -> str:
 
 
 def read_config(args: argparse.Namespace) -> SCFGConfig:
+    """The configuration that `--fidelity`, `--config` and `--set` name."""
     from ..config import SCFGConfig
 
     if args.config is None:
-        return SCFGConfig.paper() if args.fidelity == "paper" else SCFGConfig.official()
+        config = SCFGConfig.paper() if args.fidelity == "paper" else SCFGConfig.official()
+    else:
+        try:
+            config = SCFGConfig.from_json(_read_text(args.config, "configuration"))
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"the configuration {args.config!r} cannot be used: {error}") from None
+    return _with_settings(config, args)
+
+
+def _with_settings(config: SCFGConfig, args: argparse.Namespace) -> SCFGConfig:
     try:
-        return SCFGConfig.from_json(_read_text(args.config, "configuration"))
+        return config.replace(**dict(args.set))
     except (ValueError, TypeError) as error:
-        raise CommandError(f"the configuration {args.config!r} cannot be used: {error}") from None
+        raise CommandError(f"--set: {error}") from None
 
 
 def _config_for(session: Session, args: argparse.Namespace, config: SCFGConfig) -> SCFGConfig:
     """The configuration as it was read, or the pipeline's own published values where none was asked for."""
     from ..pipelines.families import default_config
 
-    return default_config(session.pipe) if args.config is None and args.fidelity != "paper" else config
+    if args.config is None and args.fidelity is None:
+        return _with_settings(default_config(session.pipe), args)
+    return config
 
 
-def _output_path(args: argparse.Namespace) -> Path:
-    """Where the result goes; proves that files can be made there before any work is done."""
+def _refuse_settings_without_effect(args: argparse.Namespace) -> None:
+    given = [name for name in ("fidelity", "config", "set") if getattr(args, name)]
+    if given:
+        raise CommandError(f"--{given[0]} sets S-CFG, and --guidance {'+'.join(args.guidance)} does not use it")
+
+
+def _output_path(args: argparse.Namespace, *others: Callable[[Path], Path]) -> Path:
+    """Where the result goes; proves that files can be made there before any work is done.
+
+    Args:
+        args: of the command line.
+        others: for each further file, its path from the first's.
+    """
+    if args.out == "":
+        raise CommandError("--out is empty; write a name that ends in .png, or a folder that exists")
     path = Path(args.out or args.default_out).expanduser()
     if os.path.isdir(path):
         path = path / args.default_out
@@ -81,7 +106,16 @@ def _output_path(args: argparse.Namespace) -> Path:
         probe.unlink()
     except OSError as error:
         raise CommandError(f"--out: no file can be written in {str(path.parent)!r}: {error.strerror}") from None
+    if args.no_clobber:
+        there = [str(file) for file in (other(path) for other in others or (lambda path: path,)) if file.exists()]
+        if there:
+            raise CommandError(f"--no-clobber: {', '.join(there[:3])}{', ...' if there[3:] else ''} exists already")
     return path
+
+
+def _numbered(number: int) -> Callable[[Path], Path]:
+    """The name of one of several images."""
+    return lambda path: path.with_name(f"{path.stem}-{number:04d}{path.suffix}")
 
 
 def check_scale(scale: float | None, guidance: str) -> None:
@@ -100,8 +134,12 @@ def generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
     guidance, kind = "+".join(args.guidance), "cfg" if args.guidance == ("cfg",) else "scfg"
     check_scale(args.guidance_scale, kind)
+    if kind == "cfg":
+        _refuse_settings_without_effect(args)
     config = read_config(args) if kind == "scfg" else None
-    path = _output_path(args)
+    total = len(prompts) * args.num_images
+    single = total == 1 or args.grid
+    path = _output_path(args, *(() if single else map(_numbered, range(1, total + 1))))
     session = load(args)
     values = session.arguments(args)
     check_scale(values["guidance_scale"], kind)
@@ -114,21 +152,26 @@ def generate(args: argparse.Namespace) -> int:
         config = handle.config
     from ..pictures.sheets import image_grid
 
-    total = len(prompts) * args.num_images
     seeds = range(args.seed, args.seed + args.num_images)
     rows: list[list[Image.Image]] = []
     number = 0
-    for prompt in prompts:
-        note_if_cut(session, prompt)
-        rows.append([])
-        for seed in seeds:
-            number += 1
-            image = sample_image(session, prompt, seed, values, label if total == 1 else f"{number}/{total} {label}")
-            if args.grid:
-                rows[-1].append(image)
-                continue
-            target = path if total == 1 else path.with_name(f"{path.stem}-{number:04d}{path.suffix}")
-            write_png(target, image, record_of(session, prompt, [seed], values, guidance, config))
+    bar = OneBar(session.pipe, total) if total > 1 else None
+    try:
+        for prompt in prompts:
+            note_if_cut(session, prompt)
+            rows.append([])
+            for seed in seeds:
+                number += 1
+                text = label if total == 1 else f"{number}/{total} {label}"
+                image = sample_image(session, prompt, seed, values, text)
+                if args.grid:
+                    rows[-1].append(image)
+                    continue
+                target = path if total == 1 else _numbered(number)(path)
+                write_png(target, image, record_of(session, prompt, [seed], values, guidance, config))
+    finally:
+        if bar is not None:
+            bar.close()
     if args.grid:
         record = record_of(session, "\n".join(prompts), seeds, values, guidance, config)
         captions = [[f"seed {seed}" for seed in seeds]] * len(prompts)
@@ -154,7 +197,7 @@ def _folded(items: list, columns: int) -> list[list]:
 def masks(args: argparse.Namespace) -> int:
     check_scale(args.guidance_scale, "scfg")
     config = read_config(args)
-    path = _output_path(args)
+    path = _output_path(args, lambda path: path, lambda path: path.with_suffix(".npz"))
     session = load(args)
     values = session.arguments(args)
     check_scale(values["guidance_scale"], "scfg")
@@ -182,12 +225,12 @@ def masks(args: argparse.Namespace) -> int:
         title=args.prompt,
         subtitle=caption_of(record, GUIDANCE_NAMES["scfg"]),
     )
-    print(_format_table(shown, labels))
+    say(_format_table(shown, labels))
     write_png(path, sheet, record)
     npz = path.with_suffix(".npz")
     with writing(npz):
         save_regions_npz(npz, steps, labels=[labels], metadata=record)
-    print(npz)
+    say(str(npz))
     return 0
 
 
@@ -200,7 +243,7 @@ def _format_table(steps: Sequence[Regions], labels: Sequence[str], most: int = 1
     shares: dict[int, float] = {}
     for table in tables:
         for token, row in table.items():
-            names[token] = row_name(row, labels)
+            names[token] = escaped(row_name(row, labels))
             shares[token] = shares.get(token, 0.0) + row.share
     tokens = sorted(shares, key=lambda token: (-shares[token], token))
     width = max(len("region"), *(len(names[token]) for token in tokens[:most]))
@@ -282,19 +325,19 @@ def doctor(args: argparse.Namespace) -> int:
     try:
         device, dtype = check_device(args.device, args.dtype)
     except CommandError:
-        print(report(environment()))
+        say(report(environment()))
         raise
-    print(report(environment(device, DTYPES[dtype])))
+    say(report(environment(device, DTYPES[dtype])))
     name = args.model or BUNDLED
-    print(f"\nModel {name}", flush=True)
+    say(f"\nModel {name}")
     import scfg_fast
 
     session = load(args)
     support = scfg_fast.supports(session.pipe)
-    print(f"  {'pipeline':<16} {type(session.pipe).__name__}, {type(session.pipe.scheduler).__name__}")
-    print(f"  {'S-CFG':<16} {'supported' if support.supported else 'not supported'}")
+    say(f"  {'pipeline':<16} {type(session.pipe).__name__}, {type(session.pipe.scheduler).__name__}")
+    say(f"  {'S-CFG':<16} {'supported' if support.supported else 'not supported'}")
     for index, layer in enumerate(support.layers):
-        print(f"  {'captured layers' if index == 0 else '':<16} {layer}")
+        say(f"  {'captured layers' if index == 0 else '':<16} {layer}")
     for index, reason in enumerate(support.reasons):
-        print(f"  {'because' if index == 0 else '':<16} {reason}")
+        say(f"  {'because' if index == 0 else '':<16} {reason}")
     return 0 if support.supported else 1

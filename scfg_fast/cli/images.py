@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from .errors import CommandError, failures_as, one_line, writing
+from .errors import CommandError, failures_as, one_line, say, writing
 from .session import Session
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def sample_image(session: Session, prompt: str, seed: int, values: dict[str, Any
     import torch
     from PIL import Image
 
-    session.pipe.set_progress_bar_config(desc=f"{label}, seed {seed}")
+    session.pipe.set_progress_bar_config(desc=f"{label}, seed {seed}", **({"disable": True} if session.quiet else {}))
     # Noise from the CPU is the same on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     with failures_as(f"making the image for {prompt!r} with seed {seed} failed"):
@@ -50,12 +50,13 @@ def sample_image(session: Session, prompt: str, seed: int, values: dict[str, Any
             1,
         )
     if any(getattr(result, "nsfw_content_detected", None) or []):
-        note(f"the model's safety checker made the image for {prompt!r} with seed {seed} black")
+        note(session, f"the model's safety checker made the image for {prompt!r} with seed {seed} black")
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
-def note(text: str) -> None:
-    print(f"scfg-fast: note: {one_line(text)}", file=sys.stderr)
+def note(session: Session, text: str) -> None:
+    if not session.quiet:
+        print(f"scfg-fast: note: {one_line(text)}", file=sys.stderr)
 
 
 def note_if_cut(session: Session, prompt: str) -> None:
@@ -69,7 +70,7 @@ def note_if_cut(session: Session, prompt: str) -> None:
     limit = tokenizer.model_max_length
     if len(ids) > limit:
         cut = tokenizer.decode(ids[limit - 1 : -1]).strip()
-        note(f"the prompt is {len(ids)} tokens long and the model reads {limit}; it will not see {cut!r}")
+        note(session, f"the prompt is {len(ids)} tokens long and the model reads {limit}; it will not see {cut!r}")
 
 
 def labels_of(session: Session, prompt: str) -> list[str]:
@@ -130,4 +131,4 @@ def write_png(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
         info.add_text(key, str(value))
     with writing(path), replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
-    print(path)
+    say(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable
@@ -41,6 +42,14 @@ class _Parser(argparse.ArgumentParser):
 def _prompt(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the prompt is empty; write what the picture should show")
+    return _text(text)
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8; check the terminal's encoding") from None
     return text
 
 
@@ -58,14 +67,20 @@ def _size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def _integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+MAX_STEPS = 1000
+"""Of the schedules that models are trained with."""
+
+MAX_SEED = 2**63 - 1
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= value <= most:
-            limits = f"at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"it must be {limits}, got {value}")
         return value
 
@@ -86,6 +101,30 @@ def _device(text: str) -> str:
     if re.fullmatch(r"cpu|mps|cuda(:\d+)?", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is unknown; use cpu, cuda, cuda:N or mps")
     return text
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE; a colon inside of a path is the path's."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        value = float(scale) if colon else math.nan
+    except ValueError:
+        value = math.nan
+    path, value = (path, value) if math.isfinite(value) else (text, 1.0)
+    if not path.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"{path!r} must be a .safetensors file; other formats can run code when read")
+    return path, value
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value as in JSON, or a word."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, such as rate_max=1.5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _method(text: str) -> tuple[str, ...]:
@@ -115,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = command("generate", commands.generate, "Make images from a prompt.")
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("prompt", metavar="PROMPT", nargs="?", type=_prompt, help=_PROMPT_HELP)
-    prompts.add_argument("--prompt-file", metavar="FILE", help="a text file with a prompt on every line")
+    prompts.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on every line")
     picture = _add_picture(generate, "scfg.png", "images per prompt, with seeds SEED, SEED+1, ... (default 1)")
     picture.add_argument("--grid", action="store_true", help="one file with all images instead of a file for each")
     guidance = _add_guidance(generate)
@@ -126,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=("scfg",),
         help=f"{METHODS_HELP}, or a combination such as scfg+linear (default scfg)",
     )
-    _add_model(generate)
+    _add_model(generate, adapted=True)
 
     masks = command("masks", commands.masks, "Show which token owns each region at several steps, and its rate.")
     masks.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
@@ -139,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps to show, spread evenly (default 5)",
     )
     _add_guidance(masks)
-    _add_model(masks)
+    _add_model(masks, adapted=True)
 
     compare = command("compare", commands.compare, "Plain CFG and S-CFG side by side, from the same noise.")
     compare.add_argument("prompt", metavar="PROMPT", type=_prompt, help=_PROMPT_HELP)
@@ -158,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"columns: {METHODS_HELP}, or a combination such as scfg+linear (default cfg scfg); each shows its time",
     )
     _add_guidance(compare)
-    _add_model(compare)
+    _add_model(compare, adapted=True)
 
     job = command("batch", batch, "Make an image for every row of a prompt file, once, whatever dies.")
     job.add_argument("prompts", metavar="PROMPTS", nargs="?", help="a .jsonl, .csv or .parquet file of rows")
@@ -169,19 +208,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(job)
 
     doctor = command("doctor", commands.doctor, "Versions, devices, backends, and whether a model can use S-CFG.")
-    _add_model(doctor)
+    _add_model(doctor, adapted=True)
     return parser
 
 
 def _add_picture(parser: argparse.ArgumentParser, out: str, num_images: str | None = None) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("picture")
-    group.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    group.add_argument("--negative", metavar="TEXT", type=_text, help="what the picture should not show")
     group.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
-    group.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
-    group.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of the noise (default 0)")
+    group.add_argument(
+        "--steps", metavar="N", type=_integer(1, MAX_STEPS), help="of the sampler (default: the model's)"
+    )
+    group.add_argument("--seed", metavar="N", type=_integer(0, MAX_SEED), default=0, help="of the noise (default 0)")
     if num_images is not None:
         group.add_argument("--num-images", metavar="N", type=_integer(1), default=1, help=num_images)
     group.add_argument("--out", metavar="FILE", help=f"a .png file, or a folder that exists (default {out})")
+    group.add_argument("--no-clobber", action="store_true", help="refuse to replace a file that exists")
+    group.add_argument("--quiet", action="store_true", help="no progress and no notes")
     parser.set_defaults(default_out=out)
     return group
 
@@ -197,16 +240,20 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--max-attempts", metavar="N", type=_integer(1), default=3,
         help="attempts at a micro-batch that may die before its rows run alone (default 3)",
     )  # fmt: skip
-    job.add_argument("--seed", metavar="N", type=_integer(0), default=0, help="of rows without a seed (default 0)")
+    job.add_argument(
+        "--seed", metavar="N", type=_integer(0, MAX_SEED), default=0, help="of rows without a seed (default 0)"
+    )
     job.add_argument("--retry-errors", action="store_true", help="make micro-batches with error rows again")
     instead = job.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="say how far the job is; reads only")
     instead.add_argument("--export", metavar="DIR2", help="write its images as PNG files with a metadata.jsonl")
     job.add_argument("--shards", action="store_true", help="with --export: Parquet shards instead")
     picture = parser.add_argument_group("picture, where a row has no other")
-    picture.add_argument("--negative", metavar="TEXT", help="what the picture should not show")
+    picture.add_argument("--negative", metavar="TEXT", type=_text, help="what the picture should not show")
     picture.add_argument("--size", metavar="N|WxH", type=_size, help="in pixels, multiples of 8 (default: the model's)")
-    picture.add_argument("--steps", metavar="N", type=_integer(1), help="of the sampler (default: the model's)")
+    picture.add_argument(
+        "--steps", metavar="N", type=_integer(1, MAX_STEPS), help="of the sampler (default: the model's)"
+    )
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -217,10 +264,14 @@ def _add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--fidelity", choices=("official", "paper"), help="S-CFG as the published code (default) or its equations"
     )
     settings.add_argument("--config", metavar="FILE", help="all S-CFG parameters, JSON as SCFGConfig.to_json writes")
+    group.add_argument(
+        "--set", metavar="NAME=VALUE", type=_setting, action="append", default=[],
+        help="one S-CFG parameter, such as rate_max=1.5 for calmer backgrounds or tokens=words; repeatable",
+    )  # fmt: skip
     return group
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, adapted: bool = False) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -231,3 +282,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", type=_device, help="cpu, cuda, cuda:N or mps (default: the best there is)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: fp16 on a GPU, else fp32)")
     group.add_argument("--debug", action="store_true", help="show tracebacks and all messages of the libraries")
+    if adapted:
+        group.add_argument(
+            "--lora", metavar="FILE[:SCALE]", type=_lora, action="append", default=[],
+            help="a .safetensors file of LoRA weights; repeatable",
+        )  # fmt: skip
+        group.add_argument("--scheduler", metavar="NAME", help="such as EulerDiscrete (default: the model's)")
+        group.add_argument(
+            "--offload",
+            choices=("model", "sequential"),
+            help="keep on the GPU only what is computing: parts, or layers",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import inspect
 import os
 import re
@@ -29,11 +30,13 @@ class Session:
         pipe: the pipeline, on its device.
         model: its name for people: `bundled`, or what the user wrote.
         dtype: `fp32`, `fp16` or `bf16`.
+        quiet: whether progress and notes are left out.
     """
 
     pipe: Any
     model: str
     dtype: str
+    quiet: bool = False
 
     def arguments(self, args: argparse.Namespace) -> dict[str, Any]:
         """Size, steps, scale and negative prompt of a call, with the model's defaults where the user named none."""
@@ -54,11 +57,93 @@ class Session:
 def load(args: argparse.Namespace) -> Session:
     source, name = find_model(args.model)
     device, dtype = check_device(args.device, args.dtype)
+    _check_loras(args.lora)
+    if args.offload and device == "cpu":
+        raise CommandError(f"--offload {args.offload}: there is no GPU to free, the model is on the CPU already")
     args.cleanup.enter_context(quiet(args.debug))
     pipe = _load_pipeline(source, name, dtype)
+    if args.scheduler is not None:
+        pipe.scheduler = _scheduler(pipe, args.scheduler)
+    _add_loras(pipe, args.lora)
     with failures_as(f"the model {name!r} cannot be moved to {device}"):
-        pipe.to(device)
-    return Session(pipe, name, dtype)
+        if args.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif args.offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+    silent = getattr(args, "quiet", False)
+    if silent:
+        pipe.set_progress_bar_config(disable=True)
+    return Session(pipe, name, dtype, silent)
+
+
+def _check_loras(loras: list[tuple[str, float]]) -> None:
+    for path, _ in loras:
+        if not os.path.isfile(path):
+            raise CommandError(f"--lora: there is no file {path!r}")
+    if loras and importlib.util.find_spec("peft") is None:
+        raise CommandError("--lora needs the package peft; pip install peft", 1)
+
+
+def _add_loras(pipe: Any, loras: list[tuple[str, float]]) -> None:
+    """Load the files, each as an adapter of its own, and set their scales."""
+    names = [f"lora{number}" for number in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        with failures_as(f"--lora: {path!r} does not fit the model"):
+            folder, file = os.path.split(os.path.abspath(path))
+            pipe.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+            if name not in {adapter for part in pipe.get_list_adapters().values() for adapter in part}:
+                raise CommandError(f"--lora: {path!r} has no weights for this model")
+    if loras:
+        with failures_as("--lora: the scales cannot be set"):
+            pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def _scheduler(pipe: Any, name: str) -> Any:
+    """A scheduler that diffusers lists as compatible, with the settings of the pipeline's own."""
+    compatible = {cls.__name__.removesuffix("Scheduler").lower(): cls for cls in pipe.scheduler.compatibles}
+    cls = compatible.get(name.removesuffix("Scheduler").lower())
+    if cls is None:
+        names = ", ".join(sorted(cls.__name__.removesuffix("Scheduler") for cls in compatible.values()))
+        raise CommandError(f"--scheduler: {name!r} is not one that this model can use; use {names}")
+    with failures_as(f"--scheduler {name}"):
+        return cls.from_config(pipe.scheduler.config)
+
+
+class OneBar:
+    """One progress bar over the steps of several images, in the place of the pipeline's bar for each.
+
+    Args:
+        pipe: the pipeline; `close` gives it its own method back.
+        images: how many calls there will be.
+    """
+
+    def __init__(self, pipe: Any, images: int) -> None:
+        self.pipe, self.images = pipe, images
+        self.bar: Any = None
+        self.make = pipe.progress_bar
+        pipe.progress_bar = self
+
+    def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
+        """What the pipeline asks for at the beginning of a call: something to iterate, or a context with `update`."""
+        items = None if iterable is None else list(iterable)
+        steps = (total or 0) if items is None else len(items)
+        if self.bar is None:
+            self.bar = self.make(total=self.images * steps)
+        else:
+            self.bar.set_description(self.pipe._progress_bar_config.get("desc"))
+        return contextlib.nullcontext(self.bar) if items is None else self._each(items)
+
+    def _each(self, items: list[Any]) -> Iterator[Any]:
+        for item in items:
+            yield item
+            self.bar.update()
+
+    def close(self) -> None:
+        del self.pipe.progress_bar
+        if self.bar is not None:
+            self.bar.close()
 
 
 def check_device(name: str | None, dtype: str | None) -> tuple[str, str]:

@@ -18,6 +18,7 @@ FILES = {
     "deepfloyd_if": "IFPipeline",
     "deepfloyd_if_stage_2": "IFSuperResolutionPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "aura_flow": "AuraFlowPipeline",
     "pixart_alpha": "PixArtAlphaPipeline",
     "hunyuan_dit": "HunyuanDiTPipeline",
     "sana": "SanaPipeline",
@@ -38,6 +39,7 @@ _TEMPLATE = '''"""{name} of diffusers with S-CFG on, for `from_pretrained(model,
 Written by `python -m scfg_fast.community`. `scfg_kwargs` of a call overrides any parameter of `SCFGConfig`;
 `{{"enabled": False}}` is plain guidance.
 """
+
 # mypy: ignore-errors
 
 import functools

@@ -3,6 +3,7 @@
 Written by `python -m scfg_fast.community`. `scfg_kwargs` of a call overrides any parameter of `SCFGConfig`;
 `{"enabled": False}` is plain guidance.
 """
+
 # mypy: ignore-errors
 
 import functools

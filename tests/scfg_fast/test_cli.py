@@ -20,16 +20,20 @@ from typing import NamedTuple
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import scfg_fast
 from lab.tiny.unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 from scfg_fast import SCFGConfig
 from scfg_fast.cli import commands, images, main
+from scfg_fast.cli.errors import CommandError, explain
 from scfg_fast.guidance import CFGPlusPlus, WeightSchedule
 from scfg_fast.guidance.cfgpp import lam_for_mean_weight
+from scfg_fast.models import bundled_pipeline
 from scfg_fast.pictures import sheets
 from scfg_fast.regions import Regions, token_labels
 
@@ -267,7 +271,7 @@ def test_a_prompt_file_makes_a_picture_for_every_line(run: Run, model: Path) -> 
     Path("prompts.txt").write_text("a red cat\r\n\n  a blue dog  \n", encoding="utf-8")
     Path("out").mkdir()
     result = run(
-        "generate", "--prompt-file", "prompts.txt", "--model", model, "--steps", 1, "--num-images", 2, "--out", "out"
+        "generate", "--prompts", "prompts.txt", "--model", model, "--steps", 1, "--num-images", 2, "--out", "out"
     )
     assert result.out.split() == [f"out/scfg-000{number}.png" for number in (1, 2, 3, 4)]
     records = [text_of(name) for name in result.out.split()]
@@ -287,7 +291,7 @@ def test_a_grid_is_one_file_with_every_image(run: Run, model: Path) -> None:
         assert contains(grid, pixels(name))
     assert text_of("grid.png")["seed"] == "0 1 2"
     Path("prompts.txt").write_text("a red cat\na blue dog\n", encoding="utf-8")
-    assert run("generate", "--prompt-file", "prompts.txt", *options, "--grid", "--out", "rows.png").out == "rows.png\n"
+    assert run("generate", "--prompts", "prompts.txt", *options, "--grid", "--out", "rows.png").out == "rows.png\n"
     assert text_of("rows.png")["prompt"] == "a red cat\na blue dog"
 
 
@@ -446,14 +450,14 @@ def test_a_pipeline_without_prompts_is_refused(run: Run, tmp_path: Path) -> None
 BAD_ARGUMENTS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["paint", PROMPT], "invalid choice: 'paint'"),
-    "no prompt": (["generate"], "PROMPT --prompt-file is required"),
+    "no prompt": (["generate"], "PROMPT --prompts is required"),
     "empty prompt": (["generate", ""], "the prompt is empty"),
     "blank prompt": (["masks", "  \n "], "the prompt is empty"),
-    "prompt and file": (["generate", PROMPT, "--prompt-file", "p.txt"], "not allowed with"),
-    "no such prompt file": (["generate", "--prompt-file", "nope.txt"], "there is no prompt file 'nope.txt'"),
-    "prompt file is a folder": (["generate", "--prompt-file", "."], "cannot be read: Is a directory"),
-    "prompt file without prompts": (["generate", "--prompt-file", "blank.txt"], "has no prompt"),
-    "prompt file in latin-1": (["generate", "--prompt-file", "latin.txt"], "not UTF-8"),
+    "prompt and file": (["generate", PROMPT, "--prompts", "p.txt"], "not allowed with"),
+    "no such prompt file": (["generate", "--prompts", "nope.txt"], "there is no prompt file 'nope.txt'"),
+    "prompt file is a folder": (["generate", "--prompts", "."], "cannot be read: Is a directory"),
+    "prompt file without prompts": (["generate", "--prompts", "blank.txt"], "has no prompt"),
+    "prompt file in latin-1": (["generate", "--prompts", "latin.txt"], "not UTF-8"),
     "size not a multiple of 8": (["generate", PROMPT, "--size", "100"], "the nearest are 96 and 104"),
     "height not a multiple of 8": (["compare", PROMPT, "--size", "256x250"], "250 is not a multiple of 8"),
     "size too small": (["generate", PROMPT, "--size", "56"], "too small; the least is 64"),
@@ -473,8 +477,8 @@ BAD_ARGUMENTS = {
     "no steps": (["generate", PROMPT, "--steps", "0"], "at least 1, got 0"),
     "half a step": (["generate", PROMPT, "--steps", "2.5"], "not a whole number"),
     "no images": (["generate", PROMPT, "--num-images", "0"], "at least 1, got 0"),
-    "seed negative": (["generate", PROMPT, "--seed=-1"], "at least 0, got -1"),
-    "seed too large": (["generate", PROMPT, "--seed", str(2**63)], "at least 0"),
+    "seed negative": (["generate", PROMPT, "--seed=-1"], "from 0 to 9223372036854775807, got -1"),
+    "seed too large": (["generate", PROMPT, "--seed", str(2**63)], "from 0 to 9223372036854775807"),
     "too many panels": (["masks", PROMPT, "--panels", "9"], "from 1 to 8, got 9"),
     "unknown guidance": (["generate", PROMPT, "--guidance", "magic"], "is unknown; use cfg, scfg"),
     "unknown dtype": (["generate", PROMPT, "--dtype", "fp8"], "invalid choice: 'fp8'"),
@@ -655,18 +659,19 @@ def test_hub_failures_are_told_apart(tmp_path: Path) -> None:
         code = f"""
 import os
 os.chdir({str(tmp_path)!r})
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from scfg_fast.cli import commands, images, main
 models = ["someone/missing", "someone/guarded", "someone/unreachable"]
 print([main(["generate", "a cat", "--model", model]) for model in models])
 constants.HF_HUB_OFFLINE = True
+getattr(utils, "reset_sessions", lambda: None)()  # hub 0 reads the constant when it opens a session
 print(main(["generate", "a cat", "--model", "someone/offline"]))
 """
         result = python(code, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "cache"))
     finally:
         server.shutdown()
     assert result.stdout.split("\n")[:2] == ["[2, 1, 1]", "1"]
-    missing, guarded, unreachable, offline = result.stderr.splitlines()
+    missing, guarded, unreachable, offline = re.findall(r"^scfg-fast .*", result.stderr, re.M)  # hub 0 has a bar
     assert "'someone/missing' is not a folder here, and the Hugging Face hub knows no such model" in missing
     assert "'someone/guarded' is gated" in guarded
     assert "cannot be reached to download it (no network?)" in unreachable
@@ -681,7 +686,7 @@ def test_help_and_bad_arguments_import_nothing_heavy() -> None:
     result = python("""
 import sys
 from scfg_fast.cli import commands, images, main
-for argv in (["--help"], ["generate", "--help"], ["masks", "a", "--size", "7"], ["generate", "--prompt-file", "nope"]):
+for argv in (["--help"], ["generate", "--help"], ["masks", "a", "--size", "7"], ["generate", "--prompts", "nope"]):
     try:
         main(argv)
     except SystemExit:
@@ -707,3 +712,156 @@ def test_help_fits_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, command
     result = run(*command, "--help")
     assert result.status == 0 and max(map(len, result.out.splitlines())) <= 80
     assert "None" not in result.out
+
+
+# What a command adapts
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA weights for the bundled model's UNet, as the pipeline saves them."""
+    pipe = bundled_pipeline()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(config)
+    folder = tmp_path_factory.mktemp("lora")
+    layers = peft.get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(folder, unet_lora_layers=layers, weight_name="style.safetensors")
+    return folder / "style.safetensors"
+
+
+@pytest.mark.slow
+def test_loras_are_the_librarys(run: Run, lora: Path) -> None:
+    pictures = []
+    for scales in ((), (1.0,), (0.25, 0.5)):
+        named = [argument for scale in scales for argument in ("--lora", lora if scale == 1.0 else f"{lora}:{scale}")]
+        assert run("generate", PROMPT, "--steps", 2, *named).status == 0
+        pipe = bundled_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        names = [f"style{number}" for number in range(len(scales))]
+        for name in names:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=name)
+        if names:
+            pipe.set_adapters(names, list(scales))
+        scfg_fast.enable(pipe)
+        pictures.append(pixels("scfg.png"))
+        assert (pictures[-1] == sample(pipe, guidance_scale=5.0, num_inference_steps=2)).all()
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "eulerdiscrete"])
+def test_a_scheduler_is_the_librarys(run: Run, model: Path, name: str) -> None:
+    result = run("generate", PROMPT, "--model", model, "--steps", 3, "--guidance-scale", 5, "--scheduler", name)
+    assert result.status == 0
+    pipe = open_pipeline(model)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scfg_fast.enable(pipe)
+    assert (pixels("scfg.png") == sample(pipe, guidance_scale=5.0)).all()
+    assert text_of("scfg.png")["scheduler"] == "EulerDiscreteScheduler"
+
+
+def test_single_settings_are_the_configurations(run: Run, model: Path) -> None:
+    options = ("--model", model, "--steps", 3, "--guidance-scale", 5)
+    assert run("generate", PROMPT, *options, "--set", "rate_max=1.1", "--set", "tokens=words").status == 0
+    pipe = open_pipeline(model)
+    scfg_fast.enable(pipe, SCFGConfig(rate_max=1.1, tokens="words"))
+    assert (pixels("scfg.png") == sample(pipe, guidance_scale=5.0)).all()
+    assert json.loads(text_of("scfg.png")["scfg_config"])["rate_max"] == 1.1
+
+
+def test_several_images_have_one_bar_and_quiet_has_none(run: Run, model: Path) -> None:
+    options = ("--model", model, "--steps", 2, "--num-images", 3)
+    bars = run("generate", PROMPT, *options).err
+    assert bars.count("6/6") and "3/3 S-CFG" in bars and "2/2" not in bars
+    assert run("generate", "a " * 40, *options, "--quiet").err == ""
+
+
+@pytest.mark.parametrize("command, there", [
+    (("generate",), "scfg.png"), (("generate", "--num-images", 2), "scfg-0002.png"), (("masks",), "masks.npz"),
+    (("compare",), "compare.png"),
+])  # fmt: skip
+def test_no_clobber_keeps_what_is_there(run: Run, command: tuple, there: str) -> None:
+    Path(there).write_text("mine")
+    result = run(command[0], PROMPT, *command[1:], "--no-clobber", "--model", "there/is-none")
+    assert result.status == 2 and f"--no-clobber: {there} exists already" in result.error
+    assert Path(there).read_text() == "mine" and os.listdir() == [there]
+
+
+REFUSED = {
+    "a pickled lora": (["--lora", "style.ckpt"], "'style.ckpt' must be a .safetensors file"),
+    "a scale without a file": (["--lora", "nope.safetensors:0.5"], "there is no file 'nope.safetensors'"),
+    "no scheduler": (["--scheduler", "Nope"], "'Nope' is not one that this model can use; use DDIM"),
+    "offloading from the CPU": (["--offload", "model", "--device", "cpu"], "there is no GPU to free"),
+    "no setting": (["--set", "nope=1"], "nope"),
+    "no value": (["--set", "rate_max"], "must be NAME=VALUE, such as rate_max=1.5"),
+    "a bad value": (["--set", "rate_max=-1"], "rate_max"),
+    "settings of plain guidance": (["--set", "rate_max=2", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "fidelity of plain guidance": (["--fidelity", "paper", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "a file of plain guidance": (["--config", "nope.json", "--guidance", "cfg"], "--guidance cfg does not use it"),
+    "no name": (["--out", ""], "--out is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_one_line(run: Run, model: Path, case: str) -> None:
+    arguments, message = REFUSED[case]
+    result = run("generate", PROMPT, "--model", model, *arguments)
+    assert result.status == 2 and message in result.error and not os.listdir()
+
+
+def test_a_lora_of_another_model_is_refused(run: Run, model: Path) -> None:
+    save_file({"unet.nothing.here.lora.down.weight": torch.zeros(2, 2)}, "other.safetensors")
+    result = run("generate", PROMPT, "--model", model, "--lora", "other.safetensors")
+    assert result.status and "--lora: 'other.safetensors'" in result.error and os.listdir() == ["other.safetensors"]
+
+
+# Hostile surroundings
+
+UNFIT = {
+    "too many steps": (["--steps", 1001], "from 1 to 1000, got 1001"),
+    "a prompt that is no text": (["--negative", "caf\udce9"], "is not UTF-8"),
+    "a long argument": (["--config", "x" * 5000], " ... "),
+    "control characters": (["--config", "a\x1b[31m\x07"], "a\\x1b[31m\\x07"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_is_typed_cannot_disturb_the_terminal(run: Run, case: str) -> None:
+    arguments, message = UNFIT[case]
+    result = run("generate", PROMPT, *arguments)
+    assert result.status == 2 and message in result.error and not os.listdir()
+    assert len(result.error) < 1200 and result.error[:-1].isprintable()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("output", ["closed", "/dev/full"])
+@pytest.mark.parametrize("command", ["masks", "--help"])
+def test_nobody_reads_standard_output(model: Path, tmp_path: Path, command: str, output: str, buffered: bool) -> None:
+    """All files are there, the status is 0, and there is at most a line about it."""
+    arguments = ["--help"] if command == "--help" else [command, PROMPT, "--model", str(model), "--steps", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    if not buffered:
+        environment["PYTHONUNBUFFERED"] = "1"
+    if output == "closed":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(output, os.O_WRONLY)
+    try:
+        line = [sys.executable, "-m", "scfg_fast", *arguments]
+        result = subprocess.run(line, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    errors = [line for line in result.stderr.splitlines() if "S-CFG, seed" not in line and line]
+    assert result.returncode == 0 and len(errors) <= (output != "closed"), result.stderr
+    assert sorted(os.listdir(tmp_path)) == ([] if command == "--help" else ["masks.npz", "masks.png"])
+
+
+def test_an_interrupt_that_a_library_wraps_is_an_interrupt() -> None:
+    wrapped = RuntimeError("Failed to import")
+    wrapped.__cause__ = KeyboardInterrupt()
+    outer = CommandError("the model cannot be loaded")
+    outer.__context__ = wrapped
+    assert explain(outer) == ("interrupted", 130)

@@ -26,6 +26,7 @@ TRANSFORMERS: dict[str, Callable[[], tiny.Tiny]] = {
     "sd3": tiny.sd3, "pixart_alpha": tiny.pixart, "hunyuan_dit": tiny.hunyuan, "sana": tiny.sana, "ltx_video": tiny.ltx,
     "flux": tiny.flux, "flux2_klein": tiny.flux2, "chroma": lambda: tiny.flux(chroma=True), "qwen_image": tiny.qwen,
     "cogview4": tiny.cogview4, "lumina2": tiny.lumina2, "z_image": tiny.z_image, "wan": tiny.wan,
+    "aura_flow": tiny.auraflow,
 }  # fmt: skip
 
 
