@@ -42,7 +42,6 @@ tables:
 	$(PYTHON) -m benchmarks.aot
 	$(PYTHON) -m benchmarks.simulated
 	$(PYTHON) -m benchmarks.agreement
-	PYTHONPATH=.:kernels $(PYTHON) -m tests.benchmarks.attention_counters
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu

@@ -4,7 +4,7 @@
 
 Queries, keys and values of all seven attention layers and the two predictions are taken from runs of the bundled model
 under plain guidance, at an early, a middle and a late step, and rounded to fp16, bf16 and fp32. From there on the chain
-`self_attention_map`, `cross_attention_map`, `complete`, `segment_and_guide` runs in that dtype: by the kernels, in
+`attention_with_lse`, `attention_maps`, `complete`, `segment_and_guide` runs in that dtype: by the kernels, in
 `lab.ptxsim.simulated`, and by the torch twins. The layers are small: 4 heads of 24 over 16x16 tokens, or of 40 over
 8x8, and 24 text tokens.
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from scfg_kernels import complete, cross_attention_map, guide, segment_and_guide, self_attention_map
+from scfg_kernels import attention_maps, attention_with_lse, complete, guide, segment_and_guide
 from torch.overrides import TorchFunctionMode
 
 from lab.ptxsim import simulated
@@ -124,8 +124,8 @@ def completed(step: Step, unconditional: int, backend: str) -> list[tuple[torch.
     """What `complete` makes of every layer's maps."""
     result = []
     for layer in step.layers:
-        _, own = self_attention_map(*layer.own, backend=backend)
-        _, cross = cross_attention_map(*layer.cross, backend=backend)
+        compared = [(q, k, attention_with_lse(q, k, v)[1]) for q, k, v in (layer.own, layer.cross)]
+        own, cross = attention_maps(*compared[0], *compared[1], backend=backend)
         result.append(complete(own, cross, unconditional=unconditional, backend=backend))
     return result
 

@@ -81,36 +81,40 @@ def _projected(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.
 
 
 def _attention(
-    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16,
-    batch: int = 1,
-) -> Case:  # fmt: skip
-    def call() -> Any:
-        shapes = (rows, keys) if op == "attention_map" else (rows, keys, keys)
-        operands = [_projected(2 * batch, tokens, heads, head_dim, dtype) for tokens in shapes]
-        return getattr(scfg_kernels, op)(*operands, backend="triton")
-
-    return Case(op, _label(sizes, batch), dtype, call, dot=True)
-
-
-def _propagate(sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
-    def call() -> Any:
-        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
-        return scfg_kernels.propagate(q, k, torch.empty(2, tokens, TOKENS), backend="triton")
-
-    return Case("propagate", sizes, dtype, call, dot=True)
-
-
-def _complete_from_qk(
-    sizes: str, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, fidelity: str = "official"
+    sizes: str, heads: int, rows: int, head_dim: int, dtype: torch.dtype = torch.float16, batch: int = 1
 ) -> Case:
+    """Both maps of a block, with the log-sum-exp of its attention."""
+
     def call() -> Any:
-        q, k = (_projected(2, tokens, heads, head_dim, dtype) for _ in range(2))
-        cross = torch.empty(2, tokens, TOKENS)
-        return scfg_kernels.complete_from_qk(
-            q, k, cross, unconditional=1, fidelity=fidelity, backend="triton"
+        q = _projected(2 * batch, rows, heads, head_dim, dtype)
+        own, text = (_projected(2 * batch, tokens, heads, head_dim, dtype) for tokens in (rows, TOKENS))
+        lse = torch.empty(2 * batch, heads, rows)
+        return scfg_kernels.attention_maps(q, own, lse, q, text, lse, backend="triton")
+
+    return Case("attention_maps", _label(sizes, batch), dtype, call, dot=True)
+
+
+def _map(sizes: str, heads: int, rows: int, head_dim: int, dtype: torch.dtype) -> Case:
+    """One map, and its log-sum-exp."""
+
+    def call() -> Any:
+        q, k = (_projected(2, rows, heads, head_dim, dtype) for _ in range(2))
+        return scfg_kernels.attention_map(q, k, backend="triton")
+
+    return Case("attention_map", sizes, dtype, call, dot=True)
+
+
+def _joint(sizes: str, heads: int, side: int, pool: int, text: int, head_dim: int, dtype: torch.dtype) -> Case:
+    """A joint layer of a transformer: the log-sum-exp, and both maps with pooled keys and a bias."""
+
+    def call() -> Any:
+        q, keys, image = (_projected(2, tokens, heads, head_dim, dtype) for tokens in (side**2, text, side**2))
+        bias = torch.empty(2, text)
+        return scfg_kernels.joint_attention_maps(
+            q, keys, image, grid=(side, side), pool=pool, bias=bias, backend="triton"
         )  # fmt: skip
 
-    return Case("complete_from_qk", sizes, dtype, call, dot=True)
+    return Case("joint_attention_maps", sizes, dtype, call, dot=True)
 
 
 def _complete(sizes: str, sides: Sequence[int], fidelity: str = "official", batch: int = 1, text: int = TOKENS) -> Case:
@@ -164,20 +168,16 @@ def _pixels(sizes: str, side: int, dtype: torch.dtype, channels: int = 4, batch:
 
 def _cases() -> Iterator[Case]:
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    own, cross, alone = "self_attention_map", "cross_attention_map", "attention_map"
-    for dtype in (half, brain):
-        yield _attention(own, "sd15-16x16", 8, 256, 256, 160, dtype)
-        yield _attention(own, "sdxl-32x32", 20, 1024, 1024, 64, dtype)
-        yield _attention(cross, "sd15-16x16", 8, 256, TOKENS, 160, dtype)
-        yield _attention(cross, "sdxl-32x32", 20, 1024, TOKENS, 64, dtype)
-    yield _attention(own, "sdxl-32x32", 20, 1024, 1024, 64, single)
-    yield _attention(own, "sd15-8x8", 8, 64, 64, 160)
-    yield _attention(cross, "sd15-8x8", 8, 64, TOKENS, 160)
-    yield _attention(alone, "sd15-16x16", 8, 256, 256, 160)
-    yield _attention(alone, "sd15-16x16-text", 8, 256, TOKENS, 160)
-    yield _attention(alone, "sdxl-32x32", 20, 1024, 1024, 64, batch=4)
-    yield _propagate("sdxl-64x64", 10, 4096, 64, brain)
-    yield _complete_from_qk("sdxl-64x64", 10, 4096, 64, half)
+    for dtype in (half, single):
+        yield _attention("sd15-16x16", 8, 256, 160, dtype)
+        yield _attention("sdxl-32x32", 20, 1024, 64, dtype)
+        yield _joint("sd3", 24, 64, 2, 333, 64, dtype)
+    yield _attention("sdxl-32x32", 20, 1024, 64, batch=4)
+    yield _attention("sd15-16x16", 8, 256, 160, batch=16)
+    for heads, head_dim in ((8, 40), (8, 80), (8, 96), (8, 256)):
+        yield _attention(f"head{head_dim}-32x32", heads, 1024, head_dim)
+    yield _map("sdxl-32x32", 20, 1024, 64, half)
+    yield _joint("flux", 24, 64, 2, 512, 128, brain)
     yield _complete("sd15", [16] * 5 + [8])
     yield _complete("sd15-paper", [16] * 5 + [8], "paper")
     yield _complete("sd15", [16] * 5 + [8], batch=16)

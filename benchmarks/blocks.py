@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from scfg_kernels import segment_and_guide, self_attention_map
+from scfg_kernels import segment_and_guide
 
 from lab.architectures import SD15_UNET, SDXL_UNET
 from lab.measure import MIB, Spread, allocated_peak, interleaved
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import choose_layers, holds_map
+from scfg_fast.capture import choose_layers
 from scfg_fast.capture.processors import wrap_block
 from scfg_fast.denoisers.unet import find_blocks
 
@@ -86,8 +86,7 @@ def measure(
     states = draw(2, side * side, width)
     text = draw(2, registry.TOKENS, config["cross_attention_dim"])
     stock = block.attn1.processor, block.attn2.processor
-    capture, by_map = wrap_block(block, SCFGConfig()), wrap_block(block, SCFGConfig())
-    by_map[0].attend_and_observe = self_attention_map
+    capture = wrap_block(block, SCFGConfig())
 
     def run(processors: tuple[Any, Any]) -> None:
         block.attn1.processor, block.attn2.processor = processors
@@ -108,8 +107,6 @@ def measure(
         "captured": lambda: run(capture),
         "stock (again)": lambda: run(stock),
     }
-    if not holds_map(side * side, block.attn1.heads, width // block.attn1.heads, states.element_size()):
-        ways[BY_MAP] = lambda: run(by_map)
     ends = {f"end, {name}": lambda layers=layers: end(layers) for name, layers in counts(config, level).items()}
     calls = {**ways, **ends}
     samples: dict[str, list[float]] = {name: [] for name in calls}

@@ -27,7 +27,7 @@ from typing import Any
 import scfg_kernels
 import torch
 import torch.nn.functional as F
-from scfg_kernels.attention_map import attention_with_map, head_mean_map
+from scfg_kernels.attention_map import head_mean_map
 from scfg_kernels.complete import _complete
 from scfg_kernels.guide import _guide
 from scfg_kernels.segment import _segment
@@ -341,7 +341,6 @@ class Operators:
     """The operators that a step is composed of, with the same arguments in both sets."""
 
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    attend_cross: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     attention_map: Callable[..., torch.Tensor]
     complete: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     segment: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -354,7 +353,7 @@ def torch_implementation(op: Any) -> Callable[..., Any]:
 
 
 def _bare_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return attention_with_map(q, k, v, 1.0 / math.sqrt(q.shape[3]))
+    return F.scaled_dot_product_attention(q, k, v), head_mean_map(q, k, None, 1.0 / math.sqrt(q.shape[3]))
 
 
 def _bare_complete(self_map: torch.Tensor, cross_map: torch.Tensor, unconditional: int):
@@ -372,9 +371,16 @@ def _bare_guide(uncond, cond, ids, foreground, scale):
     )
 
 
+def attend_with_map(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's output and its map, as a captured layer has them."""
+    out, lse = scfg_kernels.attention_with_lse(q, k, v)
+    return out, scfg_kernels.attention_map(q, k, lse, backend=backend)
+
+
 PUBLIC = Operators(
-    attend=functools.partial(scfg_kernels.self_attention_map, backend="torch"),
-    attend_cross=functools.partial(scfg_kernels.cross_attention_map, backend="torch"),
+    attend=attend_with_map,
     attention_map=functools.partial(scfg_kernels.attention_map, backend="torch"),
     complete=lambda s, c, b: scfg_kernels.complete(s, c, unconditional=b, backend="torch"),
     segment=functools.partial(scfg_kernels.segment, backend="torch"),
@@ -384,8 +390,7 @@ PUBLIC = Operators(
 )
 BARE = Operators(
     attend=_bare_attention,
-    attend_cross=_bare_attention,
-    attention_map=lambda q, k: head_mean_map(q, k, 1.0 / math.sqrt(q.shape[3])),
+    attention_map=lambda q, k: head_mean_map(q, k, None, 1.0 / math.sqrt(q.shape[3])),
     complete=_bare_complete,
     segment=_bare_segment,
     guide=_bare_guide,
@@ -412,7 +417,7 @@ def _step_from_qkv(ops: Operators, x: Inputs) -> tuple[Any, ...]:
     outs, tokens, start = [], [], []
     for own, cross in zip(x["self"], x["cross"], strict=True):
         out, self_map = ops.attend(own["q"], own["k"], own["v"])
-        out_cross, cross_map = ops.attend_cross(cross["q"], cross["k"], cross["v"])
+        out_cross, cross_map = ops.attend(cross["q"], cross["k"], cross["v"])
         outs += [out, out_cross]
         t, s = ops.complete(self_map, cross_map, batch)
         tokens.append(t)
@@ -652,8 +657,8 @@ def _attention_operator(cross: bool) -> Operator:
 
 
 OPERATORS: dict[str, Operator] = {
-    "self_attention_map": _attention_operator(cross=False),
-    "cross_attention_map": _attention_operator(cross=True),
+    "self_attention": _attention_operator(cross=False),
+    "cross_attention": _attention_operator(cross=True),
     "attention_map": Operator(
         inputs=_one_self_layer,
         providers=_providers(_literal_map, lambda ops, x: ops.attention_map(x["q"], x["k"]), _view_map, _view_map),
@@ -718,10 +723,10 @@ OPERATORS: dict[str, Operator] = {
         compare=_compare,
     ),
 }
-SINGLE_LAYER = ("self_attention_map", "cross_attention_map", "attention_map", "complete")
+SINGLE_LAYER = ("self_attention", "cross_attention", "attention_map", "complete")
 WHOLE = ("segment", "guide", "step_from_maps", "step_from_qkv")
 # Operators whose torch implementation loops over blocks of rows.
-UNROLLED = ("self_attention_map", "cross_attention_map", "attention_map", "step_from_qkv")
+UNROLLED = ("self_attention", "cross_attention", "attention_map", "step_from_qkv")
 BASELINE = "literal"
 PROVIDERS = ("literal", "ours", "compiled")
 

@@ -23,7 +23,6 @@ from typing import Any
 import scfg_kernels
 import torch
 import triton
-from scfg_kernels._launch import in_one_sweep
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,16 +38,9 @@ TF32_PRODUCTS = 3
 """Of a product of fp32 operands."""
 SHARED_BY_ROW_BLOCKS = {"k", "v"}
 OPERANDS = SHARED_BY_ROW_BLOCKS | {
-    "q",
-    "x",
-    "top",
-    "weight",
-    "cross_map",
-    "between",
-    "self_maps[0]",
-    "cross_maps[0]",
-    "previous",
-}
+    "q", "x", "q1", "q2", "k1", "k2", "lse1", "lse2", "cross_map", "between",
+    "self_maps[0]", "cross_maps[0]", "previous",
+}  # fmt: skip
 """Of matrix products, with m and w of the softmax, which other tiles of the result read again."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -134,24 +126,27 @@ def _projections(
     return tuple(x.to(dtype).transpose(1, 2) for x in made)
 
 
-def _attention(
-    op: str, sizes: str, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float16
-) -> Case:
+def _attention(sizes: str, heads: int, rows: int, head_dim: int, dtype: torch.dtype = torch.float16) -> Case:
+    """Both maps of a block."""
+
     def make() -> Arguments:
-        lengths = (rows, keys) if op == "attention_map" else (rows, keys, keys)
-        return _projections(2, lengths, heads, head_dim, dtype), {}
+        q1, k1, q2, k2 = _projections(2, (rows, rows, rows, TOKENS), heads, head_dim, dtype)
+        lse = [scfg_kernels.attention_with_lse(q, k, k)[1] for q, k in ((q1, k1), (q2, k2))]
+        return (q1, k1, lse[0], q2, k2, lse[1]), {}
 
-    scores = 2 * 2 * heads * rows * keys * head_dim * (TF32_PRODUCTS if dtype == torch.float32 else 1)
-    sweeps = 1 if in_one_sweep(keys, dtype) else 2
-    return Case(op, sizes, make, scores, 0 if op == "attention_map" else scores, sweeps)
+    scores = 2 * 2 * heads * rows * (rows + TOKENS) * head_dim * (TF32_PRODUCTS if dtype == torch.float32 else 1)
+    return Case("attention_maps", sizes, make, scores)
 
 
-def _propagate(sizes: str, heads: int, rows: int, keys: int, head_dim: int) -> Case:
+def _joint(sizes: str, heads: int, side: int, pool: int, text: int, head_dim: int) -> Case:
+    """Pooled queries of one sample; the softmax is another pass over the scores."""
+
     def make() -> Arguments:
-        return (*_projections(1, (rows, keys), heads, head_dim), _random(2, 1, keys, TOKENS).softmax(-1)), {}
+        operands = _projections(1, (side**2, text, side**2), heads, head_dim)
+        return operands, {"grid": (side, side), "pool": pool}
 
-    values = TF32_PRODUCTS * 2 * rows * keys * TOKENS
-    return Case("propagate", sizes, make, 2 * heads * rows * keys * head_dim, values, 2)
+    scores = 2 * heads * (side // pool) ** 2 * (side**2 + text) * head_dim
+    return Case("joint_attention_maps", sizes, make, scores, 0, 2)
 
 
 def _completion_work(tokens: int, products: int) -> int:
@@ -165,17 +160,6 @@ def _complete(sizes: str, rows: int) -> Case:
         return maps, {"unconditional": 1}
 
     return Case("complete", sizes, make, values=_completion_work(rows, 1))
-
-
-def _complete_from_qk(sizes: str, heads: int, tokens: int, head_dim: int) -> Case:
-    """Every product forms the scores."""
-
-    def make() -> Arguments:
-        cross_map = _random(2, 2, tokens, TOKENS).softmax(-1)
-        return (*_projections(2, (tokens, tokens), heads, head_dim), cross_map), {"unconditional": 1}
-
-    scores = 2 * 2 * heads * tokens * tokens * head_dim
-    return Case("complete_from_qk", sizes, make, scores, _completion_work(tokens, TF32_PRODUCTS), 3)
 
 
 def _predictions(side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,21 +190,14 @@ def _pixels(sizes: str, side: int) -> Case:
 
 
 def _cases() -> Iterator[Case]:
-    yield _attention("self_attention_map", "sd15-16x16", 8, 256, 256, 160)
-    yield _attention("self_attention_map", "16x16-head64-fp32", 8, 256, 256, 64, torch.float32)
-    yield _attention("self_attention_map", "sd15-8x8", 8, 64, 64, 160)
-    yield _attention("self_attention_map", "sdxl-32x32", 20, 1024, 1024, 64)
-    yield _attention("cross_attention_map", "sd15-16x16", 8, 256, TOKENS, 160)
-    yield _attention("cross_attention_map", "16x16-head64-fp32", 8, 256, TOKENS, 64, torch.float32)
-    yield _attention("cross_attention_map", "sd15-8x8", 8, 64, TOKENS, 160)
-    yield _attention("cross_attention_map", "sdxl-32x32", 20, 1024, TOKENS, 64)
-    yield _attention("attention_map", "sd15-16x16", 8, 256, 256, 160)
-    yield _attention("attention_map", "sd15-16x16-text", 8, 256, TOKENS, 160)
-    yield _propagate("sdxl-64x64-64rows", 10, 64, 4096, 64)
+    yield _attention("sd15-16x16", 8, 256, 160)
+    yield _attention("sd15-8x8", 8, 64, 160)
+    yield _attention("16x16-head64-fp32", 8, 256, 64, torch.float32)
+    yield _attention("sdxl-32x32", 20, 1024, 64)
+    yield _joint("sd3-16x16-2heads", 2, 16, 2, 333, 64)
     yield _complete("sd15-16x16", 256)
     yield _complete("sd15-8x8", 64)
     yield _complete("sdxl-32x32", 1024)
-    yield _complete_from_qk("sd15-16x16", 8, 256, 160)
     yield _regions("segment", "sd15", 64, [16] * 5 + [8])
     yield _guide("sd15", 64)
     yield _guide("sdxl", 128)
@@ -313,13 +290,12 @@ HEADER = (
 )  # fmt: skip
 EXPLAINED = """\
 fp16 predictions, queries, keys and values unless the name says fp32, fp32 maps, 77 text tokens, one image: two samples
-in attention and completion. `propagate` is one sample and 64 of its 4096 rows, a whole block; the other blocks do the
-same. All results were compared with the torch twin and fp64.
+in attention and completion. All results were compared with the torch twin and fp64.
 
 - compulsory: bytes of all inputs and results, once each. The next four columns are multiples of it.
 - moved: all 32-byte sectors between L2 and the multiprocessors. K, V once: the same, without what blocks of rows read
   of K and V again. operands once: without what any tile of a matrix product reads again of its operands, Q by tiles of
-  keys, with m and w of their softmax (top, weight), S, C and Y of the completion by products and blocks of rows.
+  keys, with their log-sum-exp, S, C and Y of the completion by products and blocks of rows.
   touched: every sector that was touched at all, once, scratch memory included.
 - read again: operands of the kernel that are read more than 1.05 times, and how often.
 - wavefronts: of shared memory, over the fewest for the same words; `wgmma` operands are not counted.

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scfg_kernels.attention_map import _attention_map
+from scfg_kernels.attention_map import _attention_map, _attention_maps
+from scfg_kernels.attention_with_lse import _attention_with_lse
 from scfg_kernels.complete import _complete
-from scfg_kernels.complete_from_qk import _complete_from_qk
-from scfg_kernels.cross_attention_map import _cross_attention_map
 from scfg_kernels.guide import _guide
 from scfg_kernels.guide_pixels import _guide_pixels
-from scfg_kernels.propagate import _propagate
+from scfg_kernels.joint_attention_maps import _joint_attention_maps
 from scfg_kernels.segment import _segment
 from scfg_kernels.segment_and_guide import _segment_and_guide
-from scfg_kernels.self_attention_map import _self_attention_map
 from torch._C import DispatchKey
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,11 +39,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     f"scfg_kernels::{name}": op._init_fn
     for name, op in {
         "attention_map": _attention_map,
-        "self_attention_map": _self_attention_map,
-        "cross_attention_map": _cross_attention_map,
+        "attention_maps": _attention_maps,
+        "attention_with_lse": _attention_with_lse,
         "complete": _complete,
-        "complete_from_qk": _complete_from_qk,
-        "propagate": _propagate,
+        "joint_attention_maps": _joint_attention_maps,
         "segment": _segment,
         "guide": _guide,
         "guide_pixels": _guide_pixels,
@@ -55,6 +52,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 # Operators that are no view by their schema but launch nothing: they relabel, allocate, or look at metadata.
 LAUNCHES_NOTHING = {
+    "aten::_fused_sdp_choice",
     "aten::_unsafe_view",
     "aten::empty",
     "aten::empty_like",

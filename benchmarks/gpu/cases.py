@@ -16,14 +16,12 @@ from typing import Any
 import scfg_kernels as ops
 import torch
 import torch.nn.functional as F
-from scfg_kernels.attention_map import attention_with_map
-from scfg_kernels.complete_from_qk import _complete_from_qk
 from scfg_kernels.guide_pixels import _guide_pixels
-from scfg_kernels.propagate import _propagate
 from scfg_kernels.segment_and_guide import _segment_and_guide
 from scfg_kernels.testing import assert_as_accurate_as, assert_masks_agree
 
 from .. import registry
+from . import grid
 from .grid import TOKENS, Case, Layer
 
 Inputs = dict[str, Any]
@@ -112,10 +110,7 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
         return {"self_map": own, "cross_map": cross}
     if case.op == "complete_from_qk":
         return {**_qkv(layer, layer.rows, case, rng), "cross_map": _map(layer.rows, TOKENS, case, rng)}
-    if case.op == "propagate":
-        operands, columns = _qkv(layer, layer.rows, case, rng), _map(layer.rows, TOKENS, case, rng)
-        return {**operands, "x": columns[: len(operands["q"])]}
-    return _qkv(layer, layer.rows if case.op == "self_attention_map" else layer.text, case, rng)
+    return _qkv(layer, layer.rows if case.op == "self_attention" else layer.text, case, rng)
 
 
 # The ways to compute it -----------------------------------------------------------------------------------------------
@@ -129,13 +124,13 @@ def _eager_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT * q.shape[3] ** -0.5).softmax(-1).mean(1, dtype=torch.float32)
 
 
-def guided_step(x: Inputs, attend: Callable, attend_cross: Callable, backend: str) -> tuple[Any, ...]:
+def guided_step(x: Inputs, attend: Callable, backend: str) -> tuple[Any, ...]:
     """Outputs of all layers and the guided prediction: guided, rate, ids, foreground, outputs."""
     batch = x["uncond"].shape[0]
     outs, tokens, start = [], [], []
     for own, cross in zip(x["self"], x["cross"], strict=True):
         out, self_map = attend(own["q"], own["k"], own["v"])
-        out_cross, cross_map = attend_cross(cross["q"], cross["k"], cross["v"])
+        out_cross, cross_map = attend(cross["q"], cross["k"], cross["v"])
         completed = ops.complete(self_map, cross_map, unconditional=batch, backend=backend)
         outs += [out, out_cross]
         tokens.append(completed[0])
@@ -149,19 +144,16 @@ def guided_step(x: Inputs, attend: Callable, attend_cross: Callable, backend: st
 def public_operator(op: str, x: Inputs, backend: str) -> Any:
     """The operator through its public function, or a whole step."""
     if op == "step":
-        own = functools.partial(ops.self_attention_map, backend=backend)
-        return guided_step(x, own, functools.partial(ops.cross_attention_map, backend=backend), backend)
+        return guided_step(x, functools.partial(registry.attend_with_map, backend=backend), backend)
     if op == "attention_map":
         return ops.attention_map(x["q"], x["k"], backend=backend)
-    if op == "propagate":
-        return ops.propagate(x["q"], x["k"], x["x"], backend=backend)
-    if op.endswith("attention_map"):
-        return getattr(ops, op)(x["q"], x["k"], x["v"], backend=backend)
+    if op in grid.ATTENTION:
+        return registry.attend_with_map(x["q"], x["k"], x["v"], backend)
     if op == "complete":
         return ops.complete(x["self_map"], x["cross_map"], unconditional=len(x["self_map"]) // 2, backend=backend)
     if op == "complete_from_qk":
         half = len(x["q"]) // 2
-        return ops.complete_from_qk(x["q"], x["k"], x["cross_map"], unconditional=half, backend=backend)
+        return ops.complete_from_qk(x["q"], x["k"], x["cross_map"], unconditional=half)
     if op == "segment":
         return ops.segment(x["tokens"], x["start"], x["sizes"], x["grid"], backend=backend)
     halves = x["uncond"], x["cond"]
@@ -180,14 +172,12 @@ def _completed_by(self_map: torch.Tensor, x: Inputs) -> Any:
 
 def _eager(op: str, x: Inputs) -> Any:
     if op == "step":
-        return guided_step(x, _eager_attention, _eager_attention, "torch")
+        return guided_step(x, _eager_attention, "torch")
     if op == "attention_map":
         return _eager_map(x["q"], x["k"])
-    if op == "propagate":
-        return _eager_map(x["q"], x["k"]) @ x["x"]
     if op == "complete_from_qk":
         return _completed_by(_eager_map(x["q"], x["k"]), x)
-    if op.endswith("attention_map"):
+    if op in grid.ATTENTION:
         return _eager_attention(x["q"], x["k"], x["v"])
     return public_operator(op, x, "torch")
 
@@ -198,23 +188,9 @@ def _published_segment_and_guide(x: Inputs) -> Any:
     return registry.OPERATORS["guide"].providers["literal"].run({**x, **given})
 
 
-def _published_propagate(x: Inputs) -> torch.Tensor:
-    """The published code keeps the map and multiplies by it."""
-    return registry.OPERATORS["attention_map"].providers["literal"].run(x).float() @ x["x"]
-
-
 def _published_complete_from_qk(x: Inputs) -> Any:
     self_map = registry.OPERATORS["attention_map"].providers["literal"].run(x).float()
     return registry.OPERATORS["complete"].providers["literal"].run({**x, "self_map": self_map})
-
-
-def _twin_propagate(x: Inputs) -> torch.Tensor:
-    return _propagate._init_fn(x["q"], x["k"], x["x"], x["q"].shape[3] ** -0.5, "torch")
-
-
-def _twin_complete_from_qk(x: Inputs) -> Any:
-    half, scale = len(x["q"]) // 2, x["q"].shape[3] ** -0.5
-    return _complete_from_qk._init_fn(x["q"], x["k"], x["cross_map"], half, "official", 4, scale, "torch")
 
 
 def _twin_segment_and_guide(x: Inputs) -> Any:
@@ -241,8 +217,6 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
         calls["published"] = functools.partial(_published_segment_and_guide, x)
     elif op == "complete_from_qk":
         calls["published"] = functools.partial(_published_complete_from_qk, x)
-    elif op == "propagate":
-        calls["published"] = functools.partial(_published_propagate, x)
     elif op != "guide_pixels":  # which is not published code's
         name = "step_from_qkv" if op == "step" else op
         calls["published"] = functools.partial(registry.OPERATORS[name].providers["literal"].run, x)
@@ -252,7 +226,7 @@ def ways(case: Case, x: Inputs, backend: str) -> dict[str, Call]:
 def compiled_way(case: Case, x: Inputs) -> Call:
     """`torch.compile` of the twin, not compiled yet."""
     twins = {
-        "propagate": _twin_propagate, "complete_from_qk": _twin_complete_from_qk,
+        "complete_from_qk": functools.partial(public_operator, "complete_from_qk", backend="torch"),
         "segment_and_guide": _twin_segment_and_guide, "guide_pixels": _twin_guide_pixels,
     }  # fmt: skip
     if case.op in twins:
@@ -277,8 +251,8 @@ def _last_image(x: Any, batch: int) -> Any:
 
 def _check_attention(x: Inputs, actual: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v = x["q"], x["k"], x["v"]
-    naive = registry.OPERATORS["self_attention_map"].providers["literal"].run(x)
-    truth = attention_with_map(q.double(), k.double(), v.double(), q.shape[3] ** -0.5)
+    naive = registry.OPERATORS["self_attention"].providers["literal"].run(x)
+    truth = registry.attend_with_map(q.double(), k.double(), v.double())
     for name, a, n, t in zip(("output", "map"), actual, naive, truth, strict=True):
         assert_as_accurate_as(a, n, t, name=name)
 
@@ -311,10 +285,10 @@ def check(case: Case, x: Inputs, result: Any) -> None:
     x, actual = _last_image(x, case.batch), _last_image(result, case.batch)
     double = registry.in_double(x)
     try:
-        if case.op in ("attention_map", "propagate"):
+        if case.op == "attention_map":
             naive, truth = _eager(case.op, x), public_operator(case.op, double, "torch")
             assert_as_accurate_as(actual, naive, truth, name="map")
-        elif case.op.endswith("attention_map"):
+        elif case.op in grid.ATTENTION:
             _check_attention(x, actual)
         elif case.op == "segment":
             _check_regions(double, *actual, registry.OPERATORS["segment"].reference(double))

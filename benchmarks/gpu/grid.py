@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 BATCHES = (1, 4, 16)
+ATTENTION = ("self_attention", "cross_attention")
+"""A layer's output with its map: `attention_with_lse` and `attention_map`."""
 HALF = ("float16", "bfloat16")
 TOKENS = 77
 UNROLLED_ROWS = 1024
@@ -76,7 +78,7 @@ class Case:
 
     def not_compiled(self) -> str:
         """Why torch.compile is left out; empty if it is not."""
-        unrolled = self.op.endswith("attention_map") or self.op in ("propagate", "complete_from_qk", "step")
+        unrolled = self.op in (*ATTENTION, "attention_map", "step")
         if unrolled and max(layer.rows for layer in self.sizes.layers) >= UNROLLED_ROWS:
             return "torch.compile unrolls the loop over blocks of rows into hundreds of copies"
         return ""
@@ -89,12 +91,11 @@ def _one(label: str, layer: Layer) -> Sizes:
 def _per_batch(dtype: str, batch: int) -> Iterator[Case]:
     layers = {"sd15-16x16": SD15_16, "sd15-8x8": SD15_8, "sdxl-32x32": SDXL_32}
     for label, layer in {**layers, "sd3-32x32": SD3_32}.items():
-        yield Case("self_attention_map", _one(label, layer), batch, dtype)
+        yield Case("self_attention", _one(label, layer), batch, dtype)
     for label, layer in {**layers, "sd3-64x64": SD3_64}.items():
-        yield Case("cross_attention_map", _one(label, layer), batch, dtype)
+        yield Case("cross_attention", _one(label, layer), batch, dtype)
     for label in ("sd15-16x16", "sdxl-32x32"):
         yield Case("attention_map", _one(label, layers[label]), batch, dtype)
-    yield Case("propagate", _one("sdxl-64x64", SDXL_64), batch, dtype)
     yield Case("complete_from_qk", _one("sdxl-64x64", SDXL_64), batch, dtype)
     yield Case("guide", SD15, batch, dtype)
     for sizes in (SD15, SDXL):

@@ -70,7 +70,7 @@ def check_attention(
     if same_tokens:
         reasons.unless(
             q.shape[2] == k.shape[2],
-            f"queries and keys must be the same tokens, got {q.shape[2]} and {k.shape[2]}; use cross_attention_map",
+            f"queries and keys must be the same tokens, got {q.shape[2]} and {k.shape[2]}; others have attention_map",
         )
     reasons.raise_if_any()
 

@@ -23,12 +23,10 @@ from ._trust import _index, reasons_against, say_why_torch
 
 BACKENDS = ("auto", "triton", "torch")
 OPS = (
-    "self_attention_map",
-    "cross_attention_map",
     "attention_map",
-    "propagate",
+    "attention_maps",
+    "joint_attention_maps",
     "complete",
-    "complete_from_qk",
     "segment",
     "guide",
     "segment_and_guide",
@@ -124,7 +122,7 @@ def choose_backend(op: str, backend: str, device: torch.device, limits: Sequence
     """Resolve `"auto" | "triton" | "torch"` to the backend that will run.
 
     Args:
-        op: operator name, for example `"self_attention_map"`.
+        op: operator name, for example `"attention_map"`.
         backend: `"torch"` is always available; `"triton"` is taken literally; `"auto"` is Triton where it can run, else
             torch.
         device: device of the operands.
@@ -260,41 +258,6 @@ def refuse(op: str, config: LaunchConfig, reasons: Sequence[str]) -> None:
         raise BackendError(f"{op}: the forced {type(config).__name__} cannot run: {'; '.join(reasons)}.")
 
 
-@dataclass(frozen=True)
-class AttentionConfig(LaunchConfig):
-    """Tiles of attention in one sweep over the keys, with all heads of some rows in a program.
-
-    Attributes:
-        heads: heads that one program works on at a time, one warp each.
-        block_m: query rows.
-        block_n: keys as two widths side by side.
-        block_d: columns of the head size at a time.
-        precision: of products of fp32 operands, the `input_precision` of `tl.dot`; others have one way only.
-    """
-
-    heads: int
-    block_m: int
-    block_n: tuple[int, int]
-    block_d: int
-    precision: str
-
-    def reasons(self, keys: int) -> list[str]:
-        found = self._unlike_products(self.precision, self.block_n, block_m=self.block_m, block_d=self.block_d)
-        if self.heads != next_power_of_2(self.heads):
-            found.append(f"heads={self.heads} is no power of two")
-        if sum(self.block_n) < keys:
-            found.append(f"block_n={self.block_n} does not cover {keys} keys")
-        return found
-
-
-MAX_ONE_SWEEP = 96
-"""Keys up to which 16 rows of one head's scores fit in the registers of a warp (128: 200 to 340 spills, compiled)."""
-MAX_KEYS = 1024
-"""Keys up to which the kernels are offered. From arithmetic, not measured; beyond it `"auto"` takes torch."""
-MAX_HEAD_DIM = 160
-"""The largest head size that was compiled and executed; beyond it the values of eight heads outgrow shared memory."""
-MAX_HEAD_DIM_FP32 = 96
-"""The same of fp32 operands: 32 rows of larger heads spill in the loop over the keys (201 instructions at 160)."""
 MAX_SAMPLES = 65535
 """Programs along the second axis of a grid."""
 
@@ -310,100 +273,14 @@ def two_widths(size: int, smallest: int = 16) -> tuple[int, int]:
     return (whole // 2, rest) if whole > smallest and rest < whole // 2 else (whole, 0)
 
 
-def head_widths(size: int) -> tuple[int, int]:
-    """Columns of a head as one or two tiles. A size like 40 stays whole: heads of 80 bytes begin in the middle of a
-    32-byte sector, and two tiles would fetch the sectors between them twice."""
-    whole = next_power_of_2(size)
-    return (max(16, whole), 0) if whole <= 64 and size % 16 else two_widths(size)
-
-
 def product_precision(limits: DeviceLimits) -> str:
     """How products of fp32 operands are formed: as three TF32 products, which is as accurate as fp32 arithmetic (11 +
     11 bits of each operand, sums in fp32), or in fp32 where a matrix core has it (AMD)."""
     return "ieee" if limits.arch.startswith("gfx") else "tf32x3"
 
 
-def in_one_sweep(keys: int, dtype: torch.dtype) -> bool:
-    """Whether attention keeps a row of scores in registers. Of fp32 operands those hold a high and a low part as well,
-    and a warp's 16 rows of 80 keys spill in every loop: they are two parts, however few the keys."""
-    return keys <= MAX_ONE_SWEEP and dtype != torch.float32
-
-
-def attention_config(heads: int, keys: int, head_dim: int, limits: DeviceLimits) -> AttentionConfig:
-    """Tiles of attention in one sweep (`in_one_sweep`); head_dim is the larger one of keys and values.
-
-    Heads run one per warp. Eight at a time, or four where that leaves fewer warps idle (10 and 20 heads) or where the
-    tiles of eight heads do not fit in shared memory. 16 rows give small layers as many programs as they can have.
-    """
-    at_once = min(8, next_power_of_2(heads))
-    if at_once == 8 and (-heads % 8 > -heads % 4 or limits.shared_memory < 96 * 1024):
-        at_once = 4
-    return AttentionConfig(
-        num_warps=at_once,
-        num_stages=1,  # a pipelined load cannot be permuted on its way to shared memory; see `load_tile`
-        heads=at_once,
-        block_m=16,
-        block_n=two_widths(keys),
-        block_d=64 if head_dim <= 64 and head_dim % 16 else 32,
-        precision=product_precision(limits),
-    )
-
-
 WARP_GROUP_PRODUCTS = ("sm_9", "sm_10")
 """Families of architectures whose products of 64 rows are formed by four warps together, `wgmma` and `tcgen05`."""
-
-
-@dataclass(frozen=True)
-class FlashConfig(LaunchConfig):
-    """Tiles of attention with its map in two parts.
-
-    Attributes:
-        block_m: query rows of a program, in both parts.
-        block_n: keys at a time in the first part.
-        map_n: keys of a program of the second part.
-        precision: of products of fp32 operands, as in `AttentionConfig`.
-    """
-
-    block_m: int
-    block_n: int
-    map_n: int
-    precision: str
-
-    def reasons(self) -> list[str]:
-        return self._unlike_products(self.precision, block_m=self.block_m, block_n=self.block_n, map_n=self.map_n)
-
-
-def flash_config(
-    batch: int, heads: int, rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
-) -> FlashConfig:
-    """Tiles of attention with its map in two parts; head_dim is the larger one of keys and values.
-
-    64 rows, 16 per warp, or 128 where those still are two programs of the first part for every multiprocessor: K and V
-    are read once per block of rows. Tiles of the map are 64 keys wide, or 128 where there are enough of them: Q is read
-    once per tile of keys. Large heads, for 96 KiB of shared memory, and AMD, for 64, have neither; nor have heads that
-    no tile fits exactly tiles that wide. 32 keys at a time, so that a row of scores stays within a warp, or 64 where a
-    product is formed by a warp group and the head is small enough for the registers.
-
-    fp32 operands take small tiles, because registers hold a high and a low part of each, and no asynchronous copies:
-    those would be read with three-way bank conflicts. On AMD, where a program has 64 KiB, large heads are not copied
-    ahead either.
-    """
-    precision = product_precision(limits)
-    if dtype == torch.float32:
-        return FlashConfig(num_warps=2, num_stages=1, block_m=32, block_n=16, map_n=16, precision=precision)
-    amd = limits.arch.startswith("gfx")
-    wide = not amd and head_dim <= 96 and batch * heads * -(-rows // 128) >= 2 * limits.multiprocessors
-    whole = head_dim <= 64 and head_dim % 16 == 0
-    block_m = 128 if wide else 64
-    tiles = batch * -(-rows // block_m) * -(-keys // 128)
-    return FlashConfig(
-        num_warps=block_m // 16,
-        num_stages=1 if head_dim > 96 and amd else 2,
-        block_m=block_m,
-        block_n=64 if head_dim <= 96 and limits.family in WARP_GROUP_PRODUCTS else 32,
-        map_n=128 if wide and whole and tiles >= limits.multiprocessors else 64,
-        precision=precision,
-    )
 
 
 def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
@@ -411,81 +288,6 @@ def dtype_limits(op: str, dtype: torch.dtype) -> list[str]:
     if dtype == torch.float64:
         return ["the kernel computes in fp32, fp64 needs the torch implementation"]
     return []
-
-
-def operand_limits(*operands: torch.Tensor) -> list[str]:
-    """Why the kernels cannot take these queries, keys and values, however many they are; empty if they can."""
-    reasons = dtype_limits("attention_map", operands[0].dtype)
-    single = operands[0].dtype == torch.float32
-    most = MAX_HEAD_DIM_FP32 if single else MAX_HEAD_DIM
-    if max(x.shape[3] for x in operands) > most:
-        sizes = f"head sizes beyond {most}" + (" in fp32" if single else "")
-        reasons.append(f"{sizes} are not supported, got {[x.shape[3] for x in operands]}")
-    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
-        reasons.append("the last dimension of q, k, v must have stride 1")
-    if any(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31 for x in operands):
-        reasons.append("a sample of q, k, v spans 2^31 elements or more")
-    return reasons
-
-
-def attention_limits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> list[str]:
-    """Every reason why the attention kernels cannot take these operands; empty if they can."""
-    reasons = operand_limits(q, k) if v is None else operand_limits(q, k, v)
-    if k.shape[2] > MAX_KEYS:
-        reasons.append(f"{k.shape[2]} keys exceed {MAX_KEYS}")
-    if q.shape[0] > MAX_SAMPLES:
-        reasons.append(f"{q.shape[0]} samples exceed {MAX_SAMPLES}")
-    return reasons
-
-
-@dataclass(frozen=True)
-class PropagateConfig(LaunchConfig):
-    """Tiles of `propagate` and `complete_from_qk`: query rows, keys at a time in both parts, columns as two tiles side
-    by side."""
-
-    block_m: int
-    block_n: int
-    map_n: int
-    block_t: tuple[int, int]
-    precision: str
-
-    def reasons(self) -> list[str]:
-        lengths = {"block_m": self.block_m, "block_n": self.block_n, "map_n": self.map_n}
-        return self._unlike_products(self.precision, self.block_t, **lengths)
-
-
-def propagate_config(
-    batch: int, heads: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits
-) -> PropagateConfig:
-    """Tiles of both: those of attention with its map, at most 128 columns at a time. Where products of 64 rows are a
-    warp group's, 32 rows and two warps: the product with X would meet bank conflicts otherwise.
-
-    That product takes the registers, for a high and a low part of X: so 32 keys at a time and, on NVIDIA, no
-    asynchronous copies, with which values are spilled in the loop over the keys. On sm_120 some still are with 64 rows;
-    32 rows take at most 80 columns.
-    """
-    tiles = flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
-    rows_at_once = 32 if limits.family in (*WARP_GROUP_PRODUCTS, "sm_12") else min(tiles.block_m, 64)
-    return PropagateConfig(
-        num_warps=rows_at_once // 16,
-        num_stages=tiles.num_stages if limits.arch.startswith("gfx") else 1,
-        block_m=rows_at_once,
-        block_n=tiles.block_n,
-        map_n=min(tiles.map_n, 32),
-        block_t=two_widths(min(columns, 128 if rows_at_once > 32 else 80)),
-        precision=tiles.precision,
-    )
-
-
-def propagate_limits(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, name: str = "x") -> list[str]:
-    """Every reason why the kernels of `propagate` and `complete_from_qk`, which calls x `cross_map`, cannot take these
-    operands; empty if they can."""
-    reasons = operand_limits(q, k)
-    if x.dtype == torch.float64 and q.dtype != torch.float64:
-        reasons += dtype_limits("propagate", x.dtype)
-    if x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) >= 2**31:
-        reasons.append(f"a sample of {name} spans 2^31 elements or more")
-    return reasons
 
 
 @dataclass(frozen=True)

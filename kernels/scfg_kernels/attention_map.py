@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from ._checks import Reasons, check_attention
-from ._launch import attention_limits, choose_backend, outside_autocast
+from ._launch import choose_backend, outside_autocast
 from ._triton import KERNELS
 
 CPU_BLOCK = 1 << 18
@@ -132,39 +131,53 @@ def head_mean_map(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, sc
     return q.new_empty(shape, dtype=map_dtype(q.dtype)) if result is None else result
 
 
-BLOCK_ELEMENTS = CPU_BLOCK
-
-
-def attention_with_map(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch implementation of the two operators that return the output too: ([B, H, N, dv], [B, N, T]).
-
-    The output is laid out as [B, N, H, dv] in memory, which is what the layer's projection reads next.
-    """
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), head_mean_map(q, k, None, scale)
-
-
-def empty_output_and_map(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised results with the shapes, dtypes and strides of `attention_with_map`."""
-    batch, heads, n, _ = q.shape
-    out = q.new_empty((batch, n, heads, v.shape[3])).transpose(1, 2)
-    return out, q.new_empty((batch, n, k.shape[2]), dtype=map_dtype(q.dtype))
-
-
 @torch.library.custom_op("scfg_kernels::attention_map", mutates_args=())
 def _attention_map(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None, scale: float, backend: str
 ) -> torch.Tensor:
     if backend == "triton":
-        return KERNELS["attention_map"](q, k, scale)
+        return KERNELS["attention_map"](q, k, lse, scale)
     return head_mean_map(q, k, lse, scale)
 
 
 @_attention_map.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[2], k.shape[2]), dtype=map_dtype(q.dtype))
+
+
+@torch.library.custom_op("scfg_kernels::attention_maps", mutates_args=())
+def _attention_maps(
+    q1: torch.Tensor, k1: torch.Tensor, lse1: torch.Tensor | None, scale1: float,
+    q2: torch.Tensor, k2: torch.Tensor, lse2: torch.Tensor | None, scale2: float, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if backend == "triton":
+        return KERNELS["attention_maps"](q1, k1, lse1, scale1, q2, k2, lse2, scale2)
+    return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2)
+
+
+@_attention_maps.register_fake
+def _(
+    q1: torch.Tensor, k1: torch.Tensor, lse1: torch.Tensor | None, scale1: float,
+    q2: torch.Tensor, k2: torch.Tensor, *_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    own = q1.new_empty((q1.shape[0], q1.shape[2], k1.shape[2]), dtype=map_dtype(q1.dtype))
+    return own, q2.new_empty((q2.shape[0], q2.shape[2], k2.shape[2]), dtype=map_dtype(q2.dtype))
+
+
+MAX_HEAD_DIM = 512
+"""Columns of a head that three tiles of the kernels hold."""
+
+
+def map_limits(*operands: torch.Tensor) -> list[str]:
+    """Every reason why the kernels cannot take these queries and keys; empty if they can."""
+    reasons = []
+    if any(x.dtype == torch.float64 for x in operands):
+        reasons.append("the kernel computes in fp32, fp64 needs the torch implementation")
+    if max(x.shape[3] for x in operands) > MAX_HEAD_DIM:
+        reasons.append(f"head sizes beyond {MAX_HEAD_DIM} are not supported, got {operands[0].shape[3]}")
+    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in operands):
+        reasons.append("the last dimension of queries and keys must have stride 1")
+    return reasons
 
 
 def _check(op: str, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -203,7 +216,43 @@ def attention_map(
         BackendError: `backend="triton"` cannot run here.
     """
     _check("attention_map", q, k, lse)
-    chosen = choose_backend("attention_map", backend, q.device, attention_limits(q, k, None))
+    chosen = choose_backend("attention_map", backend, q.device, map_limits(q, k))
     if chosen == "torch" and not torch.compiler.is_compiling():
         return head_mean_map(q, k, lse, default_scale(q, scale))
     return _attention_map(q, k, lse, default_scale(q, scale), chosen)
+
+
+def attention_maps(
+    q1: torch.Tensor,
+    k1: torch.Tensor,
+    lse1: torch.Tensor | None,
+    q2: torch.Tensor,
+    k2: torch.Tensor,
+    lse2: torch.Tensor | None,
+    *,
+    scale1: float | None = None,
+    scale2: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps of two layers, for example of a block's self- and cross-attention: one launch of the Triton kernel.
+
+    Args:
+        q1, k1, lse1, scale1: of the first layer, as in `attention_map`.
+        q2, k2, lse2, scale2: of the second.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        both maps [B, N, T], as `attention_map`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; every reason is listed.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    _check("attention_maps: first layer", q1, k1, lse1)
+    _check("attention_maps: second layer", q2, k2, lse2)
+    scale1, scale2 = default_scale(q1, scale1), default_scale(q2, scale2)
+    limits = map_limits(q1, k1, q2, k2)
+    chosen = choose_backend("attention_maps", backend, q1.device, limits)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        return head_mean_map(q1, k1, lse1, scale1), head_mean_map(q2, k2, lse2, scale2)
+    return _attention_maps(q1, k1, lse1, scale1, q2, k2, lse2, scale2, chosen)

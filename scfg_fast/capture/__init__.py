@@ -5,6 +5,6 @@ makes maps of queries and keys, and `maps` holds what the blocks leave.
 """
 
 from .layers import BlockInfo, choose_layers, grid_size
-from .maps import BatchLayout, StepMaps, collect, holds_map
+from .maps import BatchLayout, StepMaps, collect
 
-__all__ = ["BatchLayout", "BlockInfo", "StepMaps", "choose_layers", "collect", "grid_size", "holds_map"]
+__all__ = ["BatchLayout", "BlockInfo", "StepMaps", "choose_layers", "collect", "grid_size"]

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
-from scfg_kernels import attention_map, complete
+from scfg_kernels import complete, joint_attention_maps
 
 from ..config import SCFGConfig
 from ..layouts import Geometry, swapped_halves
@@ -58,11 +58,13 @@ class JointAttentionCapture:
         return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
     def _observe(self, compared: QueriesAndKeys) -> None:
-        text, image = cast(torch.Tensor, compared.text), cast(torch.Tensor, compared.image)
         used, unconditional = self.layout.rows(compared.query.shape[0])
-        query, keys = compared.query[used], torch.cat([text, image], 2)[used]
-        joint = attention_map(query, keys, backend=self.backend)  # [B, N, T + N]
-        cross, own = joint[:, :, : text.shape[2]], joint[:, :, text.shape[2] :]
+        compared = compared.of(used)
+        maps = joint_attention_maps(
+            compared.query, compared.text, compared.image, grid=(1, compared.query.shape[2]), stochastic=False,
+            backend=self.backend,
+        )  # fmt: skip
+        own, cross = cast(tuple[torch.Tensor, torch.Tensor], maps)
         self.tokens = self._complete(own[unconditional:], cross[unconditional:])
         if unconditional:
             columns = cross[:unconditional]
@@ -129,20 +131,22 @@ class TransformerCapture:
         return self.last is not self and given
 
     def _observe(self, compared: QueriesAndKeys, last: TransformerCapture) -> None:
-        geometry = cast(Geometry, last.geometry)
+        geometry, layout, batch = cast(Geometry, last.geometry), last.layout, compared.query.shape[0]
+        used, unconditional = layout.rows(batch)
+        unconditional *= geometry.frames
+        compared = compared.of(slice(batch - used.stop, batch - used.start) if layout.conditional_first else used)
+        swap = layout.conditional_first and unconditional > 0
         own, cross = capture_maps(compared, geometry, self.level, self.cell, self.backend)
         last.self_map = last.self_map if own is None else own
         if cross is None:
             return
         own, last.self_map = last.self_map, None
-        if last.layout.conditional_first:
-            cross, own = swapped_halves(cross), None if own is None else swapped_halves(own)
-        used, unconditional = last.layout.rows(cross.shape[0])
         column = start_column(compared.bias, cross.shape[2], self.start_token)
         if isinstance(column, torch.Tensor):
-            column = swapped_halves(column) if last.layout.conditional_first else column
-            column = column.repeat_interleave(geometry.frames, 0)[used]
-        cross = cross[used]
+            column = column.repeat_interleave(geometry.frames, 0)
+            column = swapped_halves(column) if swap else column
+        if swap:
+            cross, own = swapped_halves(cross), None if own is None else swapped_halves(own)
         if own is None and last.paired:
             return  # the self-attention of this block had none to leave
         if own is None:  # linear self-attention has no map: nothing spreads
@@ -153,7 +157,7 @@ class TransformerCapture:
             cross = cross.clone()
             cross[:unconditional, :, 0] = _column(cross, column)[:unconditional]
         last.tokens, start = complete(
-            own[used], cross, unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
+            own, cross, unconditional=unconditional, fidelity=self.fidelity, powers=self.powers,
             backend=self.backend,
         )  # fmt: skip
         last.start = start if unconditional else _column(last.tokens.transpose(1, 2), column)

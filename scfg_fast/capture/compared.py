@@ -13,14 +13,12 @@ There is no published S-CFG for transformers. The rules here are ours:
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from scfg_kernels import attention_map
+from scfg_kernels import joint_attention_maps
 
 from ..layouts import Geometry
 
@@ -46,6 +44,11 @@ class QueriesAndKeys:
     bias: torch.Tensor | None = None
     scale: float | None = None
 
+    def of(self, samples: slice) -> QueriesAndKeys:
+        """Of some samples alone."""
+        text, image, bias = (None if x is None else x[samples] for x in (self.text, self.image, self.bias))
+        return QueriesAndKeys(self.query[samples], text, image, bias, self.scale)
+
 
 Reader = Callable[..., QueriesAndKeys]
 """(attention module, and the arguments of its processor) -> QueriesAndKeys."""
@@ -67,33 +70,25 @@ def capture_maps(
         self map [B * frames, n, n] and cross map [B * frames, n, T], n cells per frame; None for keys that are not
         there.
     """
-    if geometry.frames > 1:
-        frames = [
-            capture_maps(frame, Geometry(1, geometry.height, geometry.width), level, cell, backend)
-            for frame in _frames(compared, geometry.frames)
-        ]
-        own, cross = (
-            None if parts[0] is None else torch.stack(cast(list, parts), 1).flatten(0, 1)
-            for parts in zip(*frames, strict=True)
+    options: Any = dict(
+        grid=(geometry.height // level, geometry.width // level), pool=max(1, cell // level), scale=compared.scale,
+        backend=backend,
+    )  # fmt: skip
+    if geometry.frames == 1:
+        return joint_attention_maps(compared.query, compared.text, compared.image, bias=compared.bias, **options)
+    # Frames are samples of their own, of one sample after another, so that keys are not copied.
+    maps = []
+    for sample in range(compared.query.shape[0]):
+        query, image = (
+            None if x is None else x[sample].unflatten(1, (geometry.frames, -1)).transpose(0, 1)
+            for x in (compared.query, compared.image)
         )
-        return own, cross
-    height, width = geometry.height // level, geometry.width // level
-    count, pool = height * width, max(1, cell // level)
-    query = compared.query[:, :, :count]  # what follows are reference images: keys, but not what is drawn
-    if pool > 1:
-        query = _pooled(query, height, width, pool)
-    keys = [part for part in (compared.text, compared.image) if part is not None]
-    key = torch.cat(keys, 2) if len(keys) > 1 else keys[0]
-    scale = compared.scale if compared.scale is not None else query.shape[-1] ** -0.5
-    if compared.bias is not None:
-        query, key = _with_bias(query, key, compared.bias, scale)
-    probabilities = attention_map(query, key, scale=scale, backend=backend)
-    tokens = 0 if compared.text is None else compared.text.shape[2]
-    cross = probabilities[:, :, :tokens] if tokens else None
-    columns = probabilities[:, :, tokens : tokens + count]
-    own = None if compared.image is None else _pooled_columns(columns, height, width, pool)
-    if cross is not None and own is not None:
-        cross, own = _stochastic(cross), _stochastic(own)
+        text, bias = (
+            None if x is None else x[sample].expand(geometry.frames, *x.shape[1:])
+            for x in (compared.text, compared.bias)
+        )
+        maps.append(joint_attention_maps(cast(torch.Tensor, query), text, image, bias=bias, **options))
+    own, cross = (None if parts[0] is None else torch.cat(cast(list, parts)) for parts in zip(*maps, strict=True))
     return own, cross
 
 
@@ -109,44 +104,6 @@ def start_column(bias: torch.Tensor | None, tokens: int, which: str) -> torch.Te
     if which == "first":
         return attended.argmax(1)
     return tokens - 1 - attended.flip(1).argmax(1)
-
-
-def _frames(compared: QueriesAndKeys, frames: int) -> Iterator[QueriesAndKeys]:
-    """Frame by frame, one after another, so that keys are never copied for all of them at once."""
-    queries = compared.query.unflatten(2, (frames, -1)).unbind(2)
-    images = [None] * frames if compared.image is None else compared.image.unflatten(2, (frames, -1)).unbind(2)
-    for query, image in zip(queries, images, strict=True):
-        yield dataclasses.replace(compared, query=query, image=image)
-
-
-def _pooled(query: torch.Tensor, height: int, width: int, pool: int) -> torch.Tensor:
-    """[B, H, h * w, d] -> [B, H, n, d], means over pool x pool tokens; cells at the far edges may be ragged."""
-    grid = query.transpose(2, 3).unflatten(3, (height, width)).flatten(0, 1)
-    mean = F.avg_pool2d(grid, pool, ceil_mode=True, count_include_pad=False)
-    return mean.unflatten(0, query.shape[:2]).flatten(3).transpose(2, 3)
-
-
-def _pooled_columns(probabilities: torch.Tensor, height: int, width: int, pool: int) -> torch.Tensor:
-    """[B, n, h * w] -> [B, n, n]: sums over the tokens of a cell."""
-    if pool == 1:
-        return probabilities.contiguous()
-    grid = probabilities.unflatten(2, (height, width))
-    return F.avg_pool2d(grid, pool, ceil_mode=True, divisor_override=1).flatten(2)
-
-
-def _with_bias(
-    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bias of the first keys as one more component of queries and keys; eight, to keep vectors aligned."""
-    query, key = F.pad(query, (0, 8)), F.pad(key, (0, 8))
-    query[..., -1] = 1.0 / scale
-    key[:, :, : bias.shape[1], -1] = bias[:, None].clamp(min=MASKED).to(key.dtype)
-    return query, key
-
-
-def _stochastic(part: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their sums; contiguous."""
-    return part / part.sum(-1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
 
 
 def key_bias(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:

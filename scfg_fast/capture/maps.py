@@ -26,30 +26,9 @@ class BlockMaps:
     start: torch.Tensor | None
 
 
-FUSED_MAP_TOKENS = 1024
-"""Image tokens up to which a layer holds its self-attention map whatever it takes: up to here one kernel makes the map
-beside the layer's output."""
-
-QUERY_KEY_WORTH = 2
-"""How many bytes of queries and keys may be held to save one of a larger map. At the layer's peak, in self-attention,
-they are there anyway."""
-
-
-def holds_map(tokens: int, heads: int, head_dim: int, itemsize: int) -> bool:
-    """Whether a layer of a UNet holds its self-attention map until its cross-attention, or its queries and keys.
-
-    Per sample, the map takes 4 N^2 bytes (8 in fp64), queries and keys 2 e N H d: the same at N = e H d / 2. Held are
-    queries and keys above `FUSED_MAP_TOKENS`, where they take at most `QUERY_KEY_WORTH` times the map. So up to 1024
-    tokens it is the map, because completion without it forms the scores again; in half precision above it never is in
-    Stable Diffusion 1.5, 2.x and XL, whose H d is at most 1280.
-
-    Args:
-        tokens: N, image tokens.
-        heads, head_dim: H and d.
-        itemsize: e, bytes of an element of the layer's activations.
-    """
-    map_bytes = max(4, itemsize) * tokens * tokens
-    return tokens <= FUSED_MAP_TOKENS or 2 * itemsize * tokens * heads * head_dim > QUERY_KEY_WORTH * map_bytes
+MAP_TOKENS = 1024
+"""Image tokens up to which a layer of a UNet has its self-attention map made: 4 MiB a sample. Above, completion is
+attention with the cross-attention map in the place of the values, and the map is never made."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Attention processors of the captured blocks of a UNet.
 
-A captured block runs two of them. The self-attention one leaves the head-mean map S on itself; the cross-attention one
-of the same block takes S, computes its own map C, completes it, and keeps only the result, [B, T, N]; S and C are gone
-before the next block. In large layers (`maps.holds_map`) queries and keys, the layer's own tensors, are left in the
-place of S, and `complete_from_qk` does without it.
+A captured block runs two of them. The self-attention one holds its queries, keys and log-sum-exp, the layer's own
+tensors; the cross-attention one of the same block takes them, makes the head-mean maps S and C of both layers in one
+launch, completes C by S, and keeps only the result, [B, T, N]. Only samples whose maps are needed are compared. Above
+`maps.MAP_TOKENS` image tokens S is never made: `complete_from_qk` does without it.
 
-Each wraps the processor that the user had. For the default `AttnProcessor2_0` the output comes from the same operator
-as the map, in one pass, with the bits of the stock processor. For any other processor (xformers, sliced, the user's
-own) the output is that processor's own, and the map is computed alongside it from `to_q` and `to_k`.
+Each wraps the processor that the user had. For the default `AttnProcessor2_0` and for xformers, the output comes from
+the operator that the stock processor calls, and the log-sum-exp from the same call. For any other processor (sliced,
+the user's own) the output is that processor's own, and queries and keys are projected alongside it.
 
 Everything is stored on the processor object, and results are functional: with `torch.compile(fullgraph=True)` they
 become outputs of the one graph.
@@ -15,18 +15,17 @@ become outputs of the one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from scfg_kernels import attention_map, complete, complete_from_qk, cross_attention_map, self_attention_map
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from scfg_kernels import attention_map, attention_maps, attention_with_lse, complete, complete_from_qk
 
 from ..config import SCFGConfig
 from ..layouts import Geometry
-from .maps import BatchLayout, holds_map
+from .maps import MAP_TOKENS, BatchLayout
 from .wrapping import class_for, projected_tokens
 
 
@@ -71,86 +70,90 @@ def _finish(attn: Attention, out: torch.Tensor, hidden_states: torch.Tensor) -> 
     return result / attn.rescale_output_factor
 
 
+class Compared(NamedTuple):
+    """What a layer compared: query [B, H, N, d], key [B, H, T, d], and their log-sum-exp [B, H, N] if it is known."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    lse: torch.Tensor | None
+
+    def of(self, samples: slice) -> Compared:
+        return Compared(self.query[samples], self.key[samples], None if self.lse is None else self.lse[samples])
+
+
+def _sdpa(
+    attn: Attention, inner: AttnProcessor2_0, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out, lse = attention_with_lse(query, key, value)
+    # On a CPU a softmax takes no longer than an exponential of differences, and has fewer roundings.
+    return out, None if query.device.type == "cpu" else lse
+
+
+def _xformers(
+    attn: Attention, inner: XFormersAttnProcessor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator of `memory_efficient_attention` that also returns its log-sum-exp, on the operands of the stock
+    processor: heads folded into the batch."""
+    operator = attention_processor.xformers.ops.memory_efficient_attention_forward_requires_grad
+    folded = [x.flatten(0, 1).contiguous() for x in (query, key, value)]
+    choice: Any = inner.attention_op  # (forward, backward)
+    forward = None if choice is None else choice[0]
+    out, lse = operator(*folded, scale=attn.scale, op=forward)
+    batch, heads, n, _ = query.shape
+    return out.unflatten(0, (batch, heads)).to(query.dtype), lse.reshape(batch, heads, -1)[:, :, :n]
+
+
 class _Capture:
-    """Common part: wraps the user's processor and observes, beside its output, what the layer compares.
+    """Common part: wraps the user's processor and keeps what the layer compares.
 
     Attributes:
         inner: the user's processor, while it captures.
-        observe: q [B, H, N, d] and k [B, H, T, d] -> what is observed; here the head-mean map [B, N, T].
-        attend_and_observe: q, k, v -> the attention output [B, H, N, d], and that.
     """
-
-    observe: Callable[..., Any] = staticmethod(attention_map)
-    attend_and_observe: Callable[..., Any] = staticmethod(cross_attention_map)
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         self.inner = inner
         self.backend = config.backend
-        self.fused = type(inner) is AttnProcessor2_0
 
-    def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs):
-        """The layer's output, and what was observed, or None if this call cannot be captured."""
+    def attend(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs
+    ) -> tuple[torch.Tensor, Compared | None]:
+        """The layer's output, and what it compared, or None if this call cannot be captured."""
         capture = attention_mask is None and attn.spatial_norm is None
-        if not (capture and self.fused):
-            with projected_tokens(attn.to_k, self.inner) as projected:
-                out = self.inner(
-                    attn,
-                    hidden_states,
-                    encoder_hidden_states=encoder_hidden_states,
-                    attention_mask=attention_mask,
-                    **kwargs,
-                )
-            if not capture:
-                return out, None
-            # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
-            text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
-            if text is not None and projected:
-                text = text[:, : projected[0]]  # what follows is an image prompt with keys of its own
-            query, key, _ = _query_key(attn, hidden_states, text)
-            return out, self.observe(query, key, backend=self.backend)
-        query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
-        value = _heads(attn, attn.to_v(value_states))
-        out, observed = self.attend_and_observe(query, key, value, backend=self.backend)
-        return _finish(attn, out, hidden_states), observed
+        kind = type(self.inner)
+        attention: Any = _sdpa if kind is AttnProcessor2_0 else _xformers if kind is XFormersAttnProcessor else None
+        if capture and attention is not None:
+            query, key, value_states = _query_key(attn, hidden_states, encoder_hidden_states)
+            value = _heads(attn, attn.to_v(value_states))
+            out, lse = attention(attn, self.inner, query, key, value)
+            return _finish(attn, out, hidden_states), Compared(query, key, lse)
+        with projected_tokens(attn.to_k, self.inner) as projected:
+            out = self.run_inner(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        if not capture:
+            return out, None
+        # IP-Adapter processors take (text, image) states; text keys are the ones that S-CFG reads.
+        text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        if text is not None and projected:
+            text = text[:, : projected[0]]  # what follows is an image prompt with keys of its own
+        query, key, _ = _query_key(attn, hidden_states, text)
+        return out, Compared(query, key, None)
 
-
-HeldMap = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""A self-attention map [2B, N, N], or the queries and keys [2B, H, N, d] that it would be made of."""
-
-
-def _holds_map(query: torch.Tensor) -> bool:
-    _, heads, tokens, head_dim = query.shape
-    return holds_map(tokens, heads, head_dim, query.element_size())
-
-
-def _hold(query: torch.Tensor, key: torch.Tensor, *, backend: str) -> HeldMap:
-    return attention_map(query, key, backend=backend) if _holds_map(query) else (query, key)
-
-
-def _attend_and_hold(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: str
-) -> tuple[torch.Tensor, HeldMap]:
-    if _holds_map(query):
-        return self_attention_map(query, key, value, backend=backend)
-    return F.scaled_dot_product_attention(query, key, value), (query, key)
+    def run_inner(self, attn, hidden_states, encoder_hidden_states, attention_mask, kwargs) -> torch.Tensor:
+        """The layer's output by the user's processor."""
+        return self.inner(
+            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+        )
 
 
 class SelfAttentionCapture(_Capture):
-    """Processor of a captured self-attention layer.
-
-    `held` lives until the cross-attention takes it: the map, 4 N^2 bytes a sample, or queries and keys, 2 e N H d, as
-    `holds_map` says. With the default processor these are the layer's own tensors, which would be free otherwise.
-    """
-
-    observe = staticmethod(_hold)
-    attend_and_observe = staticmethod(_attend_and_hold)
+    """Processor of a captured self-attention layer. `held` lives until the cross-attention takes it: with the
+    default processor, the layer's own tensors."""
 
     def __init__(self, inner, config: SCFGConfig) -> None:
         super().__init__(inner, config)
-        self.held: HeldMap | None = None
+        self.held: Compared | None = None
 
     def release(self) -> None:
-        """Drop what is held: maps, and the user's processor, which may have weights that are unloaded."""
+        """Drop what is held, and the user's processor, which may have weights that are unloaded."""
         self.held = self.inner = None
 
     def __call__(
@@ -164,13 +167,7 @@ class SelfAttentionCapture(_Capture):
         if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
             # Keys of other images (reference-only, banked, cross-frame): their map has no place in this one.
             self.held = None
-            return self.inner(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+            return self.run_inner(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         out, self.held = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         return out
 
@@ -189,7 +186,7 @@ class CrossAttentionCapture(_Capture):
         self.fidelity = config.fidelity
         self.powers = config.powers
         self.layout = BatchLayout()
-        self.geometry: Geometry | None = None  # of no interest here: tokens of a UNet are counted
+        self.geometry: Geometry | None = None  # unused: a UNet's grid follows from its token count
         self.tokens: torch.Tensor | None = None
         self.start: torch.Tensor | None = None
 
@@ -205,28 +202,24 @@ class CrossAttentionCapture(_Capture):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        out, cross_map = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
-        held, self.source.held = self.source.held, None
+        out, cross = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        own, self.source.held = self.source.held, None
         self.tokens = self.start = None
-        if held is not None and cross_map is not None:
-            self._complete(held, cross_map)
+        if own is not None and cross is not None and own.query.shape[2] == cross.query.shape[2]:
+            self._complete(own, cross)
         return out
 
-    def _complete(self, held: HeldMap, cross_map: torch.Tensor) -> None:
-        """Fills `tokens` and `start`, unless the two layers saw different image tokens."""
-        used, unconditional = self.layout.rows(cross_map.shape[0])
-        options: dict[str, Any] = dict(
-            unconditional=unconditional, fidelity=self.fidelity, powers=self.powers, backend=self.backend
-        )
-        if isinstance(held, torch.Tensor):
-            if held.shape[1] != cross_map.shape[1]:
-                return
-            tokens, start = complete(held[used], cross_map[used], **options)
+    def _complete(self, own: Compared, cross: Compared) -> None:
+        """Fills `tokens` and `start`."""
+        used, unconditional = self.layout.rows(cross.query.shape[0])
+        own, cross = own.of(used), cross.of(used)
+        options: dict[str, Any] = dict(unconditional=unconditional, fidelity=self.fidelity, powers=self.powers)
+        if own.query.shape[2] <= MAP_TOKENS:
+            self_map, cross_map = attention_maps(*own, *cross, backend=self.backend)
+            tokens, start = complete(self_map, cross_map, **options, backend=self.backend)
         else:
-            query, key = held
-            if query.shape[2] != cross_map.shape[1]:
-                return
-            tokens, start = complete_from_qk(query[used], key[used], cross_map[used], **options)
+            cross_map = attention_map(*cross, backend=self.backend)
+            tokens, start = complete_from_qk(own.query, own.key, cross_map, **options)
         self.tokens, self.start = tokens, start if unconditional else tokens[:, 0].contiguous()
 
 

@@ -18,18 +18,16 @@ from benchmarks import aot
 from lab.ptxsim import TARGETS
 
 SOME = {
-    "self_attention_map/sd15-16x16/float16": "sm_80",
-    "self_attention_map/sdxl-32x32/bfloat16": "gfx942",
-    "cross_attention_map/sd15-16x16/float16": "gfx942",
-    "cross_attention_map/sdxl-32x32/bfloat16": "sm_90",
-    "attention_map/sd15-16x16-text/float16": "sm_90",
+    "attention_maps/sd15-16x16/float16": "sm_80",
+    "attention_maps/sdxl-32x32/float16": "sm_90",
+    "attention_maps/sdxl-32x32/float32": "sm_80",
+    "attention_map/sdxl-32x32/float16": "sm_90",
+    "joint_attention_maps/sd3/float16": "gfx942",
     "complete/sd15/float32": "sm_90",
     "segment/sd15/float32": "sm_80",
     "guide/sdxl/float16": "gfx942",
     "segment_and_guide/sd15/float16": "sm_80",
     "guide_pixels/sd15/float16": "sm_90",
-    "propagate/sdxl-64x64/bfloat16": "sm_90",
-    "complete_from_qk/sdxl-64x64/float16": "sm_80",
 }
 
 

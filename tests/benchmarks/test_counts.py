@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from scfg_kernels._launch import OPS
 from benchmarks import simulated
 from benchmarks.simulated import Count
 from lab.ptxsim import Traffic
-from tests.benchmarks import attention_counters
 
 CASES = {case.name: case for case in simulated.CASES}
 
@@ -34,7 +32,7 @@ def test_the_table_covers_every_operator_and_the_file_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [("cross_attention_map/sd15-8x8", 90), ("complete/sd15-8x8", 80), ("guide_pixels/sd15", 80)]
+    ("name", "arch"), [("attention_maps/sd15-8x8", 90), ("complete/sd15-8x8", 80), ("guide_pixels/sd15", 80)]
 )
 def test_what_is_counted_is_verified(name: str, arch: int) -> None:
     cells = simulated.row(CASES[name], arch, simulated.count(CASES[name], arch))
@@ -106,22 +104,3 @@ def test_a_result_that_disagrees_fails_the_run(
     assert simulated.main(["--out", str(out), "--arch", "80"]) == 1
     assert not out.exists()
     assert "FAILED sm_80: guide_pixels/sd15: result 0" in capsys.readouterr().err
-
-
-def test_the_page_of_the_kernels_has_the_table_of_attention() -> None:
-    page = attention_counters.README.read_text(encoding="utf-8")
-    rows = [f"| {name} | 1.00 |" for name in attention_counters.LAYERS]
-    written = attention_counters.with_table(page, rows, "abc1234")
-    assert attention_counters.HEADER + "\n".join(rows) + "\n\n`PYTHONPATH" in written and "commit abc1234" in written
-    named = re.findall(r"^\| (.*?) \|", page.split(attention_counters.HEADER)[1].split("\n\n")[0], re.MULTILINE)
-    assert named == list(attention_counters.LAYERS)
-    assert attention_counters.with_table(written, rows, "abc1234") == written
-    with pytest.raises(ValueError, match="0 tables and 0 commands"):
-        attention_counters.with_table("no such page", rows, "abc1234")
-
-
-def test_a_committed_row_of_attention_is_counted_again() -> None:
-    row = attention_counters.measured("SD 1.5 32x32 cross, 64 rows")
-    lines = attention_counters.README.read_text(encoding="utf-8").splitlines()
-    expected = next(line for line in lines if line.startswith("| SD 1.5 32x32 cross, 64 rows |"))
-    assert row.split("|")[:6] == expected.split("|")[:6]

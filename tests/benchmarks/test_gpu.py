@@ -15,6 +15,7 @@ from scfg_kernels._launch import OPS
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.gpu import cases as ways_of
+from benchmarks.gpu import grid
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.grid import BATCHES, CASES, HALF, Case, select
@@ -40,8 +41,9 @@ def no_gradients():
 def test_the_grid_is_what_was_registered() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    assert {case.op for case in CASES} == {*OPS, "step"} == set(FIRST_OF_OP)
-    attention = {(c.sizes.label, c.batch, c.dtype) for c in CASES if c.op == "self_attention_map"}
+    of_ours = {*OPS, "step", "complete_from_qk", *grid.ATTENTION} - {"attention_maps", "joint_attention_maps"}
+    assert {case.op for case in CASES} == of_ours == set(FIRST_OF_OP)
+    attention = {(c.sizes.label, c.batch, c.dtype) for c in CASES if c.op == "self_attention"}
     models = ("sd15-16x16", "sd15-8x8", "sdxl-32x32", "sd3-32x32")
     assert attention == {(label, batch, dtype) for label in models for batch in BATCHES for dtype in HALF}
     assert [case.dtype for case in CASES if case.dtype in HALF] == sorted(
@@ -117,7 +119,7 @@ def test_the_compiled_twin_is_timed_beside_ours(tmp_path: Path) -> None:
 
 def test_what_is_not_compiled_says_why() -> None:
     reasons = {case.name: case.not_compiled() for case in CASES}
-    assert "unrolls" in reasons["self_attention_map/sdxl-32x32/b1/float16"]
+    assert "unrolls" in reasons["self_attention/sdxl-32x32/b1/float16"]
     assert "unrolls" in reasons["step/sdxl-6of60layers/b1/float16"]
     assert reasons["step/sd15/b1/float16"] == reasons["guide/sd15/b1/float16"] == ""
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from scfg_kernels import attention_map, attention_with_lse, cross_attention_map, self_attention_map
+from scfg_kernels import attention_map, attention_maps, attention_with_lse
 from scfg_kernels.testing import Recorder, as_layout, assert_as_accurate_as
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,11 +209,13 @@ def test_inputs_are_left_alone(rng):
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
 
 
-def test_all_three_operators_make_the_same_map(rng):
-    q, k, v = random_qkv(rng, (2, 4, 63, 63, 40))
-    expected = attention_map(q, k)
-    assert torch.equal(self_attention_map(q, k, v)[1], expected)
-    assert torch.equal(cross_attention_map(q, k, v)[1], expected)
+def test_two_maps_are_those_of_the_layers_alone(rng):
+    q1, k1, _ = random_qkv(rng, (2, 4, 63, 63, 40))
+    q2, k2, _ = random_qkv(rng, (2, 5, 60, 77, 24))
+    lse1 = attention_with_lse(q1, k1, k1)[1]
+    own, cross = attention_maps(q1, k1, lse1, q2, k2, None, scale2=0.3)
+    assert torch.equal(own, attention_map(q1, k1, lse1))
+    assert torch.equal(cross, attention_map(q2, k2, scale=0.3))
 
 
 @pytest.mark.parametrize("dtype", **by_name({**DTYPES, "fp64": torch.float64}))
@@ -224,10 +226,22 @@ def test_opcheck(rng, dtype):
         torch.library.opcheck(operator, (as_layout(q, "projection"), k, lse, 0.3, "torch"))
 
 
+@pytest.mark.parametrize("dtype", **by_name({**DTYPES, "fp64": torch.float64}))
+def test_opcheck_of_two_maps(rng, dtype):
+    q1, k1, _ = random_qkv(rng, (2, 3, 9, 9, 8), dtype)
+    q2, k2, _ = random_qkv(rng, (2, 3, 9, 7, 8), dtype)
+    lse = attention_with_lse(q2, k2, k2)[1]
+    operator = torch.ops.scfg_kernels.attention_maps.default
+    torch.library.opcheck(operator, (q1, k1, None, 0.3, as_layout(q2, "projection"), k2, lse, 0.2, "torch"))
+
+
 def test_compiles_as_one_graph(rng):
     q, k, _ = random_qkv(rng, (2, 3, 9, 7, 8))
     compiled = torch.compile(attention_map, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k), attention_map(q, k))
+    compiled = torch.compile(attention_maps, fullgraph=True, backend="aot_eager")
+    both = compiled(q, q, None, q, k, None)
+    assert all(torch.equal(x, y) for x, y in zip(both, attention_maps(q, q, None, q, k, None), strict=True))
 
 
 def test_composes_with_the_users_own_attention(rng):

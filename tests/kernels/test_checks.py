@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scfg_kernels import attention_map, complete, cross_attention_map, guide, segment, self_attention_map
+from scfg_kernels import attention_map, attention_with_lse, complete, complete_from_qk, guide, segment
 from scfg_kernels._checks import Reasons
 
 
@@ -82,9 +82,8 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("q", "k", "v", "reasons"), list(ATTENTION.values()), ids=list(ATTENTION))
-@pytest.mark.parametrize("function", [self_attention_map, cross_attention_map])
-def test_attention_with_output(function, q, k, v, reasons):
-    raises_all(function, q, k, v, reasons=reasons)
+def test_attention_with_output(q, k, v, reasons):
+    raises_all(attention_with_lse, q, k, v, reasons=reasons)
 
 
 @pytest.mark.parametrize("name", ["integers", "dtypes", "devices", "batch-heads-and-head-dim", "empty-keys"])
@@ -95,12 +94,12 @@ def test_attention_map(name):
 
 def test_self_attention_is_over_the_same_tokens():
     q, k = zeros(1, 2, 9, 8), zeros(1, 2, 7, 8)
-    raises_all(self_attention_map, q, k, k, reasons=["same tokens, got 9 and 7", "cross_attention_map"])
+    raises_all(complete_from_qk, q, k, zeros(1, 9, 5), reasons=["same tokens, got 9 and 7", "attention_map"])
 
 
 def test_self_attention_lists_its_own_reason_with_the_others():
     q, k = zeros(1, 2, 9, 8), zeros(1, 2, 7, 16)
-    raises_all(self_attention_map, q, k, k, reasons=["same tokens, got 9 and 7", "differ in head_dim"])
+    raises_all(complete_from_qk, q, k, zeros(1, 9, 5), reasons=["same tokens, got 9 and 7", "differ in head_dim"])
 
 
 class TestComplete:
@@ -254,10 +253,8 @@ class TestEmpty:
     def test_attention(self):
         q, k, v = zeros(0, 2, 9, 8), zeros(0, 2, 7, 8), zeros(0, 2, 7, 8)
         assert attention_map(q, k).shape == (0, 9, 7)
-        out, attention = cross_attention_map(q, k, v)
-        assert out.shape == (0, 2, 9, 8) and attention.shape == (0, 9, 7)
-        out, attention = self_attention_map(q, q, q)
-        assert out.shape == (0, 2, 9, 8) and attention.shape == (0, 9, 9)
+        out, _ = attention_with_lse(q, k, v)
+        assert out.shape == (0, 2, 9, 8)
 
     def test_complete(self):
         tokens, start = complete(zeros(0, 9, 9), zeros(0, 9, 5))

@@ -13,16 +13,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def call(op: str, rng: torch.Generator, backend: str):
     """Run one operator on small CPU tensors."""
-    q, k, v = random_qkv(rng, (1, 2, 16, 16, 8))
+    q, k, _ = random_qkv(rng, (1, 2, 16, 16, 8))
     s, c = random_maps(rng, 1, 16, 16), random_maps(rng, 1, 16, 5)
     predictions = torch.randn(2, 1, 4, 16, 16, generator=rng)
     arguments = {
-        "self_attention_map": lambda: ((q, k, v), {}),
-        "cross_attention_map": lambda: ((q, k, v), {}),
         "attention_map": lambda: ((q, k), {}),
-        "propagate": lambda: ((q, k, c), {}),
+        "attention_maps": lambda: ((q, k, None, q, k, None), {}),
+        "joint_attention_maps": lambda: ((q, k, k), {"grid": (4, 4), "pool": 2}),
         "complete": lambda: ((s, c), {}),
-        "complete_from_qk": lambda: ((q, k, c), {}),
         "segment": lambda: (([c.mT], [c[..., 0]], [(4, 4)], (4, 4)), {}),
         "guide": lambda: (
             (q, k, torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 4, 2, dtype=torch.bool), 7.5),

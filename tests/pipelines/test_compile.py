@@ -81,9 +81,9 @@ def test_a_denoiser_compiled_in_place() -> None:
     scfg_fast.disable(pipe)
 
 
-@pytest.mark.parametrize("make, sizes", [(tiny_sd_pipeline, 2), (tiny_sdxl_pipeline, 1)], ids=["sd", "sdxl"])
-def test_regional_compilation(make, sizes: int) -> None:
-    """`compile_repeated_blocks`: one graph more for each size of captured layers, once, however often it is toggled."""
+@pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_sdxl_pipeline], ids=["sd", "sdxl"])
+def test_regional_compilation(make) -> None:
+    """`compile_repeated_blocks`: one graph more, for captured layers of all sizes, however often it is toggled."""
     torch._dynamo.reset()
     pipe = make(sample_size=16)
     plain = run(pipe)
@@ -96,7 +96,7 @@ def test_regional_compilation(make, sizes: int) -> None:
     stock = counter.frame_count
     torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
     graphs = counter.frame_count
-    assert graphs - stock == sizes
+    assert graphs - stock == 1
     for _ in range(2):
         torch.testing.assert_close(run(pipe), eager, rtol=1e-5, atol=1e-5)
         with scfg_fast.disabled(pipe):

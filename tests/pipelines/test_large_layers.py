@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from scfg_kernels import attention_map, self_attention_map
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
 import scfg_fast
@@ -17,6 +16,7 @@ from lab.reference.official import literal_run
 from lab.rounding import otherwise_rounded, relative
 from lab.tiny.unets import tiny_sd_pipeline
 from scfg_fast import SCFGConfig
+from scfg_fast.capture import processors
 from scfg_fast.capture.maps import BatchLayout
 from scfg_fast.capture.processors import CrossAttentionCapture, SelfAttentionCapture, wrap_block
 
@@ -45,13 +45,9 @@ def block(dtype: torch.dtype = torch.float32) -> BasicTransformerBlock:
     return made
 
 
-def install(
-    module: BasicTransformerBlock, *, by_map: bool = False
-) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
-    """Capture processors in the block; `by_map` has the map made whatever its size."""
+def install(module: BasicTransformerBlock) -> tuple[SelfAttentionCapture, CrossAttentionCapture]:
+    """Capture processors in the block."""
     own, cross = wrap_block(module, SCFGConfig())
-    if by_map:
-        own.observe, own.attend_and_observe = attention_map, self_attention_map
     module.attn1.processor, module.attn2.processor = own, cross
     return own, cross
 
@@ -62,9 +58,9 @@ def inputs(batch: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float32)
 
 
 @torch.no_grad()
-def captured(module: BasicTransformerBlock, layout: BatchLayout, batch: int, **options: Any):
+def captured(module: BasicTransformerBlock, layout: BatchLayout, batch: int):
     """The block's output, and what it left."""
-    own, cross = install(module, **options)
+    own, cross = install(module)
     cross.layout = layout
     states, text = inputs(batch, dtype=module.attn1.to_q.weight.dtype)
     out = module(states, encoder_hidden_states=text)
@@ -74,13 +70,16 @@ def captured(module: BasicTransformerBlock, layout: BatchLayout, batch: int, **o
 
 @pytest.mark.parametrize("processor", [AttnProcessor2_0, AttnProcessor, Own])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_block_leaves_what_it_leaves_with_a_map(name: str, processor: type) -> None:
+def test_a_block_leaves_what_it_leaves_with_a_map(name: str, processor: type, monkeypatch) -> None:
     layout, groups = LAYOUTS[name]
     truth = {}
     for how, dtype in (("map", torch.float32), ("held", torch.float32), ("truth", torch.float64)):
         module = block(dtype=dtype)
         module.attn1.processor, module.attn2.processor = processor(), processor()
-        truth[how] = captured(module, layout, 2 * groups, by_map=how != "held")
+        with monkeypatch.context() as patch:
+            if how != "held":
+                patch.setattr(processors, "MAP_TOKENS", 2048)
+            truth[how] = captured(module, layout, 2 * groups)
     out, tokens, start = truth["held"]
     assert torch.equal(out, truth["map"][0])
     for found, by_map, exact in zip((tokens, start), truth["map"][1:], truth["truth"][1:], strict=True):
@@ -101,20 +100,47 @@ def test_the_output_is_stock_and_what_is_held_are_the_layers_own_tensors(dtype: 
     module.attn2.register_forward_pre_hook(lambda *_: seen.append(own.held))
     assert torch.equal(module(states, encoder_hidden_states=text), stock)
     (held,) = seen
-    assert [x.shape for x in held] == [(2, 2, TOKENS, 8)] * 2
-    assert [x.untyped_storage().data_ptr() for x in held] == [x.untyped_storage().data_ptr() for x in projected]
+    pair = held[:2]
+    assert [x.shape for x in pair] == [(2, 2, TOKENS, 8)] * 2
+    assert [x.untyped_storage().data_ptr() for x in pair] == [x.untyped_storage().data_ptr() for x in projected]
+
+
+def seen_by(monkeypatch, operator: str) -> list[torch.Size]:
+    """Shapes of the first operand of every call of an operator by the capture."""
+    shapes: list[torch.Size] = []
+    original = getattr(processors, operator)
+
+    def call(first: torch.Tensor, *others: Any, **options: Any) -> Any:
+        shapes.append(first.shape)
+        return original(first, *others, **options)
+
+    monkeypatch.setattr(processors, operator, call)
+    return shapes
 
 
 @torch.no_grad()
-def test_up_to_1024_tokens_the_map_is_held() -> None:
+def test_up_to_1024_tokens_the_map_is_made(monkeypatch) -> None:
+    made, without = seen_by(monkeypatch, "complete"), seen_by(monkeypatch, "complete_from_qk")
     module = block()
-    own, _ = install(module)
-    seen: list[Any] = []
-    module.attn2.register_forward_pre_hook(lambda *_: seen.append(own.held))
+    install(module)
     for tokens in (1024, 1025):
         states, text = inputs(2, tokens)
         module(states, encoder_hidden_states=text)
-    assert seen[0].shape == (2, 1024, 1024) and isinstance(seen[1], tuple)
+    assert made == [(2, 1024, 1024)] and without == [(2, 2, 1025, 8)]
+
+
+@pytest.mark.parametrize("tokens", [256, TOKENS])
+@torch.no_grad()
+def test_only_samples_that_are_used_are_compared(monkeypatch, tokens: int) -> None:
+    """Without a negative prompt that is the conditional half alone."""
+    seen = seen_by(monkeypatch, "attention_maps" if tokens == 256 else "complete_from_qk")
+    module = block()
+    _, cross = install(module)
+    cross.layout = BatchLayout(foreground="conditional")
+    states, text = inputs(4, tokens)
+    module(states, encoder_hidden_states=text)
+    assert seen == [(2, 2, tokens, 8)]
+    assert cross.tokens.shape == (2, 77, tokens) and cross.start.shape == (2, tokens)
 
 
 @torch.no_grad()

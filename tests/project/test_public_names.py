@@ -14,9 +14,9 @@ PACKAGE = [
     "Watched", "__version__", "bundled_model_path", "disable", "disabled", "enable", "invert", "supports", "watch",
 ]  # fmt: skip
 KERNELS = [
-    "BackendError", "attention_map", "attention_with_lse", "available_backends", "choose_backend", "complete",
-    "complete_from_qk", "cross_attention_map", "guide", "guide_pixels", "propagate", "segment", "segment_and_guide",
-    "self_attention_map", "smooth",
+    "BackendError", "attention_map", "attention_maps", "attention_with_lse", "available_backends", "choose_backend",
+    "complete", "complete_from_qk", "guide", "guide_pixels", "joint_attention_maps", "segment",
+    "segment_and_guide", "smooth",
 ]  # fmt: skip
 GUIDANCE = [
     "Augment", "CFGPlusPlus", "CharacteristicGuidance", "CharacteristicSolver", "LossGuidance", "SHAPES", "Step",
@@ -49,16 +49,14 @@ def test_every_public_callable_says_what_it_does() -> None:
 
 
 def test_signatures_of_the_operators() -> None:
-    signature = inspect.signature(scfg_kernels.self_attention_map)
-    assert list(signature.parameters) == ["q", "k", "v", "scale", "backend"]
-    assert signature == inspect.signature(scfg_kernels.cross_attention_map)
+    assert list(inspect.signature(scfg_kernels.attention_with_lse).parameters) == ["q", "k", "v", "scale"]
+    assert list(inspect.signature(scfg_kernels.attention_map).parameters) == ["q", "k", "lse", "scale", "backend"]
     guides = ("guide", "segment_and_guide", "guide_pixels")
     for name in (
-        "self_attention_map",
+        "attention_maps",
         "attention_map",
-        "propagate",
+        "joint_attention_maps",
         "complete",
-        "complete_from_qk",
         "segment",
         *guides,
     ):

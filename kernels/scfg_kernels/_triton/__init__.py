@@ -17,12 +17,10 @@ def _launcher(module: str, function: str = "launch") -> Callable[..., Any]:
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    "self_attention_map": _launcher("attention_map", "attend"),
-    "cross_attention_map": _launcher("attention_map", "attend"),
     "attention_map": _launcher("attention_map"),
-    "propagate": _launcher("propagate"),
+    "attention_maps": _launcher("attention_map", "launch_two"),
+    "joint_attention_maps": _launcher("attention_map", "launch_joint"),
     "complete": _launcher("complete"),
-    "complete_from_qk": _launcher("complete_from_qk"),
     "segment": _launcher("segment"),
     "guide": _launcher("guide"),
     "segment_and_guide": _launcher("segment_and_guide"),

@@ -8,29 +8,23 @@ import pytest
 import torch
 from scfg_kernels import BackendError, _launch, attention_map, choose_backend
 from scfg_kernels._launch import (
-    AttentionConfig,
     DeviceLimits,
-    FlashConfig,
     GuideConfig,
     PixelConfig,
-    PropagateConfig,
     SegmentConfig,
-    attention_config,
-    attention_limits,
-    flash_config,
     guide_config,
     guide_limits,
-    head_widths,
     next_power_of_2,
     pixel_config,
     pixel_limits,
-    propagate_config,
     resident_programs,
     segment_config,
     segment_limits,
     two_widths,
 )
 from scfg_kernels._triton import KERNELS
+from scfg_kernels._triton.attention_map import head_widths, lse_config, map_config
+from scfg_kernels.attention_map import map_limits
 from scfg_kernels.complete import complete_limits
 
 from lab.ptxsim import recorded
@@ -51,76 +45,27 @@ DEVICES = {
 every_device = pytest.mark.parametrize("limits", DEVICES.values(), ids=list(DEVICES))
 
 
-def config_of(limits=DEVICES["sm_80"], heads=8, keys=77, head_dim=64):
-    return attention_config(heads, keys, head_dim, limits)
+def tiles_of(limits=DEVICES["sm_80"], samples=2, rows=1024, dim=64, dtype=torch.float16):
+    return map_config(samples, [(rows, rows), (rows, 77)], dim, dtype, limits)
 
 
 @every_device
-@pytest.mark.parametrize("heads", [1, 2, 5, 8, 10, 20])
-@pytest.mark.parametrize("keys", [1, 64, 77, 96])
-def test_attention_in_one_sweep(limits, heads, keys):
-    for head_dim in (40, 64, 160):
-        config = config_of(limits, heads=heads, keys=keys, head_dim=head_dim)
-        assert config.heads == config.num_warps, "one head per warp"
-        assert keys <= sum(config.block_n)
-        assert config.block_m >= 16 and config.block_d >= 16, "the smallest tile of a tensor core"
-        assert config.num_stages == 1, "an asynchronous copy cannot be permuted"
-        assert config.reasons(keys) == []
-        if limits.arch == "gfx942":
-            assert config.heads <= 4
+@pytest.mark.parametrize("dim", [40, 64, 80, 160, 256, 512])
+def test_tiles_of_maps_fit_every_device(limits, dim):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for config in (tiles_of(limits, dim=dim, dtype=dtype), lse_config(dim, dtype, limits)):
+            staged = config.num_stages * (config.block_m + config.block_n) * sum(head_widths(dim)) * dtype.itemsize
+            assert config.num_stages == 1 or staged <= min(limits.shared_memory, 96 * 1024)
+            assert (config.chunk > 0) == (dtype == torch.float32), "fp32 operands are not held whole"
+            assert config.precision == ("ieee" if limits.arch.startswith("gfx") else "tf32x3")
 
 
-@pytest.mark.parametrize(("heads", "at_once"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (10, 4), (20, 4), (24, 8)])
-def test_few_warps_are_idle(heads, at_once):
-    assert config_of(heads=heads).heads == at_once
-
-
-def flash_of(limits=DEVICES["sm_80"], batch=2, heads=8, rows=256, head_dim=64, dtype=torch.float16):
-    return flash_config(batch, heads, rows, rows, head_dim, dtype, limits)
-
-
-@every_device
-def test_attention_in_two_parts(limits):
-    for head_dim, rows, dtype in ((64, 1024, torch.float16), (160, 256, torch.bfloat16), (80, 256, torch.float32)):
-        config = flash_of(limits, rows=rows, head_dim=head_dim, dtype=dtype)
-        assert config.block_m >= 16 * config.num_warps, "16 rows for a warp"
-        assert min(config.block_m, config.block_n, config.map_n) >= 16
-        ahead = dtype != torch.float32 and not (limits.arch.startswith("gfx") and head_dim > 96)
-        assert (config.num_stages > 1) == ahead
-
-
-def test_rows_are_many_where_programs_are():
-    sd15 = flash_of(head_dim=160)
-    assert (sd15.block_m, sd15.map_n, sd15.num_warps) == (64, 64, 4), "64 programs of the first part"
-    sdxl = flash_of(heads=20, rows=1024)
-    assert (sdxl.block_m, sdxl.map_n, sdxl.num_warps) == (128, 128, 8), "320 of the first, 128 of the second"
-    assert flash_of(DEVICES["sm_90"], heads=20, rows=1024).map_n == 64, "128 tiles are not one for each of 132"
-    assert flash_of(heads=20, rows=1024, head_dim=160).block_m == 64, "registers"
-
-
-def test_propagate_takes_the_tiles_of_attention():
-    config = propagate_config(2, 10, 4096, 77, 64, torch.float16, DEVICES["sm_80"])
-    assert (config.block_m, config.block_n, config.num_warps, config.block_t) == (64, 32, 4, (64, 16))
-    assert propagate_config(2, 10, 4096, 200, 64, torch.float16, DEVICES["sm_80"]).block_t == (128, 0)
-
-
-@every_device
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_propagate_fits_the_registers_of_every_device(limits, dtype):
-    config = propagate_config(2, 10, 4096, 77, 64, dtype, limits)
-    few = limits.arch in ("sm_90", "sm_100", "sm_120") or dtype == torch.float32
-    assert config.block_m == (32 if few else 64), "products of a warp, not of a warp group; registers on sm_120"
-    assert config.num_warps == config.block_m // 16, "16 rows for a warp"
-    assert config.map_n <= 32 and sum(config.block_t) == 80
-    amd = limits.arch.startswith("gfx")
-    assert (config.num_stages > 1) == (amd and dtype != torch.float32), "values copied ahead would be spilled on NVIDIA"
-    assert config.precision == ("ieee" if amd else "tf32x3")
-    assert config.reasons() == []
-
-
-def test_products_of_fp32():
-    assert flash_of(dtype=torch.float32).precision == "tf32x3"
-    assert flash_of(DEVICES["gfx942"], dtype=torch.float32).precision == "ieee", "TF32 three times is NVIDIA's"
+def test_tiles_are_large_where_there_are_programs_enough():
+    small = [(config.block_m, config.block_n) for config in (tiles_of(rows=256, dim=160), tiles_of(rows=64))]
+    assert small == [(32, 32)] * 2
+    assert (tiles_of(samples=1).block_m, tiles_of(samples=1).block_n) == (128, 64), "144 of SDXL's conditional half"
+    assert tiles_of(DEVICES["sm_120"], samples=1).block_m == 64, "on 170 multiprocessors"
+    assert tiles_of(samples=32, rows=256, dim=160).block_m == 64, "registers"
 
 
 @pytest.mark.parametrize(
@@ -133,10 +78,19 @@ def test_two_widths_cover_with_little_waste(size, widths):
 
 
 @pytest.mark.parametrize(
-    ("size", "widths"), [(8, (16, 0)), (40, (64, 0)), (48, (32, 16)), (72, (64, 16)), (160, (128, 32))]
-)
+    ("size", "widths"),
+    [(8, (16, 0, 0)), (40, (64, 0, 0)), (48, (32, 16, 0)), (64, (64, 0, 0)), (72, (64, 16, 0)), (80, (64, 16, 0)),
+     (96, (64, 32, 0)), (160, (128, 32, 0)), (300, (256, 64, 0)), (512, (512, 0, 0))],
+)  # fmt: skip
 def test_widths_of_a_head_do_not_cut_sectors(size, widths):
     assert head_widths(size) == widths
+
+
+@pytest.mark.parametrize("size", range(1, 513))
+def test_widths_cover_every_head(size):
+    widths = head_widths(size)
+    assert sum(widths) >= size and all(width == 0 or width == next_power_of_2(width) >= 16 for width in widths)
+    assert sum(widths) <= max(64, 1.5 * size)
 
 
 @pytest.mark.parametrize(
@@ -220,18 +174,6 @@ def test_guidance_on_every_device(limits, channels, side, batch, itemsize):
 
 IMPOSSIBLE = {
     # name: (configuration, sizes, parts of every reason)
-    "attention": (
-        AttentionConfig(3, 0, heads=2, block_m=8, block_n=(32, 16), block_d=24, precision="ieee"), (77,),
-        ("num_stages=0", "num_warps=3", "block_m=8 is below", "block_d=24 is no", "does not cover 77 keys"),
-    ),
-    "flash": (
-        FlashConfig(4, 2, block_m=48, block_n=8, map_n=0, precision="tf32x4"), (),
-        ("block_m=48", "block_n=8 is below", "map_n=0 is no power", "map_n=0 is below", "'tf32x4' is unknown"),
-    ),
-    "propagate": (
-        PropagateConfig(2, 1, block_m=32, block_n=32, map_n=24, block_t=(64, 8), precision="ieee"), (),
-        ("map_n=24", "second width=8 is below"),
-    ),
     "segment": (SegmentConfig(8, 1, block_t=3, block_h=16, block_w=8), (16, 16), ("block_t=3", "do not cover 16 x 16")),
     "guide": (
         GuideConfig(8, 1, 4, 8, 16, held=True, block_c=2, rows=4, lines=2), (16, 16, 4, 4),
@@ -259,14 +201,11 @@ def test_programs_share_an_image_only_where_they_can():
 def _forced(name):
     """A launcher with the impossible configuration of this name, at small sizes."""
     config = IMPOSSIBLE[name][0]
-    q, s, p = torch.zeros(1, 2, 80, 16), torch.zeros(1, 80, 80), torch.zeros(1, 5, 64, 64)
+    p = torch.zeros(1, 5, 64, 64)
     maps = [torch.zeros(1, 3, 256)], [torch.zeros(1, 256)], [16], 16, 16
     ids, scale = torch.zeros(1, 16, 16, dtype=torch.int64), torch.tensor(7.5)
     rates = (0.5, 2.0, 15.0)
     calls = {
-        "attention": lambda: KERNELS["attention_map"](q, q, 1.0, config),
-        "flash": lambda: KERNELS["self_attention_map"](q, q, q, 1.0, config),
-        "propagate": lambda: KERNELS["propagate"](q, q, s, 1.0, config),
         "segment": lambda: KERNELS["segment"](*maps, 0.5, None, config),
         "guide": lambda: KERNELS["guide"](
             p, p, ids, ids > 0, scale, 3, 4, *rates, 0.5, "official", "conditional", 0.0, "foreground", config
@@ -276,7 +215,7 @@ def _forced(name):
     return calls[name]
 
 
-@pytest.mark.parametrize("name", ["attention", "flash", "propagate", "segment", "guide", "pixels"])
+@pytest.mark.parametrize("name", ["segment", "guide", "pixels"])
 def test_an_impossible_launch_cannot_be_forced(name):
     with recorded("sm_80") as launches, pytest.raises(BackendError, match=r"the forced \w+Config cannot run: .*;"):
         _forced(name)()
@@ -286,10 +225,7 @@ def test_an_impossible_launch_cannot_be_forced(name):
 @pytest.mark.parametrize(("arch", "like"), [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_86")])
 def test_cards_of_one_family_are_alike(arch, like):
     other = dataclasses.replace(DEVICES[like], arch=arch)
-    for choose in (
-        lambda limits: flash_of(limits),
-        lambda limits: propagate_config(2, 10, 4096, 77, 64, torch.float16, limits),
-    ):
+    for choose in (lambda limits: tiles_of(limits),):
         assert choose(other) == choose(DEVICES[like])
 
 
@@ -298,21 +234,14 @@ def test_configurations_are_frozen():
         segment_config(8, 8).block_t = 1
 
 
-def test_every_limit_of_attention_is_listed():
-    q = torch.zeros(1, 2, 4, 600, dtype=torch.float64)[..., ::2]
-    k = torch.zeros(1, 2, 2000, 600, dtype=torch.float64)[..., ::2]
-    reasons = " ".join(attention_limits(q, k, None))
-    for part in ("computes in fp32", "2000 keys", "head sizes beyond 160", "stride 1"):
+def test_every_limit_of_maps_is_listed():
+    q = torch.zeros(1, 2, 4, 1200, dtype=torch.float64)[..., ::2]
+    reasons = " ".join(map_limits(q, q))
+    for part in ("computes in fp32", "head sizes beyond 512", "stride 1"):
         assert part in reasons
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert (
-            attention_limits(q[..., :64].to(dtype).contiguous(), k[:, :, :77, :64].to(dtype).contiguous(), None) == []
-        )
-    many = torch.zeros(1, 1, 1, 8).expand(65536, 1, 4, 8)
-    assert attention_limits(many, many, None) == ["65536 samples exceed 65535"]
-    wide = torch.zeros(1, 2, 4, 97)
-    assert attention_limits(wide, wide, None) == ["head sizes beyond 96 in fp32 are not supported, got [97, 97]"]
-    assert attention_limits(wide.half(), wide.half(), None) == []
+        x = torch.zeros(1, 1, 1, 8, dtype=dtype).expand(65536, 1, 5000, 8)
+        assert map_limits(x, x) == [], "any number of samples, queries and keys"
 
 
 def test_the_public_function_reports_the_limits():

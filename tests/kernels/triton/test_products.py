@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scfg_kernels import attention_map, complete_from_qk, cross_attention_map, propagate
-from scfg_kernels._launch import (
-    DeviceLimits,
-    attention_config,
-    flash_config,
-    head_widths,
-    propagate_config,
-)
+from scfg_kernels import attention_maps
+from scfg_kernels._launch import DeviceLimits
+from scfg_kernels._triton.attention_map import head_widths, map_config
 
 from lab.ptxsim import simulated
 from lab.ptxsim.driver import DEVICES
-from tests.kernels.cases import by_name, random_maps, random_qkv
+from tests.kernels.cases import by_name, random_qkv
 from tests.kernels.triton.simulation import ARCHITECTURES
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -49,65 +44,25 @@ def matrix_work(arch: int, call) -> int:
     return launch.counters.mma_flops // 2
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("head_dim", [40, 64])
-def test_attention_in_one_sweep(rng, arch, head_dim):
-    heads, rows, keys = 3, 17, 77
-    q, k, v = random_qkv(rng, (1, heads, rows, keys, head_dim), HALF)
-    config = attention_config(heads, keys, head_dim, limits_of(arch))
-    tile = padded(heads, config.heads) * padded(rows, config.block_m) * sum(config.block_n)
-    work = tile * 2 * padded(head_dim, config.block_d)
-    assert matrix_work(arch, lambda: cross_attention_map(q, k, v, backend="triton")) == work
-
-
-TWO_PARTS = {
-    # name: (dtype, head size); at 96 columns an operand is two tiles
+MAPS = {
+    # name: (dtype, head size); at 96 columns an operand is two tiles, in fp32 three chunks
     "fp16": (HALF, 64),
+    "fp16-40": (HALF, 40),
     "fp16-96": (HALF, 96),
-    "fp32": (SINGLE, 40),
+    "fp32": (SINGLE, 96),
 }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("with_output", [True, False])
-@pytest.mark.parametrize(("dtype", "head_dim"), **by_name(TWO_PARTS))
-def test_attention_in_two_parts(rng, arch, with_output, dtype, head_dim):
-    heads, rows, keys = 2, 33, 100
-    q, k, v = random_qkv(rng, (1, heads, rows, keys, head_dim), dtype)
-    config = flash_config(1, heads, rows, keys, head_dim, dtype, limits_of(arch))
-    width = sum(head_widths(head_dim))
-    first = padded(keys, config.block_n) * (1 + with_output)  # scores, and the output
-    work = heads * padded(rows, config.block_m) * width * (first + padded(keys, config.map_n)) * times(dtype)
-    if with_output:
-        assert matrix_work(arch, lambda: cross_attention_map(q, k, v, backend="triton")) == work
-    else:
-        assert matrix_work(arch, lambda: attention_map(q, k, backend="triton")) == work
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
-@pytest.mark.parametrize("columns", [5, 77])
-def test_propagation(rng, arch, dtype, columns):
-    heads, rows, keys, head_dim = 2, 33, 40, 40
-    q, k, _ = random_qkv(rng, (1, heads, rows, keys, head_dim), dtype)
-    x = random_maps(rng, 1, keys, columns)
-    config = propagate_config(1, heads, rows, columns, head_dim, dtype, limits_of(arch))
-    m, map_n = padded(rows, config.block_m), padded(keys, config.map_n)
-    scores = heads * m * sum(head_widths(head_dim)) * (padded(keys, config.block_n) + map_n) * times(dtype)
-    work = scores + m * map_n * sum(config.block_t) * TF32X3
-    assert matrix_work(arch, lambda: propagate(q, k, x, backend="triton")) == work
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
-def test_completion_from_queries_and_keys(rng, arch, dtype):
-    """The unconditional sample has one column, padded to 16; every product forms the scores."""
-    heads, n, tokens, head_dim = 2, 33, 77, 40
-    q, k, _ = random_qkv(rng, (2, heads, n, n, head_dim), dtype)
-    c = random_maps(rng, 2, n, tokens)
-    config = propagate_config(2, heads, n, tokens, head_dim, dtype, limits_of(arch))
-    m, map_n = padded(n, config.block_m), padded(n, config.map_n)
-    keys = padded(n, config.block_n) + COMPLETION_PRODUCTS * map_n
-    scores = 2 * heads * m * keys * sum(head_widths(head_dim)) * times(dtype)
-    work = scores + COMPLETION_PRODUCTS * m * map_n * (sum(config.block_t) + 16) * TF32X3
-    assert matrix_work(arch, lambda: complete_from_qk(q, k, c, unconditional=1, backend="triton")) == work
+@pytest.mark.parametrize(("dtype", "head_dim"), **by_name(MAPS))
+def test_maps(rng, arch, dtype, head_dim):
+    """Both maps of a block, whose scores are formed once."""
+    heads, rows, keys = 3, 33, (33, 100)
+    q, k1, _ = random_qkv(rng, (1, heads, rows, keys[0], head_dim), dtype)
+    _, k2, _ = random_qkv(rng, (1, heads, rows, keys[1], head_dim), dtype)
+    lse = torch.zeros(1, heads, rows)
+    config = map_config(1, [(rows, n) for n in keys], head_dim, dtype, limits_of(arch))
+    width = padded(head_dim, config.chunk) if config.chunk else sum(head_widths(head_dim))
+    columns = sum(padded(n, config.block_n) for n in keys)
+    work = heads * padded(rows, config.block_m) * columns * width * times(dtype)
+    assert matrix_work(arch, lambda: attention_maps(q, k1, lse, q, k2, lse, backend="triton")) == work

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from lab.tiny.unets import tiny_unet
 from scfg_fast import SCFGConfig
-from scfg_fast.capture import BlockInfo, choose_layers, collect, grid_size, holds_map
+from scfg_fast.capture import BlockInfo, choose_layers, collect, grid_size
 from scfg_fast.denoisers.unet import find_blocks
 
 SD15 = dict(
@@ -88,21 +88,3 @@ def test_collect_takes_what_fits_and_names_the_rest() -> None:
     assert (len(maps.tokens), maps.sizes, maps.size, maps.missing) == (1, [(4, 3)], (4, 3), ["merged", "absent"])
     assert maps.nbytes == (3 * 12 + 12) * 4
     assert good.tokens is None and merged.start is None, "maps must not outlive the step"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "heads", "head_dim", "itemsize", "held"),
-    [
-        (256, 8, 160, 2, True), (64, 8, 160, 2, True), (1024, 20, 64, 2, True),  # captured by default
-        (960, 8, 40, 2, True), (1024, 8, 80, 2, True),  # queries and keys take less, but the map is one kernel
-        (1025, 20, 64, 2, False), (1536, 20, 64, 2, False),  # SDXL beyond 1024x1024 pixels
-        (4096, 8, 40, 2, False), (4096, 10, 64, 2, False), (4096, 8, 40, 4, False), (4096, 8, 40, 8, False),
-        (1279, 20, 64, 4, True), (1280, 20, 64, 4, False), (1279, 20, 64, 8, True), (1280, 20, 64, 8, False),
-        (1279, 40, 64, 2, True), (1280, 40, 64, 2, False),
-    ],
-)  # fmt: skip
-def test_queries_and_keys_are_held_where_they_are_worth_it(
-    tokens: int, heads: int, head_dim: int, itemsize: int, held: bool
-) -> None:
-    assert holds_map(tokens, heads, head_dim, itemsize) == held
-    assert held == (tokens <= 1024 or 2 * itemsize * tokens * heads * head_dim > 2 * max(4, itemsize) * tokens**2)
