@@ -641,7 +641,7 @@ def _one_complete(case: Case) -> Inputs:
 
 def _attention_operator(cross: bool) -> Operator:
     def body(ops: Operators, x: Inputs) -> Any:
-        return (ops.attend_cross if cross else ops.attend)(x["q"], x["k"], x["v"])
+        return ops.attend(x["q"], x["k"], x["v"])
 
     def keys(case: Case) -> int:
         return TOKENS if cross else case.layers[0].n

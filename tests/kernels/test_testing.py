@@ -136,7 +136,7 @@ class TestRecorder:
             recorded = attention_map(q, k)
         assert torch.equal(recorded, attention_map(q, k))
         assert any("softmax" in seen.op for seen in recorder.made)
-        assert ((2, 9, 8), (2, 8, 7)) in recorder.products
+        assert ((9, 8), (8, 7)) in recorder.products  # head by head on a CPU
 
     def test_sees_inside_attention_that_torch_does_step_by_step(self, rng):
         q, k, v = random_qkv(rng, (1, 2, 9, 7, 8))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from scfg_kernels.testing import Recorder, assert_as_accurate_as
 
 import scfg_fast
@@ -238,3 +240,36 @@ def test_maps_of_large_layers_are_made_one_sample_at_a_time(pipe) -> None:
             run(pipe, num_inference_steps=1)
         sizes.append(recorder.largest.numel)
     assert sizes[0] < sizes[1] == TOKENS**2
+
+
+@torch.no_grad()
+def test_xformers_leaves_its_own_log_sum_exp(monkeypatch) -> None:
+    """Its operator stood in: called as the stock processor calls it, with the layer's output and what it leaves."""
+    calls: list[tuple[Any, ...]] = []
+
+    def attention(query, key, value, attn_bias=None, op=None, scale=None):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    def with_lse(query, key, value, scale=None, op=None):
+        calls.append((tuple(query.shape), op, scale))
+        lse = (query @ key.mT * scale).logsumexp(-1)
+        return attention(query, key, value, scale=scale), torch.nn.functional.pad(lse, (0, -lse.shape[1] % 32))[:, None]
+
+    ops = SimpleNamespace(
+        memory_efficient_attention=attention, memory_efficient_attention_forward_requires_grad=with_lse
+    )
+    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops), raising=False)
+    module, (states, text) = block(), inputs(2, 250)
+    module.attn1.processor, module.attn2.processor = (
+        XFormersAttnProcessor(("forward", "backward")), XFormersAttnProcessor(),
+    )  # fmt: skip
+    stock = module(states, encoder_hidden_states=text)
+    _, cross = install(module)
+    assert torch.equal(module(states, encoder_hidden_states=text), stock)
+    scale = module.attn1.scale
+    assert calls == [((4, 250, 8), "forward", scale), ((4, 250, 8), None, scale)]
+    found = cross.tokens, cross.start
+    module.attn1.processor, module.attn2.processor = AttnProcessor2_0(), AttnProcessor2_0()
+    _, cross = install(module)
+    module(states, encoder_hidden_states=text)
+    torch.testing.assert_close(found, (cross.tokens, cross.start), rtol=1e-5, atol=1e-7)
