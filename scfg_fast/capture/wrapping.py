@@ -53,11 +53,14 @@ def _with_signature_of(base: type, inner: type) -> type:
     """A real function with these parameters, made from text as `dataclasses` does: a `__signature__` is what
     `torch.compile` cannot follow in every attention class."""
     signature = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    kinds = {p.kind for p in inspect.signature(base.__call__).parameters.values()}  # type: ignore[attr-defined]
+    takes_any = inspect.Parameter.VAR_POSITIONAL in kinds  # then what comes by position goes on by position
+    parameters = [p for p in signature.parameters.values() if takes_any or p.kind is not p.VAR_POSITIONAL]
     if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) < 3:
         return base  # it names nothing, as `forward` of a module does not: diffusers passes it nothing by name
     header = [p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None) for p in parameters]
-    names = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters[3:]]
+    by_position = takes_any and any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    names = [_passed(p, by_position) for p in parameters[3:]]
     passed = [p.name for p in parameters[:3]] + names  # self, the module, its hidden states; others by name
     call = "call"
     while call in signature.parameters:
@@ -68,3 +71,12 @@ def _with_signature_of(base: type, inner: type) -> type:
     function.__defaults__ = tuple(p.default for p in optional if p.kind is not p.KEYWORD_ONLY)
     function.__kwdefaults__ = {p.name: p.default for p in optional if p.kind is p.KEYWORD_ONLY}
     return type(base.__name__, (base,), {"__call__": function, "__module__": base.__module__})
+
+
+def _passed(parameter: inspect.Parameter, by_position: bool) -> str:
+    """How a parameter goes on to another call, as text: by name, or by position where others follow by position."""
+    kind = parameter.kind
+    stars = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
+    if stars or (by_position and kind is not parameter.KEYWORD_ONLY):
+        return f"{stars}{parameter.name}"
+    return f"{parameter.name}={parameter.name}"

@@ -37,14 +37,13 @@ def test_an_evaluation_in_a_callback_changes_nothing_and_is_stock(name: str) -> 
 
     def look_ahead(*args: Any, **kwargs: Any) -> Any:
         inside.append(True)
-        before = {id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")}
+        processors = [module.processor for module in denoiser.modules() if hasattr(module, "processor")]
         with torch.no_grad():
             denoiser(*last[0][0], **last[0][1])
-        seen.append(before == processors)
+        seen.append(not any(type(processor).__module__.startswith("scfg_fast") for processor in processors))
         inside.clear()
         return args[3] if len(args) > 3 else None
 
-    processors = {id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")}
     new = "callback_on_step_end" in inspect.signature(case.stock.__call__).parameters
     handle = scfg_fast.enable(case.pipe)
     expected, before = case.run(), (handle.stats.steps_applied, handle.stats.samples, handle.stats.weights)

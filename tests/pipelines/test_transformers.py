@@ -449,11 +449,14 @@ def test_maps_are_gone_when_the_scheduler_steps(tiny: Tiny) -> None:
         alive.append(sum(reference() is not None for reference in maps))
         return step(self, *args, **kwargs)
 
-    hook = pipe.transformer.register_forward_hook(watch)  # before ours, which takes the maps
+    run(pipe, tiny.call([0]))
+    blocks = [pipe.transformer.get_submodule(name) for name in dict.fromkeys(handle.stats.layers)]
+    hooks = [block.register_forward_hook(watch) for block in blocks]  # inside the evaluation: at its end they are taken
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(pipe.scheduler), "step", counted)
         run(pipe, tiny.call([0]))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert maps and alive == [0, 0, 0]
 
 
