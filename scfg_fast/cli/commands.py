@@ -69,10 +69,10 @@ def _with_settings(config: SCFGConfig, args: argparse.Namespace) -> SCFGConfig:
 
 
 def _config_for(session: Session, args: argparse.Namespace, config: SCFGConfig) -> SCFGConfig:
-    """The configuration as it was read, or the pipeline's own published values where none was asked for."""
+    """The configuration as it was read, or the pipeline's own published values where no other was asked for."""
     from ..pipelines.families import default_config
 
-    if args.config is None and args.fidelity is None:
+    if args.config is None and args.fidelity != "paper":
         return _with_settings(default_config(session.pipe), args)
     return config
 

@@ -310,6 +310,6 @@ def test_the_command_line_takes_the_published_values_of_the_pipeline(
 ) -> None:
     (tmp_path / "mine.json").write_text(SCFGConfig(rate_max=2.0).to_json(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(**{"config": None, "fidelity": None} | asked)
+    args = argparse.Namespace(**{"config": None, "fidelity": None, "set": []} | asked)
     session = Session(tiny_if_pipeline(), "IF", "fp32")
     assert _config_for(session, args, read_config(args)) == expected

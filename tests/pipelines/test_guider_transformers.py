@@ -368,13 +368,12 @@ def test_a_denoiser_that_takes_both_halves_as_one_list_is_refused() -> None:
 
 def test_a_denoiser_whose_attention_is_not_known() -> None:
     model = made(
-        "AuraFlowTransformer2DModel", sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
-        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16,
-        pos_embed_max_size=16,
+        "DiTTransformer2DModel", sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, norm_num_groups=4,
     )  # fmt: skip
     guider = SCFGGuidance()
     guider.set_state(0, 3, torch.tensor(1))
-    with pytest.raises(ValueError, match=r"AuraFlowTransformer2DModel, whose attention is not known.*Guidance there"):
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel, whose attention is not known.*Guidance there"):
         guider.prepare_models(model)
     assert "forward" not in model.__dict__
     pixels = SCFGGuidance(scfg=SCFGConfig.pixels().to_dict())
