@@ -14,6 +14,7 @@ SLOW = (
     r"tests/kernels/triton/",  # kernels that are compiled, and run by the simulator
     r"tests/benchmarks/test_(aot|counts)\.py",  # kernels that are compiled for every target
     r"::test_\w*(compile|opcheck|kernels_write)",  # graphs of torch.compile
+    r"tests/scfg_fast/test_community\.py::test_(the_command|loaded_by)",  # processes, and whole pipelines
     r"\[triton-",
 )
 """Parts of the names of tests that are marked `slow`, which `make check` leaves out; others wear it."""
