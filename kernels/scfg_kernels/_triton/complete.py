@@ -36,6 +36,7 @@ def pointer_at(layers, index):
 def _columns(
     self_map, cross_map, previous, current, out, row, first, n, columns, own, others, c_stride_n, c_stride_t,
     FIRST: tl.constexpr, LAST: tl.constexpr, PAPER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One product for some rows and text tokens; the last one stores X, the others what the next one multiplies."""
     column = first + tl.arange(0, BLOCK_T)
@@ -50,7 +51,7 @@ def _columns(
         x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         inside = (row < n)[:, None] & (inner < n)[None, :]
         s = tl.load(self_map + row[:, None] * n + inner[None, :], mask=inside, other=0.0).to(tl.float32)
-        total = tl.dot(x, tl.trans(s), total, input_precision="tf32")
+        total = tl.dot(x, tl.trans(s), total, input_precision=PRECISION)
     mask = (column < columns)[:, None] & (row < n)[None, :]
     place = column[:, None] * n + row[None, :]
     if LAST:
@@ -71,6 +72,7 @@ def complete_kernel(
     self_maps, cross_maps, previous, current, token_out, start_out, sizes, tokens, samples, unconditional, own, others,
     c_row, FIRST: tl.constexpr, LAST: tl.constexpr, PAPER: tl.constexpr, COUNTS: tl.constexpr, ALIGN: tl.constexpr,
     TOKEN_MAJOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Layers of one size are neighbours in `self_maps` and `cross_maps`; COUNTS says how many there are of each size.
     `previous` and `current`: [layers of all sizes, samples, tokens, n], what a product multiplies and leaves."""
@@ -105,24 +107,28 @@ def complete_kernel(
         _columns(
             self_map, cross_map, previous + between, current + between, out, row, first, n, tokens, own, others,
             1 if TOKEN_MAJOR else c_row, n if TOKEN_MAJOR else 1, FIRST, LAST, PAPER, BLOCK_K, BLOCK_T,
+            PRECISION,
         )  # fmt: skip
     elif first == 0:
         out = start_at + (number * unconditional + sample) * n
         _columns(
             self_map, cross_map, previous + between, current + between, out, row, first, n, 1, own, others,
             1 if TOKEN_MAJOR else c_row, n if TOKEN_MAJOR else 1, FIRST, LAST, PAPER, BLOCK_K, 16,
+            PRECISION,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CompleteConfig:
-    """Tiles: rows of S, how many of its columns at a time, text tokens; and the options of a launch."""
+    """Tiles: rows of S, how many of its columns at a time, text tokens; how products are formed, on AMD in fp32: gfx950
+    has no TF32; and the options of a launch."""
 
     block_m: int
     block_k: int
     block_t: int
     num_warps: int
     num_stages: int
+    precision: str = "tf32"
 
 
 def complete_config(rows: int, tokens: int, limits: DeviceLimits) -> CompleteConfig:
@@ -134,6 +140,7 @@ def complete_config(rows: int, tokens: int, limits: DeviceLimits) -> CompleteCon
         block_t=max(16, min(128, triton.next_power_of_2(tokens))),
         num_warps=4,
         num_stages=2 if amd else 3,
+        precision="ieee" if amd else "tf32",
     )
 
 
@@ -184,7 +191,7 @@ def launch(
                 tuple(results[: len(sizes)]), tuple(results[len(sizes) :]), tuple(n // align for n in sizes), tokens,
                 batch, unconditional, first, second, c_row, FIRST=product == 0, LAST=product == products - 1,
                 PAPER=fidelity == "paper", COUNTS=counts, ALIGN=align, TOKEN_MAJOR=token_major,
-                BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_T=config.block_t, num_warps=config.num_warps,
-                num_stages=copy_stages(config.num_stages),
+                BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_T=config.block_t, PRECISION=config.precision,
+                num_warps=config.num_warps, num_stages=copy_stages(config.num_stages),
             )  # fmt: skip
     return results
